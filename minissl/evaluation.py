@@ -1,0 +1,235 @@
+"""What are features worth? Nearest neighbours, linear probes, label draws, and what a user would do instead.
+
+Every function here sees the labels that it is given and no others. Choices (the strength of the regularisation) are
+made by cross-validation inside the labels drawn; test labels only ever meet `accuracy`.
+"""
+
+import math
+import warnings
+from functools import partial
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from minissl import transformer
+from minissl.datasets import HELD_OUT, TRAIN
+from minissl.tokenizer import MASK
+from minissl.training import generator
+
+
+def accuracy(predictions, labels):
+    """Percent of (N,) predictions that equal the (N,) labels, every one counted."""
+    return 100 * float((torch.as_tensor(predictions) == torch.as_tensor(labels)).double().mean())
+
+
+def draw_labels(labels, per_class, seed):
+    """Indices of `per_class` examples of each class, drawn without replacement, sorted; None draws all.
+
+    labels (N,) int64, -1 where there is none. Raises ValueError naming the class that has too few.
+    """
+    labels, generator = np.asarray(labels), np.random.default_rng(seed)
+    drawn = []
+    for c in range(labels.max() + 1):
+        where = np.flatnonzero(labels == c)
+        if per_class is not None and len(where) < per_class:
+            raise ValueError(f"class {c} has {len(where)} labelled examples, not {per_class}")
+        drawn.append(generator.permutation(where)[:per_class])
+    return np.sort(np.concatenate(drawn))
+
+
+def knn_accuracy(features, labels, queries, query_labels, k=20):
+    """Percent of the (Q, D) queries whose k nearest of the (N, D) features, by cosine, vote for the right label.
+
+    Wu et al. 2018, arXiv 1805.01978, section 3.4, with each neighbour's vote weighted by exp(cosine / 0.07).
+    """
+    centre = features.mean(0)
+    similarity = F.normalize(queries - centre, dim=1) @ F.normalize(features - centre, dim=1).T   # (Q, N)
+    weight, index = similarity.topk(min(k, len(features)), dim=1)                                 # (Q, k)
+    labels = torch.as_tensor(labels)
+    votes = torch.zeros(len(queries), int(labels.max()) + 1)
+    votes.scatter_add_(1, labels[index], (weight / 0.07).exp())
+    return accuracy(votes.argmax(1), query_labels)
+
+
+# ---------------------------------------------------------------- the linear probe
+
+def logistic_regression(x, labels, classes, strength):
+    """Weights (D + 1, C) that minimise mean cross-entropy + strength/2 ‖W‖², the last row the unpenalised bias.
+
+    x (N, D) float32, dense or sparse CSR; labels (N,) int64. Convex: L-BFGS finds the one minimum.
+    """
+    labels = torch.as_tensor(labels)
+    x_transposed = x.T if x.layout == torch.strided else x.to_sparse_coo().T.coalesce().to_sparse_csr()
+    weights = torch.zeros(x.shape[1] + 1, classes, requires_grad=True)
+    wanted = F.one_hot(labels, classes).float()
+    optimizer = torch.optim.LBFGS([weights], max_iter=200, history_size=10, tolerance_grad=1e-5, line_search_fn="strong_wolfe")
+
+    @torch.no_grad()
+    def loss_and_gradient():
+        logits = x @ weights[:-1] + weights[-1]                               # (N, C)
+        error = (logits.softmax(1) - wanted) / len(labels)                    # d loss / d logits
+        weights.grad = torch.cat([x_transposed @ error + strength * weights[:-1], error.sum(0, keepdim=True)])
+        return F.cross_entropy(logits, labels) + strength / 2 * weights[:-1].square().sum()
+
+    optimizer.step(loss_and_gradient)
+    return weights.detach()
+
+
+def predict(x, weights):
+    return (x @ weights[:-1] + weights[-1])
+
+
+def probe(x, labels, classes, strengths=(1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001, 0.0003), seed=0):
+    """Logistic regression whose strength five-fold cross-validation chooses, by its loss, inside these labels.
+
+    -> (weights (D + 1, C), the strength). Above 5,000 labels one fold decides: there the choice is not close.
+    """
+    labels = np.asarray(labels)
+    order, fold = np.random.default_rng(seed).permutation(len(labels)), np.empty(len(labels), int)
+    for c in range(classes):                                                  # each class spread evenly over the folds
+        where = order[labels[order] == c]
+        fold[where] = np.arange(len(where)) % 5
+    losses = np.zeros(len(strengths))
+    for f in range(5 if len(labels) <= 5000 else 1):
+        inside, outside = np.flatnonzero(fold != f), np.flatnonzero(fold == f)
+        x_in, x_out, y_out = rows(x, inside), rows(x, outside), torch.from_numpy(labels[outside])
+        for i, strength in enumerate(strengths):
+            losses[i] += float(F.cross_entropy(predict(x_out, logistic_regression(x_in, labels[inside], classes, strength)),
+                                               y_out, reduction="sum"))
+    best = strengths[int(losses.argmin())]
+    return logistic_regression(x, labels, classes, best), best
+
+
+def standardise(features, *others):
+    """Each of the (·, D) arrays minus the mean and over the standard deviation of the first."""
+    mean, deviation = features.mean(0), features.std(0).clamp(min=1e-6)
+    return [(f - mean) / deviation for f in (features, *others)]
+
+
+# ---------------------------------------------------------------- sparse counts: the baseline's and the fine-tuner's view
+
+def sparse_counts(owner, term, documents, terms):
+    """Flat arrays of who (n,) holds which term (n,) -> CSR (documents, terms) float32 of the counts."""
+    key, count = np.unique(owner.astype(np.int64) * terms + term, return_counts=True)
+    start = np.searchsorted(key, np.arange(documents + 1, dtype=np.int64) * terms)
+    return csr(start, key % terms, count.astype(np.float32), (documents, terms))
+
+
+def csr(start, column, value, shape):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")                                       # "beta state": what we use of it is tested
+        return torch.sparse_csr_tensor(*map(torch.as_tensor, (start, column, value)), shape)
+
+
+def rows(x, which):
+    """The rows `which` of a dense or CSR matrix."""
+    which = torch.as_tensor(which)
+    if x.layout == torch.strided:
+        return x[which]
+    start, column, value = x.crow_indices(), x.col_indices(), x.values()
+    size = start[which + 1] - start[which]
+    first = size.cumsum(0) - size
+    index = torch.repeat_interleave(start[which] - first, size) + torch.arange(int(size.sum()))
+    return csr(torch.cat([first, size.sum()[None]]), column[index], value[index], (len(which), x.shape[1]))
+
+
+def tf_idf(counts, fit):
+    """Term frequency × inverse document frequency, each row of length 1: (1 + ln count) · (ln((1 + n)/(1 + df)) + 1).
+
+    counts CSR (N, V); fit, the rows from which the document frequencies come. (As scikit-learn's
+    TfidfVectorizer(sublinear_tf=True) has it.)
+    """
+    present = rows(counts, fit)
+    df = torch.bincount(present.col_indices(), minlength=counts.shape[1])
+    idf = ((1 + len(fit)) / (1 + df)).log() + 1
+    value = (1 + counts.values().log()) * idf[counts.col_indices()].float()
+    owner = torch.repeat_interleave(torch.arange(len(counts)), counts.crow_indices().diff())
+    length = torch.zeros(len(counts)).index_add_(0, owner, value**2).sqrt()
+    return csr(counts.crow_indices(), counts.col_indices(), value / length[owner], counts.shape)
+
+
+def one_and_two_word_counts(texts, most=200_000):
+    """CSR (N, V + pairs) of tokens and of the `most` frequent pairs of neighbours, for the baseline."""
+    V = len(texts.tokenizer)
+    owners, tokens, pair_owners, pairs = [], [], [], []
+    for part in texts.slices(4096):
+        flat, owner = texts.flat(part)
+        both = (flat[:-1] > 0) & (flat[1:] > 0)                               # 0 stands between the texts
+        owners.append(part[owner[flat > 0]])
+        tokens.append(flat[flat > 0])
+        pair_owners.append(part[owner[:-1][both]])
+        pairs.append(flat[:-1][both] * V + flat[1:][both])
+    pairs = np.concatenate(pairs)
+    kinds, number, count = np.unique(pairs, return_inverse=True, return_counts=True)
+    most = min(most, len(kinds))
+    rank = np.full(len(kinds), -1)
+    rank[np.argsort(-count, kind="stable")[:most]] = np.arange(most)
+    rank = rank[number]
+    owner = np.concatenate([*owners, np.concatenate(pair_owners)[rank >= 0]])
+    return sparse_counts(owner, np.concatenate([*tokens, V + rank[rank >= 0]]), len(texts), V + most)
+
+
+# ---------------------------------------------------------------- features of texts
+
+@torch.no_grad()
+def text_features(encode, texts, autocast, device="cpu", tokens_a_batch=16384, progress=lambda line: None):
+    """encode(tokens (B, T), lengths (B,)) over all texts, whole, in batches of like length -> (N, d) float32, on the CPU."""
+    order, features, begin = np.argsort(texts.lengths, kind="stable"), [], 0
+    while begin < len(order):
+        end = begin + 1
+        while end < len(order) and (end + 1 - begin) * texts.lengths[order[end]] <= tokens_a_batch:
+            end += 1
+        tokens, lengths = map(torch.from_numpy, texts.padded(order[begin:end]))
+        with autocast:
+            features.append(encode(tokens.to(device), lengths.to(device)).float().cpu())
+        begin = end
+        progress(f"encoding: {end:,} of {len(order):,} texts")
+    result = torch.empty(len(texts), features[0].shape[1])
+    result[torch.from_numpy(order)] = torch.cat(features)
+    return result
+
+
+# ---------------------------------------------------------------- what a masked language model has learned so far
+
+class MaskedText:
+    """Called with a model: held-out masked loss, bits per byte and accuracy; k-nearest-neighbour accuracy where labels
+    exist (for the log alone); and a few passages with what the model puts for their masks."""
+
+    blank = dict.fromkeys(("held_out", "bits_per_byte", "accuracy", "knn"), "")
+
+    def __init__(self, texts, window, share, device):
+        self.device, self.tokenizer = device, texts.tokenizer
+        held_out = texts.select(texts.split == HELD_OUT)
+        held_out = (held_out if len(held_out) else texts).cut(window).spaced(512)
+        self.tokens, self.lengths = map(torch.from_numpy, held_out.padded(np.arange(len(held_out))))
+        self.inputs, self.positions, self.targets = transformer.mask_tokens(
+            self.tokens, self.lengths, len(texts.tokenizer), share, generator(0, "held-out masks", 0))
+        self.bytes = sum(len(self.tokenizer.bytes_of[token]) for token in self.targets.tolist())
+        labelled = [texts.select((texts.split == s) & (texts.labels >= 0)).spaced(n) for s, n in ((TRAIN, 1000), (HELD_OUT, 500))]
+        self.labelled = labelled if all(map(len, labelled)) else None
+
+    @torch.no_grad()
+    def __call__(self, model, autocast):
+        with autocast:
+            x = torch.cat([model(inputs.to(self.device), lengths.to(self.device))
+                           for inputs, lengths in zip(self.inputs.split(64), self.lengths.split(64))])
+            logits = model.token_logits(x.flatten(0, 1)[self.positions.to(self.device)]).float().cpu()           # (M, V)
+        loss, guesses = transformer.masked_language_model_loss(logits, self.targets).item(), logits.argmax(1)
+        result = dict(held_out=round(loss, 4), bits_per_byte=round(loss / math.log(2) * len(guesses) / self.bytes, 4),
+                      accuracy=round(accuracy(guesses, self.targets), 2), knn="")
+        if self.labelled:
+            a, b = (text_features(partial(transformer.encode, model), part, autocast, self.device) for part in self.labelled)
+            result["knn"] = round(knn_accuracy(a, self.labelled[0].labels, b, self.labelled[1].labels), 2)
+        return result, self.passages(guesses)
+
+    def passages(self, guesses, show=6, length=24):
+        """[(text with [MASK], what stood there, what the model puts), ...]"""
+        row, place = self.positions // self.tokens.shape[1], self.positions % self.tokens.shape[1]               # (M,)
+        name, found = lambda token: self.tokenizer.decode([int(token)]), []
+        for r in row[self.lengths[row] >= length].unique()[::7][:show]:
+            asked = ((row == r) & (place < length)).nonzero().flatten()
+            text = self.tokens[r, :length].index_fill(0, place[asked], MASK)
+            found.append((self.tokenizer.decode(text.tolist()), [name(t) for t in self.targets[asked]],
+                          [name(t) for t in guesses[asked]]))
+        return found

@@ -1,0 +1,98 @@
+"""What people look at: a run's folder as one page that any browser opens without a server.
+
+`write_page(folder)` reads what lies in the folder (config.json, metrics.csv, sentences.json, finetune.csv) and writes
+report.html beside it, self-contained: curves are inline SVG, no script, no request to anywhere. It is rewritten at
+each evaluation; what is not there yet is left out.
+"""
+
+import csv
+import html
+import json
+from pathlib import Path
+
+import numpy as np
+
+STYLE = """
+:root { color-scheme: light dark; --ink: #1d2733; --soft: #69788a; --line: #d5dce4; --paper: #fff; --curve: #1f6feb; --good: #1a7f37; --bad: #b35900 }
+@media (prefers-color-scheme: dark) { :root { --ink: #e4eaf1; --soft: #93a1b1; --line: #354050; --paper: #10161e; --curve: #6cb0ff; --good: #56d364; --bad: #f0a050 } }
+body { margin: 0 auto; padding: 1.5rem 1rem 4rem; max-width: 60rem; background: var(--paper); color: var(--ink); font: 16px/1.5 system-ui, sans-serif }
+h1 { font-size: 1.5rem; margin: 0 } h2 { font-size: 1.1rem; margin: 2rem 0 .5rem } p, small { color: var(--soft) }
+code { font: .85rem ui-monospace, monospace; overflow-wrap: anywhere }
+.curves { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 17rem), 1fr)); gap: 1rem }
+figure { margin: 0 } figcaption { font-size: .85rem; color: var(--soft) } figcaption b { color: var(--ink) }
+svg { width: 100%; height: auto; display: block } svg text { font: 11px system-ui, sans-serif; fill: var(--soft) }
+.wide { overflow-x: auto } table { border-collapse: collapse; font-variant-numeric: tabular-nums }
+td, th { padding: .3rem .8rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap }
+blockquote { margin: 0 0 1rem; padding-left: .8rem; border-left: 3px solid var(--line); overflow-wrap: anywhere }
+.good { color: var(--good); font-weight: 600 } .bad { color: var(--bad) }
+"""
+
+
+def curve(steps, values, width=300, height=140):
+    """One curve as SVG: equal-length lists of numbers -> str, with the least and greatest value at the axis."""
+    low, high = min(values), max(values)
+    span, last = high - low or 1, max(steps) or 1
+    points = " ".join(f"{45 + (width - 50) * step / last:.1f},{10 + (height - 30) * (high - value) / span:.1f}"
+                      for step, value in zip(steps, values))
+    dot = points.split()[-1].split(",")
+    return (f'<svg viewBox="0 0 {width} {height}" role="img">'
+            f'<path d="M45 10V{height - 20}H{width - 5}" fill="none" stroke="var(--line)"/>'
+            f'<polyline points="{points}" fill="none" stroke="var(--curve)" stroke-width="1.8"/>'
+            f'<circle cx="{dot[0]}" cy="{dot[1]}" r="3" fill="var(--curve)"/>'
+            f'<text x="41" y="14" text-anchor="end">{high:.4g}</text><text x="41" y="{height - 20}" text-anchor="end">{low:.4g}</text>'
+            f'<text x="{width - 5}" y="{height - 5}" text-anchor="end">step {last:,}</text></svg>')
+
+
+def filled_in(passage, wanted, got):
+    """A masked passage with, for each [MASK], what the model puts there and, where it differs, what stood there."""
+    pieces = html.escape(passage).split("[MASK]")
+    text = pieces[0]
+    for piece, w, g in zip(pieces[1:], wanted, got):
+        same = html.escape(g.strip() or g)
+        text += (f' <span class="good">{same}</span>' if w == g else
+                 f' <span class="bad">{same}</span> <s>{html.escape(w.strip() or w)}</s>') + piece
+    return f"<blockquote>{text}</blockquote>"
+
+
+def label_table(path):
+    """finetune.csv -> rows of strings: labels a class, then mean ± deviation of each method."""
+    cells, labels, methods = {}, [], []
+    with open(path, encoding="utf-8", newline="") as file:
+        for row in csv.DictReader(file):
+            key = row["labels_a_class"], row["method"]
+            labels += [key[0]] * (key[0] not in labels)
+            methods += [key[1]] * (key[1] not in methods)
+            cells.setdefault(key, []).append(float(row["test_accuracy"]))
+    return [["labels a class", *methods]] + [
+        [label, *(f"{np.mean(cells[label, m]):.1f} ± {np.std(cells[label, m]):.1f}" for m in methods)] for label in labels]
+
+
+def write_page(folder):
+    """Write folder/report.html from what lies in the folder."""
+    folder = Path(folder)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    body = [f"<h1>{html.escape(folder.name)}</h1><p><code>{html.escape(config['command'])}</code><br>"
+            f"started {config['started']}, Python {config['python']}, torch {config['torch']}</p>"]
+    if (folder / "finetune.csv").exists():
+        head, *lines = label_table(folder / "finetune.csv")
+        cells = "".join("<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in line) + "</tr>" for line in lines)
+        body.append("<h2>What it is worth</h2><p>Test accuracy in %, mean ± standard deviation over draws of labels.</p>"
+                    '<div class="wide"><table><tr>' + "".join(f"<th>{html.escape(c)}</th>" for c in head)
+                    + f"</tr>{cells}</table></div>")
+    if (folder / "sentences.json").exists():
+        sentences = json.loads((folder / "sentences.json").read_text(encoding="utf-8"))
+        body.append("<h2>Filling in held-out text</h2><p>Of the tokens that were to be guessed, the model's guess; where it "
+                    "differs, what stood there is struck through.</p>" + "".join(filled_in(*s) for s in sentences))
+    with open(folder / "metrics.csv", encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    body.append('<h2>Learning</h2><div class="curves">')
+    for name in rows[0]:
+        points = [(int(row["step"]), float(row[name])) for row in rows if row[name] not in ("", None)]
+        if name not in ("step", "seconds") and len(points) > 1:
+            body.append(f"<figure>{curve(*zip(*points))}<figcaption><b>{html.escape(name.replace('_', ' '))}</b> "
+                        f"now {points[-1][1]:.4g}</figcaption></figure>")
+    body.append("</div><h2>Settings</h2><p>" + " ".join(f"<code>{html.escape(f'{k}={v}')}</code>"
+                                                          for k, v in config["settings"].items()) + "</p>")
+    page = ('<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width, '
+            f'initial-scale=1"><title>{html.escape(folder.name)}</title><style>{STYLE}</style><body>{"".join(body)}</body></html>\n')
+    (folder / "report.html").write_text(page, encoding="utf-8")

@@ -1,0 +1,360 @@
+"""The plumbing of the training scripts: settings, device, randomness, optimizers, the run's folder.
+
+Nothing here is about self-supervised learning. A reader of the scripts needs one idea from this file:
+
+**Randomness is a function, not a state.** Every draw of step s comes from `generator(seed, purpose, s)`. So a
+checkpoint is the weights, the optimizer's state and the step number, and that is all: a resumed run continues as if
+nothing had happened, and an evaluation in the middle cannot disturb what follows.
+"""
+
+import argparse
+import contextlib
+import csv
+import ctypes
+import hashlib
+import inspect
+import io
+import json
+import math
+import os
+import re
+import shlex
+import signal
+import sys
+import time
+import typing
+from dataclasses import asdict, fields
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from minissl import UserError, report
+
+
+# ---------------------------------------------------------------- from the command line to settings, and out again
+
+def read_settings(cls, description, argv=None, positional=()):
+    """An instance of the dataclass `cls` from the command line.
+
+    Each field is a flag, and the comment behind it in the source is its help, so the why stands in one place.
+    A bool is a switch, a Literal a choice, a list takes several values. A wrong flag or value: one sentence, exit 2.
+    """
+    why = dict(re.findall(r"^    (\w+): .*?#\s*(.+)$", inspect.getsource(cls), re.MULTILINE))
+    parser = argparse.ArgumentParser(description=description, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = lambda message: sys.exit(_say(f"{parser.prog}: {message}; --help lists what there is", 2))
+    for item in fields(cls):
+        flag = item.name if item.name in positional else "--" + item.name.replace("_", "-")
+        default = item.default_factory() if callable(item.default_factory) else item.default
+        help = why[item.name].replace("%", "%%") + ("" if default in ("", [], False) else f" (default {default})")
+        options = dict(default=default, help=help)
+        kind = typing.get_origin(item.type) or item.type
+        if kind is bool:
+            options |= dict(action="store_true")
+        elif kind is typing.Literal:
+            options |= dict(choices=typing.get_args(item.type))
+        elif kind is list:
+            options |= dict(type=typing.get_args(item.type)[0], nargs="+", metavar=item.name.upper())
+        else:
+            options |= dict(type=kind, metavar=item.name.upper())
+        if item.name in positional:
+            options.pop("default")
+        parser.add_argument(flag, **options)
+    return cls(**vars(parser.parse_args(argv)))
+
+
+def run_script(main):
+    """Run main(); what the user can mend becomes one sentence and exit code 2."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")          # a terminal that cannot show a character is no reason to stop
+    try:
+        main()
+    except UserError as error:
+        sys.exit(_say(f"{Path(sys.argv[0]).name}: {error}", 2))
+    except KeyboardInterrupt:
+        sys.exit(_say("interrupted", 130))
+
+
+def _say(sentence, code):
+    print(sentence, file=sys.stderr)
+    return code
+
+
+def at_least(minimum, **values):
+    """at_least(1, steps=0) raises the sentence."""
+    for name, value in values.items():
+        if not value >= minimum:                      # so written, NaN fails too
+            raise UserError(f"--{name.replace('_', '-')} {value}: must be at least {minimum}")
+
+
+# ---------------------------------------------------------------- the machine
+
+def choose_device(name):
+    """"auto" takes CUDA, then MPS, then the CPU. -> (torch.device, the reason in words)."""
+    available = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
+    if name != "auto":
+        if not available[name]:
+            raise UserError(f"--device {name}: this torch finds no such device here; there is "
+                            + " and ".join(k for k, there in available.items() if there))
+        return torch.device(name), "as asked"
+    name = next(k for k, there in available.items() if there)
+    if name == "cpu":
+        keep_freed_memory()
+    return torch.device(name), {"cpu": f"no GPU found; {torch.get_num_threads()} threads"}.get(name, "found")
+
+
+def keep_freed_memory():
+    """Tell glibc to keep freed memory instead of returning it to the system after every large tensor: each return
+    costs a page fault per 4 kB at the next step. 4,500 -> 6,600 tokens/s in float32. Elsewhere: nothing happens."""
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-3, 2**30)                            # M_MMAP_THRESHOLD: below 1 GB, take from the heap
+        mallopt(-1, 2**31 - 1)                        # M_TRIM_THRESHOLD: and give nothing back
+    except (OSError, AttributeError, TypeError):
+        pass
+
+
+def choose_precision(name, device):
+    """"auto" takes bfloat16 where it is measurably faster. -> (dtype, FLOP/s of a large matrix product, the reason).
+
+    A CPU without bfloat16 units emulates it, slower than float32, so the question is put to the machine.
+    """
+    rates = {dtype: matrix_product_rate(device, dtype) for dtype in (torch.float32, torch.bfloat16)}
+    if name == "auto":
+        faster = rates[torch.bfloat16] > 1.3 * rates[torch.float32] and device.type != "mps"
+        dtype = torch.bfloat16 if faster else torch.float32
+        reason = "measured: " + ", ".join(f"{str(d)[6:]} {r / 1e9:,.0f} GFLOP/s" for d, r in rates.items())
+    else:
+        dtype, reason = getattr(torch, name), "as asked"
+    return dtype, rates[dtype], reason
+
+
+def matrix_product_rate(device, dtype, n=1536, seconds=0.3):
+    """FLOP/s of an (n, n) matrix product, the best of what fits in the time: the machine's practical peak."""
+    a, b = (torch.ones(n, n, device=device, dtype=dtype) for _ in range(2))
+    best, end = math.inf, time.perf_counter() + seconds
+    while True:
+        start = time.perf_counter()
+        (a @ b)[0, 0].item()                          # waits for the device
+        best = min(best, time.perf_counter() - start)
+        if time.perf_counter() > end:
+            return 2 * n**3 / best
+
+
+def choose_machine(settings):
+    """-> (torch.device, dtype of the forward pass, FLOP/s of a large matrix product in it), each printed with its reason."""
+    device, reason = choose_device(settings.device)
+    print(f"device: {device} ({reason})")
+    precision, peak, reason = choose_precision(settings.precision, device)
+    print(f"precision: {str(precision)[6:]} ({reason})")
+    return device, precision, peak
+
+
+# ---------------------------------------------------------------- randomness and rates, each a function of the step
+
+def generator(seed, purpose, step):
+    """The torch.Generator (CPU) for one purpose at one step; the same on every machine."""
+    digest = hashlib.blake2b(f"{seed} {purpose} {step}".encode(), digest_size=7).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little"))
+
+
+def rate_at(step, steps, warmup, decay=0.5):
+    """The share of the peak learning rate at a step: linear up over `warmup` steps, flat, linear to 0 over the last
+    `decay` part.
+
+    >>> [round(rate_at(s, 10, 2), 2) for s in range(10)]
+    [0.5, 1, 1, 1, 1, 1, 0.8, 0.6, 0.4, 0.2]
+    """
+    return min(1, (step + 1) / max(warmup, 1), (steps - step) / max(decay * steps, 1))
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum whose update is made orthogonal: every direction of a matrix learns at the same speed.
+
+    For matrices and, flattened to (out, in · k · k), convolution kernels; embeddings and vectors go to AdamW. Jordan
+    et al. 2024, "Muon: An optimizer for hidden layers in neural networks" (kellerjordan.github.io/posts/muon).
+    """
+
+    def __init__(self, parameters, lr, momentum=0.95, weight_decay=0.0, precision=torch.float32):
+        super().__init__(parameters, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
+        self.precision = precision
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for parameter in (p for p in group["params"] if p.grad is not None):
+                state, gradient = self.state[parameter], parameter.grad
+                if not state:
+                    state["momentum"] = torch.zeros_like(gradient)
+                state["momentum"].mul_(group["momentum"]).add_(gradient)
+                update = gradient.add(state["momentum"], alpha=group["momentum"]).flatten(1)     # Nesterov
+                rows, columns = update.shape
+                scale = max(1, rows / columns) ** 0.5
+                parameter.mul_(1 - group["lr"] * group["weight_decay"])
+                parameter.add_(orthogonalise(update, self.precision).view_as(parameter), alpha=-group["lr"] * scale)
+
+
+def orthogonalise(matrix, precision=torch.float32):
+    """U Vᵀ for matrix = U S Vᵀ, nearly: five steps of a Newton–Schulz iteration whose polynomial pulls every singular
+    value into about 0.7 … 1.2. bfloat16 is precise enough for that."""
+    x = matrix.to(precision)
+    x = x.T if matrix.shape[0] > matrix.shape[1] else x
+    x = x / (x.norm() + 1e-7)
+    for _ in range(5):
+        a = x @ x.T
+        x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
+    return (x.T if matrix.shape[0] > matrix.shape[1] else x).to(matrix.dtype)
+
+
+# ---------------------------------------------------------------- the run's folder
+
+CHECKPOINT_FORMAT = "minissl checkpoint 1"
+MAY_CHANGE = {"steps", "device", "resume", "run", "data_dir", "fill"}      # between a run and its resumption
+
+
+class Run:
+    """A folder with config.json, metrics.csv, checkpoint.pt; what a script does with time and files goes through it.
+
+    checkpoint: None for a new run, or the last checkpoint of the run that is resumed.
+    stopping: becomes True at Ctrl-C or SIGTERM; the loop looks at it once a step, saves and leaves.
+    """
+
+    def __init__(self, settings, save_every=30):
+        self.folder, self.settings, self.checkpoint = Path(settings.run), settings, None
+        self.save_every, self.stopping, self.rows = save_every, False, []
+        if settings.resume:
+            self.checkpoint = load_checkpoint(self.folder)
+            self._compare(self.checkpoint["settings"])
+            with open(self.folder / "metrics.csv", encoding="utf-8", newline="") as file:
+                self.rows = [row for row in csv.DictReader(file)
+                             if None not in row.values() and int(row["step"]) <= self.checkpoint["step"]]
+        elif self.folder.exists() and any(self.folder.iterdir()):
+            what = "a run" if (self.folder / "config.json").exists() else "something else"
+            raise UserError(f"{self.folder} holds {what} already: --resume goes on with a run, --run with another name "
+                            f"starts one beside it, or delete the folder")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        config = dict(settings=asdict(settings), command=shlex.join(["python", *sys.argv]), python=sys.version.split()[0],
+                      torch=torch.__version__, numpy=np.__version__, started=time.strftime("%Y-%m-%d %H:%M:%S"))
+        write_atomically(self.folder / "config.json", json.dumps(config, indent=2).encode())
+        self.started = self.saved = self.logged = time.perf_counter()
+        self.logged_step = self.checkpoint["step"] if self.checkpoint else 0
+        self.items, self.flops, self.losses = 0, 0, []
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._stop)
+
+    def _stop(self, number, frame):
+        self.stopping = True
+        signal.signal(number, signal.SIG_DFL)         # a second Ctrl-C ends it at once
+
+    def _compare(self, old):
+        for name, value in asdict(self.settings).items():
+            if name not in MAY_CHANGE and old.get(name) != value:
+                raise UserError(f"--{name.replace('_', '-')} {value}: the run in {self.folder} was started with "
+                                f"{old.get(name)}; resume with that, or start another run")
+        if self.settings.steps < self.checkpoint["step"]:
+            raise UserError(f"--steps {self.settings.steps}: the run in {self.folder} has made {self.checkpoint['step']}")
+
+    def restore(self, model, optimizers):
+        """Put the checkpoint's state, if there is one, into the model and the optimizers. -> the step to go on with."""
+        if not self.checkpoint:
+            return 0
+        model.load_state_dict(self.checkpoint["model"])
+        for optimizer, state in zip(optimizers, self.checkpoint["optimizers"]):
+            optimizer.load_state_dict(state)
+        return self.checkpoint["step"]
+
+    def count(self, items, flops, *losses):
+        """Add a step, or a part of one, to the log's next row. Losses stay on the device: no waiting for it here."""
+        self.items += items
+        self.flops += flops
+        if losses:
+            self.losses = [a + b.detach() for a, b in zip(self.losses or [0.0] * len(losses), losses)]
+
+    def log(self, step, chance, peak, more):
+        """Write a row of metrics.csv and a line on the terminal: the losses since the last row, each beside its chance
+        level, then `more`. A loss that is not finite ends the run."""
+        seconds, steps = time.perf_counter() - self.logged, max(step - self.logged_step, 1)
+        losses = {name: round(float(total) / steps, 4) for name, total in zip(chance, self.losses)}
+        if not all(map(math.isfinite, losses.values())):
+            raise UserError(f"the loss is {losses} at step {step}: try a lower --learning-rate; the last good checkpoint, if "
+                            f"there is one, is {self.folder / 'checkpoint.pt'}")
+        more = dict(rate_per_second=round(self.items / seconds), share_of_peak=round(self.flops / seconds / peak, 3), **more)
+        self.rows.append(dict(step=step, seconds=round(time.perf_counter() - self.started, 1), **losses, **more))
+        self._write_rows()
+        shown = [f"{name} {value:.3f} (chance {chance[name]:.2f})" for name, value in losses.items() if value]
+        shown += [f"{name.replace('_', ' ')} {value:,}" for name, value in more.items() if value != ""]
+        left = seconds / steps * (self.settings.steps - step) / 60
+        print(f"step {step:,}/{self.settings.steps:,}  " + "  ".join(shown) + f"  {left:.1f} min left", flush=True)
+        self.items, self.flops, self.losses = 0, 0, []
+        self.logged, self.logged_step = time.perf_counter(), step
+
+    def show(self, passages):
+        """Print the first passages that the model has filled in, keep them all for the page, and renew the page."""
+        for text, wanted, got in passages[:2]:
+            print(f"    {text}\n    wanted {', '.join(wanted)} | got {', '.join(got)}", flush=True)
+        write_atomically(self.folder / "sentences.json", json.dumps(passages).encode())
+        report.write_page(self.folder)
+
+    def _write_rows(self):
+        text = io.StringIO()
+        writer = csv.DictWriter(text, list(self.rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(self.rows)
+        write_atomically(self.folder / "metrics.csv", text.getvalue().encode())
+
+    @contextlib.contextmanager
+    def pause(self):
+        """Around an evaluation: its time does not count in the training rates."""
+        start = time.perf_counter()
+        yield
+        self.logged += time.perf_counter() - start
+
+    def due(self):
+        """Is it time to save? By the clock, so that a save every few minutes costs under 1 %; nothing else depends on it."""
+        return self.stopping or time.perf_counter() - self.saved > self.save_every
+
+    def save(self, step, model, optimizers, **more):
+        """Everything that a resumed run needs. A state that is not finite never replaces a good one."""
+        if not all(bool(p.isfinite().all()) for p in model.parameters()):
+            raise UserError(f"the weights are not finite at step {step}: try a lower --learning-rate; {self.folder} keeps its "
+                            f"last good checkpoint")
+        state = dict(format=CHECKPOINT_FORMAT, step=step, settings=asdict(self.settings), model=model.state_dict(),
+                     optimizers=[optimizer.state_dict() for optimizer in optimizers], **more)
+        data = io.BytesIO()
+        torch.save(state, data)
+        write_atomically(self.folder / "checkpoint.pt", data.getbuffer())
+        self.saved = time.perf_counter()
+
+
+def write_atomically(path, data):
+    """To a temporary file, flushed, renamed: after a crash the path holds the old bytes or the new, never a part."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def load_checkpoint(folder):
+    """The checkpoint of a run's folder; see read_checkpoint."""
+    return read_checkpoint(Path(folder) / "checkpoint.pt", CHECKPOINT_FORMAT)
+
+
+def read_checkpoint(path, format):
+    """A dict of tensors, numbers, strings, lists and dicts, on the CPU, that says of itself that it has this format.
+
+    Raises UserError where there is none, or it is damaged, or another program's, or another version's.
+    """
+    if not path.exists():
+        raise UserError(f"{path}: there is no such file; " + ("give the folder of a run that a training script has made"
+                        if path.name == "checkpoint.pt" else "finetune.py makes it when it prints its table"))
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:              # a damaged pickle can fail in any way: IndexError, UnicodeDecodeError, ...
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"{path} cannot be read as a checkpoint ({reason[:100]}): it is damaged or another program's") from None
+    if not isinstance(checkpoint, dict) or checkpoint.get("format") != format:
+        raise UserError(f"{path} is not of this version of minissl ({format})")
+    return checkpoint

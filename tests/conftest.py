@@ -1,0 +1,51 @@
+import random
+import sys
+
+import pytest
+
+TOPICS = {"sea": ("ship harbour wave sailor anchor storm fish island", "sails drifts sinks floats waits turns"),
+          "city": ("street tower market tram bridge window crowd square", "rises opens closes shines sleeps grows")}
+
+
+def story(topic, seed, sentences=12):
+    """Sentences in which a noun fixes its verb, so that a masked word can be told from its neighbours."""
+    nouns, verbs = (words.split() for words in TOPICS[topic])
+    draw = random.Random(f"{topic} {seed}")
+    lines = []
+    for _ in range(sentences):
+        n = draw.randrange(len(nouns))
+        lines.append(f"The {nouns[n]} {verbs[n % len(verbs)]} and the {nouns[n - 1]} {verbs[(n - 1) % len(verbs)]}.")
+    return " ".join(lines)
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory):
+    """A folder with two classes of 100 short texts each."""
+    folder = tmp_path_factory.mktemp("corpus")
+    for topic in TOPICS:
+        (folder / topic).mkdir()
+        for n in range(100):
+            (folder / topic / f"{n:03}.txt").write_text(story(topic, n), encoding="utf-8")
+    return folder
+
+
+TINY = ("--steps 90 --embedding-steps 30 --batch-size 8 --window 32 --width 32 --heads 2 --layers 1 --vocabulary-size 400 "
+        "--pairs 100 --evaluate-every 30 --device cpu --precision float32").split()
+
+
+@pytest.fixture
+def run_script(monkeypatch, capsys):
+    """run_script(module, "--flag", value, ...) -> (exit code, what it printed), in this process."""
+    from minissl import training
+
+    def run(module, *arguments):
+        monkeypatch.setattr(sys, "argv", [module.__name__ + ".py", *map(str, arguments)])
+        code = 0
+        try:
+            training.run_script(module.main)
+        except SystemExit as stop:
+            code = stop.code or 0
+        printed = capsys.readouterr()
+        return code, printed.out + printed.err
+
+    return run

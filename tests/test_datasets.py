@@ -1,0 +1,210 @@
+"""What the loaders return, and what they say of odd files."""
+
+import gzip
+import hashlib
+import io
+import tarfile
+
+import numpy as np
+import pytest
+
+from conftest import story
+from minissl import UserError, datasets
+from minissl.datasets import HELD_OUT, TEST, TRAIN, load_texts
+
+
+def folder_of(tmp_path, files):
+    for name, content in files.items():
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content if isinstance(content, bytes) else content.encode("utf-8"))
+    return str(tmp_path)
+
+
+def strings(texts):
+    return [texts.tokenizer.decode(texts[i].tolist()) for i in range(len(texts))]
+
+
+def test_a_folder_with_classes_is_split_in_blocks_and_every_text_comes_back_whole(corpus, tmp_path):
+    texts = load_texts(str(corpus), tmp_path, 400)
+    assert texts.classes == ["city", "sea"] and texts.tokens.dtype == np.uint16
+    assert np.bincount(texts.split).tolist() == [140, 20, 40]
+    for label, topic in enumerate(texts.classes):
+        mine = texts.select(texts.labels == label)
+        assert strings(mine) == [story(topic, n).lower() for n in range(100)]
+        assert mine.split.tolist() == [TRAIN] * 70 + [HELD_OUT] * 10 + [TEST] * 20
+
+
+def test_the_tokenizer_never_sees_the_test_texts_and_no_text_stands_on_both_sides(tmp_path):
+    files = {f"a/{n:02}.txt": f"common words number {n}" for n in range(10)} | {f"b/{n:02}.txt": f"other words {n}" for n in range(10)}
+    files["a/09.txt"] = "zyzzyva zyzzyva zyzzyva zyzzyva"         # test texts, by their place
+    files["a/08.txt"] = "twin text"
+    files["b/00.txt"] = files["a/08.txt"]                         # among the training texts of class b
+    texts = load_texts(folder_of(tmp_path / "t", files), tmp_path / "d", 320)
+    assert not any("zyz" in token.decode("utf-8", "replace") for token in texts.tokenizer.bytes_of)
+    where = [int(texts.split[i]) for i, s in enumerate(strings(texts)) if s == "twin text"]
+    assert where == [TEST] and len(texts) == 19 and "1 texts dropped" in texts.notes[-1]
+
+
+def test_a_twin_is_dropped_from_the_less_precious_split_and_test_texts_all_stay():
+    split = np.array([TRAIN, TEST, TEST, HELD_OUT, TRAIN, TRAIN, TRAIN], np.uint8)
+    labels = np.array([-1, 0, 0, 0, -1, 0, 1])
+    hashes = np.array([7, 7, 7, 8, 9, 9, 8], np.uint64)
+    assert datasets._without_twins(hashes, split, labels).tolist() == [False, True, True, True, False, True, False]
+
+
+def test_hidden_and_empty_files_are_passed_over_and_counted(tmp_path, capsys):
+    files = {"one.txt": "some words here", "two.txt": "some more words", ".hidden.txt": "no", ".git/x.txt": "no",
+             "empty.txt": "", "notes.md": "no"}
+    (tmp_path / "nothing").mkdir()
+    texts = load_texts(folder_of(tmp_path, files), tmp_path.parent / "d1", 300)
+    assert strings(texts) == ["some words here", "some more words"]
+    said = capsys.readouterr().err
+    assert all(part in said for part in ("2 hidden", "1 empty", "1 not .txt", "1 empty folders"))
+
+
+def test_a_file_is_its_paragraphs_or_without_blank_lines_its_lines(tmp_path):
+    (tmp_path / "p.txt").write_text("one\ntwo\n\n \nthree\n", encoding="utf-8")
+    (tmp_path / "l.txt").write_bytes(b"\xef\xbb\xbfone\r\ntwo\r\nthree")
+    assert [" ".join(t.split()) for t in datasets.read_texts(tmp_path / "p.txt")] == ["one two", "three"]
+    assert [t.strip() for t in datasets.read_texts(tmp_path / "l.txt")] == ["one", "two", "three"]
+
+
+def test_a_line_of_megabytes_is_read_in_pieces_without_losing_a_character(tmp_path):
+    text = "añ€😀" * 700_000                                      # 7 MB, no newline; pieces end inside characters
+    (tmp_path / "long.txt").write_text(text, encoding="utf-8")
+    pieces = list(datasets.read_texts(tmp_path / "long.txt"))
+    assert "".join(pieces) == text and len(pieces) > 3 and max(map(len, pieces)) <= 2 * datasets.TEXT_BYTES
+
+
+@pytest.mark.parametrize("name, content, sentence", [
+    ("a.txt", b"", "the file is empty"), ("a.txt", b" \n \n", "no text at all"),
+    ("a.txt", b"good\nbad \xff here", "not UTF-8: byte 9"), ("a.txt", gzip.compress(b"text"), "gzip"),
+    ("a.txt", b"cut off \xe2\x82", "not UTF-8: byte 8"), ("a.csv", b"x", "must end in .txt")])
+def test_an_odd_file_gets_a_sentence_and_leaves_nothing_behind(name, content, sentence, tmp_path):
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=sentence):
+        load_texts(str(path), tmp_path / "data", 300)
+    assert not (tmp_path / "data").exists() or not list((tmp_path / "data" / "cache").iterdir())
+
+
+def test_the_cache_is_used_and_a_damaged_one_is_made_anew(corpus, tmp_path, monkeypatch, capsys):
+    first = np.array(load_texts(str(corpus), tmp_path, 400).tokens)       # a copy: the file itself is about to be cut
+    monkeypatch.setattr(datasets, "_encode", None)                # a second reading must not encode again
+    assert np.array_equal(first, load_texts(str(corpus), tmp_path, 400).tokens)
+    monkeypatch.undo()
+    cache, = (tmp_path / "cache").iterdir()
+    for name in ("tokens.bin", "index.npz"):
+        whole = (cache / name).read_bytes()
+        for damaged in (whole[:len(whole) // 2], whole[:99] + bytes([whole[99] ^ 4]) + whole[100:], b""):
+            (cache / name).write_bytes(damaged)
+            assert np.array_equal(load_texts(str(corpus), tmp_path, 400).tokens, first), (name, len(damaged))
+            assert "is damaged" in capsys.readouterr().err
+            assert (cache / name).read_bytes() == whole
+
+
+def test_slices_padded_and_flat_hold_the_same_tokens(corpus, tmp_path):
+    texts = load_texts(str(corpus), tmp_path, 400)
+    which = np.array([5, 199, 0])
+    padded, lengths = texts.padded(which)
+    flat, owner = texts.flat(which)
+    for row, i in enumerate(which):
+        assert padded[row, :lengths[row]].tolist() == texts[i].tolist() and not padded[row, lengths[row]:].any()
+        assert flat[owner == row].tolist() == texts[i].tolist() + [0]
+    cut = texts.select(which).cut(10)
+    assert cut.lengths.max() <= 10 and cut.lengths.min() >= 5
+    assert np.concatenate([cut[i] for i in range(len(cut))]).tolist() == flat[flat > 0].tolist()
+
+
+def test_an_epoch_of_windows_shows_every_text_once_and_the_rest_is_what_is_outside(corpus, tmp_path):
+    texts = load_texts(str(corpus), tmp_path, 400)
+    windows = datasets.Windows(texts, window=32, batch_size=4, seed=0, rest=True)
+    seen = []
+    for step in range(windows.batches):
+        tokens, lengths, rest, owner = windows(step)
+        assert lengths.sum() <= 4 * 32
+        for row in range(len(tokens)):
+            inside, outside = tokens[row, :lengths[row]].tolist(), rest[owner == row]
+            start = int((outside == 0).nonzero()[0])              # the window's place is blanked
+            outside = outside.tolist()[:-1]
+            assert outside[start:start + len(inside)] == [0] * len(inside)
+            seen.append(tuple(outside[:start] + inside + outside[start + len(inside):]))
+    assert sorted(seen) == sorted(tuple(texts[i].tolist()) for i in range(len(texts)))
+    first = windows(0)
+    second = datasets.Windows(texts, 32, 4, seed=0, rest=True)(0)         # a function of seed and step alone
+    assert all((a == b).all() for a, b in zip(first, second))
+
+
+def test_documents_read_and_unread_tokens_together_are_the_texts(corpus, tmp_path):
+    texts = load_texts(str(corpus), tmp_path, 400)
+    documents = datasets.Documents(texts, 16, seed=0)
+    read, unread, owner, count = documents(3)
+    assert count == 16 and not ((read > 0) & (unread > 0)).any()
+    both = (read + unread).tolist()
+    order = [texts[i].tolist() for i in range(len(texts))]
+    assert all([t for t, o in zip(both, owner.tolist()) if o == row][:-1] in order for row in range(16))
+    assert 0.4 < float((read > 0).sum()) / float(((read + unread) > 0).sum()) < 0.6
+
+
+# ---------------------------------------------------------------- archives and docstrings
+
+def imdb_archive(path, cut=None):
+    raw = io.BytesIO()
+    with tarfile.open(fileobj=raw, mode="w:gz") as archive:
+        for part in ("test", "train"):
+            for label in ("neg", "pos", "unsup"):
+                for n in range(20 if (part, label) != ("test", "unsup") else 0):
+                    text = f"{part} {label} review<br />number {n}".encode()
+                    info = tarfile.TarInfo(f"aclImdb/{part}/{label}/{n}_{n % 10}.txt")
+                    info.size = len(text)
+                    archive.addfile(info, io.BytesIO(text))
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(raw.getvalue()[:cut])
+
+
+def test_imdb_is_read_in_place_and_holds_out_the_last_tenth_of_each_training_class(tmp_path):
+    imdb_archive(tmp_path / "aclImdb_v1.tar.gz")
+    texts = load_texts("imdb", tmp_path, 300)
+    said = strings(texts)
+    assert len(texts) == 100 and texts.classes == ["neg", "pos"]
+    assert {s for s, part in zip(said, texts.split) if part == HELD_OUT} == {
+        f"train {label} review number {n}" for label in ("neg", "pos") for n in (18, 19)}
+    assert all((part == TEST) == s.startswith("test") for s, part in zip(said, texts.split))
+    assert all((label < 0) == ("unsup" in s) for s, label in zip(said, texts.labels))
+
+
+@pytest.mark.parametrize("cut", [0, 10, 400, -200, -60, -1])
+def test_a_truncated_archive_gets_a_sentence(cut, tmp_path):
+    imdb_archive(tmp_path / "aclImdb_v1.tar.gz", cut)
+    with pytest.raises(UserError, match="aclImdb_v1.tar.gz"):
+        load_texts("imdb", tmp_path, 300)
+
+
+def test_a_download_with_another_checksum_is_refused_and_removed(tmp_path):
+    (tmp_path / "served").write_bytes(b"something else")
+    url = (tmp_path / "served").as_uri()
+    with pytest.raises(UserError, match="not the published file.*put it at"):
+        datasets.download(url, tmp_path / "out", "0" * 32)
+    assert [p.name for p in tmp_path.iterdir()] == ["served"]
+    datasets.download(url, tmp_path / "out", hashlib.md5(b"something else").hexdigest())
+    assert (tmp_path / "out").read_bytes() == b"something else"
+
+
+def test_docstrings_are_split_by_file_and_do_not_name_their_package(tmp_path):
+    files = []
+    for package in ("alpha", "beta"):
+        for n in range(10):
+            path = tmp_path / package / f"m{n}.py"
+            path.parent.mkdir(exist_ok=True)
+            path.write_text("\n".join(f'def f{i}():\n    """alpha and Beta.thing {n} {i}."""' for i in range(25)), encoding="utf-8")
+            files.append((path, (package, f"m{n}")))
+    found = list(datasets._read_pydocs(files))
+    assert len(found) == 500 and {label for _, label, _ in found} == {"alpha", "beta"}
+    assert all(text.startswith("package and package.thing") for text, _, _ in found)
+    parts = {}
+    for text, label, part in found:
+        parts.setdefault((label, text.split()[3]), set()).add(part)
+    assert all(len(sides) == 1 for sides in parts.values())
+    shares = np.bincount([part for _, _, part in found]) / 500
+    np.testing.assert_allclose(shares, [0.7, 0.1, 0.2], atol=0.01)

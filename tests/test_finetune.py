@@ -1,0 +1,141 @@
+"""Fine-tuning, probes and the baseline: what they may see, and that they count everything."""
+
+import csv
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import finetune
+import train_mlm
+from conftest import TINY
+from minissl import datasets, evaluation
+
+
+@pytest.fixture(scope="module")
+def trained(corpus, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", ["train_mlm.py", "--data", str(corpus), "--data-dir", str(folder / "data"),
+                                   "--run", str(folder / "mlm"), *TINY])
+        train_mlm.main()
+    return folder / "mlm"
+
+
+def test_the_table_has_every_row_and_column_and_lands_in_csv_and_page(trained, run_script):
+    code, printed = run_script(finetune, trained, "--labels", 2, 10, "all", "--seeds", 2, "--data-dir", trained.parent / "data")
+    assert code == 0, printed
+    with open(trained / "finetune.csv", encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert {(r["labels_a_class"], r["method"]) for r in rows} == {
+        (labels, method) for labels in ("2", "10", "all") for method in ("tf-idf", "from scratch", "linear probe", "fine-tuned")}
+    best = [float(r["test_accuracy"]) for r in rows if r["labels_a_class"] == "10" and r["method"] == "linear probe"]
+    assert np.mean(best) > 90          # the two topics share almost no noun: a probe that fails here is broken
+    assert "fine-tuned" in (trained / "report.html").read_text(encoding="utf-8")
+
+    (trained.parent / "new.txt").write_text("the ship sails\nthe tower opens\n", encoding="utf-8")
+    code, printed = run_script(finetune, trained, "--predict", trained.parent / "new.txt")
+    assert code == 0 and [line.split("\t")[0] for line in printed.splitlines()[-2:]] == ["sea", "city"], printed
+
+
+def test_permuting_the_test_labels_changes_no_choice_and_no_weight(trained, run_script, monkeypatch):
+    made, load = [], datasets.load_texts
+
+    def keep(settings, results, chance, classifier, classes):
+        made.append({k: v.clone() for k, v in classifier.state_dict().items()})
+    monkeypatch.setattr(finetune, "write_results", keep)
+
+    def permuted(*arguments, **options):
+        texts = load(*arguments, **options)
+        test = np.flatnonzero(texts.split == datasets.TEST)
+        texts.labels = texts.labels.copy()
+        texts.labels[test] = texts.labels[test][::-1]
+        return texts
+    for loader in (load, permuted):
+        monkeypatch.setattr(finetune, "load_texts", loader)
+        code, printed = run_script(finetune, trained, "--labels", 5, "--seeds", 1, "--data-dir", trained.parent / "data")
+        assert code == 0, printed
+    assert made[0].keys() == made[1].keys() and all(torch.equal(made[0][k], made[1][k]) for k in made[0])
+
+
+def test_features_are_written_one_row_a_text(trained, corpus, run_script, tmp_path):
+    code, _ = run_script(finetune, trained, "--features", tmp_path / "out.npy", "--data", corpus, "--data-dir", tmp_path)
+    features = np.load(tmp_path / "out.npy")
+    assert code == 0 and features.shape == (200, 32) and features.dtype == np.float32 and np.isfinite(features).all()
+
+
+@pytest.mark.parametrize("flags, sentence", [
+    (["--labels", "1000"], "no 1000 labels a class"), (["--labels", "some"], "whole numbers above 0, or all"),
+    (["--predict", "not/there.txt"], "not/there.txt"), (["--data", "not/there"], "there is nothing there")])
+def test_what_cannot_be_done_is_said_in_one_sentence(flags, sentence, trained, run_script):
+    code, printed = run_script(finetune, trained, "--data-dir", trained.parent / "data", *flags)
+    assert code == 2 and sentence in printed.splitlines()[-1] and "Traceback" not in printed
+
+
+def test_a_folder_that_is_no_run_is_refused(tmp_path, run_script):
+    code, printed = run_script(finetune, tmp_path)
+    assert code == 2 and "there is no such file" in printed
+    (tmp_path / "checkpoint.pt").write_bytes(b"rubbish")
+    code, printed = run_script(finetune, tmp_path)
+    assert code == 2 and "damaged or another program's" in printed
+
+
+# ---------------------------------------------------------------- the pieces
+
+def test_accuracy_counts_every_item_at_any_batch_size(trained, corpus, tmp_path):
+    texts = datasets.load_texts(str(corpus), tmp_path, 400).select(np.arange(37))
+    encode = lambda tokens, lengths: torch.stack([lengths, tokens.sum(1)], 1).float()
+    whole = evaluation.text_features(encode, texts, torch.autocast("cpu", enabled=False), tokens_a_batch=10**9)
+    for size in (1, 200, 1000):
+        assert torch.equal(whole, evaluation.text_features(encode, texts, torch.autocast("cpu", enabled=False), tokens_a_batch=size))
+    assert whole[:, 0].tolist() == texts.lengths.tolist()
+
+
+def test_label_draws_are_balanced_repeatable_and_without_replacement():
+    labels = np.array([0, 1, -1, 1, 0, 1, 1, 0, -1])
+    drawn = evaluation.draw_labels(labels, 2, seed=3)
+    assert len(set(drawn)) == 4 and sorted(labels[drawn]) == [0, 0, 1, 1]
+    assert (drawn == evaluation.draw_labels(labels, 2, seed=3)).all()
+    assert len({tuple(evaluation.draw_labels(labels, 2, seed)) for seed in range(9)}) > 1
+    assert (evaluation.draw_labels(labels, None, 0) == np.flatnonzero(labels >= 0)).all()
+    with pytest.raises(ValueError, match="class 0 has 3 labelled examples, not 4"):
+        evaluation.draw_labels(labels, 4, 0)
+
+
+def test_logistic_regression_finds_the_minimum_and_sparse_equals_dense():
+    torch.manual_seed(0)
+    x, labels = torch.randn(60, 5) * (torch.rand(60, 5) < 0.5), torch.randint(0, 3, (60,))
+    found = evaluation.logistic_regression(x, labels, 3, 0.1).double().requires_grad_()
+    loss = F.cross_entropy(x.double() @ found[:-1] + found[-1], labels) + 0.05 * found[:-1].square().sum()
+    loss.backward()
+    assert found.grad.abs().max() < 1e-4                          # convex: no gradient, no better place
+    owner, term = x.nonzero(as_tuple=True)
+    sparse = evaluation.csr(F.pad(torch.bincount(owner, minlength=60).cumsum(0), (1, 0)), term, x[owner, term], x.shape)
+    torch.testing.assert_close(evaluation.logistic_regression(sparse, labels, 3, 0.1), found.detach().float(), atol=1e-3, rtol=1e-3)
+    chosen = torch.tensor([5, 0, 59])
+    assert torch.equal(evaluation.rows(sparse, chosen).to_dense(), x[chosen])
+
+
+def test_nearest_neighbours_vote_as_a_loop_does():
+    torch.manual_seed(1)
+    features, labels, queries = torch.randn(30, 4), torch.randint(0, 3, (30,)), torch.randn(11, 4)
+    centre, right = features.mean(0), 0
+    answers = torch.randint(0, 3, (11,))
+    for query, answer in zip(queries, answers):
+        cosine = [float(F.cosine_similarity(query - centre, f - centre, dim=0)) for f in features]
+        nearest = sorted(range(30), key=lambda i: -cosine[i])[:5]
+        votes = [sum(np.exp(cosine[i] / 0.07) for i in nearest if labels[i] == c) for c in range(3)]
+        right += int(np.argmax(votes)) == int(answer)
+    assert evaluation.knn_accuracy(features, labels, queries, answers, k=5) == pytest.approx(100 * right / 11)
+
+
+def test_tf_idf_is_the_textbook_formula():
+    counts = torch.tensor([[2.0, 0, 1], [0, 3, 1], [1, 0, 0]])
+    owner, term = counts.nonzero(as_tuple=True)
+    sparse = evaluation.csr(F.pad(torch.bincount(owner, minlength=3).cumsum(0), (1, 0)), term, counts[owner, term], counts.shape)
+    found = evaluation.tf_idf(sparse, np.array([0, 1])).to_dense()
+    for i in range(3):
+        row = [0.0 if counts[i, j] == 0 else (1 + np.log(float(counts[i, j]))) * (np.log(3 / (1 + int((counts[:2, j] > 0).sum()))) + 1)
+               for j in range(3)]
+        np.testing.assert_allclose(found[i], np.array(row) / np.linalg.norm(row), rtol=1e-5)

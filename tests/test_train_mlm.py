@@ -1,0 +1,161 @@
+"""The masked language model end to end, on a corpus of a few kilobytes."""
+
+import csv
+import json
+
+import numpy as np
+import pytest
+import torch
+
+import train_mlm
+from conftest import TINY
+from minissl import datasets, training, transformer
+
+
+@pytest.fixture(scope="session")
+def trained(corpus, tmp_path_factory):
+    """One finished tiny run, for the tests that only look."""
+    folder = tmp_path_factory.mktemp("runs")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", ["train_mlm.py", "--data", str(corpus), "--data-dir", str(folder / "data"),
+                                   "--run", str(folder / "mlm"), *TINY])
+        train_mlm.main()
+    return folder / "mlm"
+
+
+def checkpoint_of(run):
+    return training.load_checkpoint(run)
+
+
+def assert_equal_states(a, b):
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.equal(a[name], b[name]), name
+
+
+def test_a_run_leaves_a_folder_with_all_that_is_promised(trained):
+    assert {"config.json", "metrics.csv", "checkpoint.pt", "report.html", "sentences.json"} <= {p.name for p in trained.iterdir()}
+    config = json.loads((trained / "config.json").read_text(encoding="utf-8"))
+    assert config["settings"]["steps"] == 90 and "train_mlm.py" in config["command"]
+    page = (trained / "report.html").read_text(encoding="utf-8")
+    assert "<svg" in page and "http" not in page.replace(config["command"], "")
+
+
+def test_two_runs_with_one_seed_are_equal_and_another_seed_is_not(corpus, tmp_path, run_script, trained):
+    flags = ["--data", corpus, "--data-dir", tmp_path, *TINY]
+    assert run_script(train_mlm, *flags, "--run", tmp_path / "b")[0] == 0
+    assert run_script(train_mlm, *flags, "--run", tmp_path / "c", "--seed", 1)[0] == 0
+    first = checkpoint_of(trained)["model"]
+    assert_equal_states(first, checkpoint_of(tmp_path / "b")["model"])
+    assert not torch.equal(first["token_embedding.weight"], checkpoint_of(tmp_path / "c")["model"]["token_embedding.weight"])
+
+
+def test_how_often_one_looks_does_not_change_what_is_learned(corpus, tmp_path, run_script, trained):
+    run_script(train_mlm, "--data", corpus, "--data-dir", tmp_path, *TINY, "--evaluate-every", 7, "--run", tmp_path / "b")
+    assert_equal_states(checkpoint_of(trained)["model"], checkpoint_of(tmp_path / "b")["model"])
+
+
+@pytest.mark.parametrize("at", [20, 60])           # in the first stage, in the second
+def test_a_stopped_and_resumed_run_ends_as_one_that_was_never_stopped(at, corpus, tmp_path, run_script, trained, monkeypatch):
+    log = training.Run.count
+
+    def stop_at(self, items, flops, *losses):
+        log(self, items, flops, *losses)
+        self.calls = getattr(self, "calls", 0) + 1
+        self.stopping = self.stopping or self.calls == at
+    monkeypatch.setattr(training.Run, "count", stop_at)
+    flags = ["--data", corpus, "--data-dir", tmp_path, *TINY, "--run", tmp_path / "b"]
+    code, printed = run_script(train_mlm, *flags)
+    assert code == 2 and "--resume" in printed
+    monkeypatch.setattr(training.Run, "count", log)
+    assert run_script(train_mlm, *flags, "--resume")[0] == 0
+    a, b = checkpoint_of(trained), checkpoint_of(tmp_path / "b")
+    assert_equal_states(a["model"], b["model"])
+    for one, other in zip(a["optimizers"], b["optimizers"]):
+        for key in one["state"]:
+            assert_equal_states(one["state"][key], other["state"][key])
+
+
+def test_metrics_have_no_gap_and_no_row_twice_after_a_resumption(corpus, tmp_path, run_script):
+    flags = ["--data", corpus, "--data-dir", tmp_path, *TINY, "--run", tmp_path / "b"]
+    run_script(train_mlm, *flags, "--steps", 60)
+    assert run_script(train_mlm, *flags, "--steps", 90, "--resume")[0] == 0
+    with open(tmp_path / "b" / "metrics.csv", encoding="utf-8", newline="") as file:
+        assert [int(row["step"]) for row in csv.DictReader(file)] == [1, 30, 60, 61, 90]
+
+
+def test_gradient_accumulation_does_not_change_the_gradient(corpus, tmp_path, run_script):
+    for parts in (1, 3):
+        flags = ["--data", corpus, "--data-dir", tmp_path, *TINY, "--run", tmp_path / str(parts)]
+        run_script(train_mlm, *flags, "--steps", 31, "--gradient-accumulation", parts)
+    # After one step of the second stage Adam's first moments are the gradients, scaled: sums in another order.
+    one, other = (checkpoint_of(tmp_path / parts)["optimizers"][1]["state"] for parts in ("1", "3"))
+    for key in one:
+        torch.testing.assert_close(one[key]["momentum"], other[key]["momentum"], rtol=1e-3, atol=1e-6)
+
+
+def test_the_masked_loss_falls_well_below_the_entropy_of_single_words(corpus, tmp_path, run_script):
+    flags = ["--data", corpus, "--data-dir", tmp_path, *TINY, "--run", tmp_path / "b", "--steps", 500, "--evaluate-every", 250]
+    assert run_script(train_mlm, *flags)[0] == 0
+    texts = datasets.load_texts(str(corpus), tmp_path, 400)
+    share = np.bincount(texts.tokens) / len(texts.tokens)
+    entropy = -sum(p * np.log(p) for p in share if p)
+    with open(tmp_path / "b" / "metrics.csv", encoding="utf-8", newline="") as file:
+        held_out = float(list(csv.DictReader(file))[-1]["held_out"])
+    assert held_out < 0.6 * entropy, (held_out, entropy)
+
+
+def test_fill_answers_for_each_mask_and_refuses_a_text_without_one(trained, run_script):
+    code, printed = run_script(train_mlm, "--run", trained, "--fill", "The ship [MASK] and the [MASK], waits.")
+    assert code == 0 and printed.count("[MASK] ") == 2
+    code, printed = run_script(train_mlm, "--run", trained, "--fill", "no mask here")
+    assert code == 2 and "at least one [MASK]" in printed
+
+
+@pytest.mark.parametrize("flags, sentence", [
+    (["--masked-weight", "0"], ""), (["--document-weight", "0"], ""), (["--layers", "0"], "")])
+def test_each_term_and_the_embeddings_can_learn_alone(flags, sentence, corpus, tmp_path, run_script):
+    code, printed = run_script(train_mlm, "--data", corpus, "--data-dir", tmp_path, *TINY, *flags, "--run", tmp_path / "b")
+    assert code == 0, printed
+
+
+@pytest.mark.parametrize("flags, sentence", [
+    (["--stepz", "3"], "unrecognized arguments"), (["--steps", "many"], "invalid int value"),
+    (["--steps", "0"], "--steps 0: must be at least 1"), (["--mask-share", "nan"], "must be at least"),
+    (["--device", "tpu"], "invalid choice"), (["--heads", "3"], "multiple of --heads"),
+    (["--masked-weight", "0", "--document-weight", "0"], "nothing is left to learn"),
+    (["--data", "not/there"], "there is nothing there"), (["--batch-size", "9999"], "a step needs"),
+    (["--resume"], "there is no such file")])
+def test_a_wrong_setting_gets_one_sentence_and_exit_code_2(flags, sentence, corpus, tmp_path, run_script):
+    code, printed = run_script(train_mlm, "--data", corpus, "--data-dir", tmp_path, "--run", tmp_path / "b", *TINY, *flags)
+    assert code == 2 and sentence in printed.splitlines()[-1] and "Traceback" not in printed
+    assert not (tmp_path / "b" / "checkpoint.pt").exists()
+
+
+def test_a_run_is_never_overwritten_or_resumed_with_other_settings(trained, corpus, run_script):
+    flags = ["--data", corpus, "--data-dir", trained.parent / "data", *TINY, "--run", trained]
+    before = (trained / "checkpoint.pt").read_bytes()
+    code, printed = run_script(train_mlm, *flags)
+    assert code == 2 and "holds a run already" in printed
+    code, printed = run_script(train_mlm, *flags, "--resume", "--width", 64)
+    assert code == 2 and "--width 64" in printed and "32" in printed
+    code, printed = run_script(train_mlm, *flags, "--resume", "--steps", 50)
+    assert code == 2 and "has made 90" in printed
+    assert (trained / "checkpoint.pt").read_bytes() == before
+
+
+def test_a_run_folder_with_something_else_in_it_is_refused(tmp_path, corpus, run_script):
+    (tmp_path / "thesis.tex").write_text("precious", encoding="utf-8")
+    code, printed = run_script(train_mlm, "--data", corpus, "--data-dir", tmp_path / "d", "--run", tmp_path, *TINY)
+    assert code == 2 and "holds something else already" in printed
+
+
+def test_a_diverging_run_stops_with_a_sentence_and_keeps_the_last_good_checkpoint(trained, tmp_path):
+    model = transformer.from_checkpoint(checkpoint_of(trained))
+    run = object.__new__(training.Run)
+    run.folder = tmp_path
+    with torch.no_grad():
+        model.token_bias[3] = float("nan")
+    with pytest.raises(training.UserError, match="not finite at step 7"):
+        training.Run.save(run, 7, model, [])
+    assert not list(tmp_path.iterdir())

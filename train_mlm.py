@@ -1,0 +1,211 @@
+"""Pretrain a tiny transformer on text without labels: fill in masked words, guess the rest of the document.
+
+Two stages, one model. In the first `--embedding-steps` steps the transformer's blocks are still zero, so the document
+vector is a mean of embeddings, and the embeddings alone learn the document term from whole texts, at a million tokens
+a second. Then the blocks join in, and both losses train everything.
+
+    python train_mlm.py                                         docstrings of this machine's Python, about 3 minutes
+    python train_mlm.py --data imdb --run runs/imdb --steps 4600 --embedding-steps 1400       film reviews, 10 minutes
+    python train_mlm.py --data my_texts/ --run runs/mine        your own .txt files
+    python train_mlm.py --resume                                go on where Ctrl-C stopped
+    python train_mlm.py --fill "returns a [MASK] of strings"    ask the trained model
+    python finetune.py runs/mlm                                 what was it worth? a table
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from minissl import UserError, evaluation, transformer
+from minissl.datasets import TRAIN, Documents, Windows, frequent_pairs, load_texts
+from minissl.tokenizer import MASK, Tokenizer
+from minissl.training import (Muon, Run, at_least, choose_machine, generator, load_checkpoint, rate_at, read_settings,
+                              run_script)
+
+
+# ---------------------------------------------------------------- Settings
+
+@dataclass
+class Settings:
+    data: str = "pydocs"  # pydocs, imdb, a .txt file or a folder of them
+    data_dir: str = "data"  # where archives and caches lie
+    limit: int = 0  # take this many texts only, for a trial; 0: all
+    run: str = "runs/mlm"  # the run's folder
+    resume: bool = False  # go on with the run in --run
+    steps: int = 1500  # in all, both stages
+    embedding_steps: int = 500  # of these, how many the embeddings learn alone: 100 times cheaper than the others
+    batch_size: int = 32  # windows a step; the first stage takes 8 times as many whole texts
+    gradient_accumulation: int = 1  # split a step into parts, for little memory: the gradient stays the same
+    learning_rate: float = 0.02  # Muon's, on the blocks; the other rates are fixed multiples of it
+    seed: int = 0  # of everything random
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: the best there is
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 where it is measurably faster
+    compile: bool = False  # torch.compile the encoder: a minute first, then faster on a GPU
+    vocabulary_size: int = 8192  # subwords
+    pairs: int = 16384  # frequent word pairs with an embedding of their own: +3 points at 10 labels; 32,768 gave no more
+    width: int = 256  # of a token vector
+    layers: int = 2  # blocks
+    heads: int = 4  # of attention; 64 columns each
+    window: int = 128  # tokens that attend to each other
+    mask_share: float = 0.15  # of each window's tokens (BERT)
+    masked_weight: float = 1.0  # of the masked loss; 0 turns it off
+    document_weight: float = 4.0  # of the document term (4 against 1: +1 point at 100 and 500 labels); 0 turns it off, and with it the first stage
+    evaluate_every: int = 500  # steps
+    fill: str = ""  # instead of training: what the run in --run puts for each [MASK] of this text
+
+    def check(self):
+        at_least(1, steps=self.steps, batch_size=self.batch_size, gradient_accumulation=self.gradient_accumulation,
+                 width=self.width, heads=self.heads, window=self.window, evaluate_every=self.evaluate_every)
+        at_least(0, limit=self.limit, embedding_steps=self.embedding_steps, layers=self.layers, pairs=self.pairs,
+                 masked_weight=self.masked_weight, document_weight=self.document_weight, mask_share=self.mask_share)
+        at_least(1e-9, learning_rate=self.learning_rate)
+        at_least(300, vocabulary_size=self.vocabulary_size)
+        if self.width % self.heads:
+            raise UserError(f"--width {self.width} must be a multiple of --heads {self.heads}")
+        if self.mask_share > 1:
+            raise UserError(f"--mask-share {self.mask_share}: must be a share, at most 1")
+        if not self.masked_weight and not self.document_weight:
+            raise UserError("--masked-weight 0 and --document-weight 0: nothing is left to learn; keep one above 0")
+        if not self.document_weight:
+            self.embedding_steps = 0
+
+
+# ---------------------------------------------------------------- Asking a run
+
+def fill(settings):
+    """Print what the run's model puts for each [MASK] of a text, the five likeliest with their probabilities."""
+    checkpoint = load_checkpoint(settings.run)
+    model, tokenizer = transformer.from_checkpoint(checkpoint), Tokenizer.from_json(checkpoint["tokenizer"])
+    pieces = settings.fill.split("[MASK]")
+    ids = []
+    for n, piece in enumerate(pieces):
+        ids += [MASK] * (n > 0) + tokenizer.encode(piece, leading_space=n == 0 or piece[:1].isspace()).tolist()
+    places = [i for i, token in enumerate(ids) if token == MASK]
+    if not places or len(ids) > model.window:
+        raise UserError(f"--fill: the text has {len(places)} [MASK] and {len(ids)} tokens; it needs at least one [MASK] "
+                        f"and at most {model.window} tokens")
+    with torch.no_grad():
+        chances = model.token_logits(model(torch.tensor([ids]))[0, places]).softmax(1)           # (M, V)
+    for n, row in enumerate(chances):
+        best = row.topk(5)
+        print(f"[MASK] {n + 1}: " + ", ".join(f"{tokenizer.decode([i])} {p:.2f}" for p, i in
+                                              zip(best.values.tolist(), best.indices.tolist())))
+
+
+# ---------------------------------------------------------------- Model
+
+def new_model(settings, texts):
+    """The encoder with its output layers at the frequencies of the texts, and the weight of each term in a bag."""
+    torch.manual_seed(settings.seed)
+    V, slices = len(texts.tokenizer), texts.slices(4096)
+    model = transformer.TextEncoder(V, frequent_pairs(texts, V, settings.pairs), settings.width, settings.layers,
+                                    settings.heads, settings.window, min(64, settings.width) if settings.document_weight else settings.width)
+    counts = sum(model.count_terms(torch.from_numpy(texts.flat(which)[0]), 0, 1)[0] for which in slices)      # (V + N,)
+    weights = transformer.term_weights(counts, V)
+    with torch.no_grad():                                                # what needs no context is known from the start
+        model.token_bias.copy_(((counts[:V] + 1) / (counts[:V] + 1).sum()).log())
+        expected = counts * weights + 0.5
+        model.term_head.bias.copy_((expected / expected.sum()).log())
+    return model, weights
+
+
+# ---------------------------------------------------------------- Training
+
+def main():
+    settings = read_settings(Settings, __doc__)
+    settings.check()
+    if settings.fill:
+        return fill(settings)
+    run = Run(settings)
+    device, precision, peak = choose_machine(settings)
+    autocast = torch.autocast(device.type, precision, enabled=precision != torch.float32)
+    texts = load_texts(settings.data, settings.data_dir, settings.vocabulary_size, settings.limit,
+                       Tokenizer.from_json(run.checkpoint["tokenizer"]) if run.checkpoint else None)
+    V, D, k = len(texts.tokenizer), settings.width, settings.gradient_accumulation
+    pool = texts.select(texts.split == TRAIN).cut(1024)                  # a book is not one document
+    print(f"data: {settings.data}, {len(pool):,} texts to learn from, {pool.lengths.sum():,} tokens, vocabulary {V:,}"
+          + "".join(f"; {note}" for note in texts.notes))
+    if pool.lengths.sum() < settings.batch_size * settings.window:
+        raise UserError(f"--data {settings.data}: a step needs {settings.batch_size * settings.window:,} tokens (batch size × "
+                        f"window), found {pool.lengths.sum():,}; give more text, or a lower --batch-size or --window")
+    documents = Documents(pool, 8 * settings.batch_size, settings.seed)
+    windows = Windows(pool, settings.window, settings.batch_size, settings.seed, rest=settings.document_weight > 0)
+    evaluate = evaluation.MaskedText(texts, settings.window, settings.mask_share, device)
+
+    model, weights = new_model(settings, pool)
+    model, weights = model.to(device), weights.to(device)
+    matrices = list(model.blocks.parameters())                           # these learn by Muon, all else by AdamW
+    adamw = torch.optim.AdamW([dict(params=[model.token_embedding.weight, model.pair_embedding.weight], times=0.05),
+                               dict(params=[*model.term_head.parameters(), *model.token_dense.parameters(), model.token_bias],
+                                    times=0.15)], betas=(0.9, 0.99), weight_decay=0, fused=device.type != "mps")
+    optimizers = [adamw] + ([Muon(matrices, settings.learning_rate, precision=precision)] if matrices else [])
+    first = run.restore(model, optimizers)
+    if settings.compile:
+        model.compile()
+    blocks = sum(p.numel() for p in matrices)
+    print(f"model: {sum(p.numel() for p in model.parameters()):,} parameters, {blocks:,} of them in the blocks")
+
+    nothing = torch.zeros((), device=device)
+    for step in range(first, settings.steps):
+        if step < settings.embedding_steps:                              # First stage: the embeddings alone, whole texts
+            read, unread, owner, B = documents(step)
+            read, unread, owner = read.to(device), unread.to(device), owner.to(device)
+            z = transformer.norm(model.mean_of_embeddings(model.count_terms(read, owner, B)))     # (B, d)
+            bag = model.count_terms(unread, owner, B) * weights                                   # (B, V + N)
+            masked, document = nothing, transformer.document_loss(model.term_logits(z), bag)
+            document.backward()
+            rate = rate_at(step, settings.embedding_steps, warmup=20, decay=1)
+            run.count(len(read), 0, masked, document)
+        else:                                                            # Second stage: the transformer, windows
+            tokens, lengths, rest, owner = windows(step - settings.embedding_steps)
+            (B, T), real = tokens.shape, int(lengths.sum())
+            inputs, positions, targets = transformer.mask_tokens(tokens, lengths, V, settings.mask_share,
+                                                                 generator(settings.seed, "mask", step))
+            bag = model.count_terms(rest.to(device), owner.to(device), B) * weights               # (B, V + N)
+            filled = (bag.sum(1) > 0).sum().clamp(min=1)
+            for rows in torch.arange(B).chunk(k):                        # one part, unless gradients are accumulated
+                part, low = slice(rows[0], rows[-1] + 1), rows[0] * T
+                here = (positions >= low) & (positions < low + len(rows) * T)
+                size = lengths[part].to(device)
+                with autocast:
+                    x = model(inputs[part].to(device), None if lengths[part].min() == T else size)              # (b, T, D)
+                    hidden = x.flatten(0, 1)[(positions[here] - low).to(device)]                  # (m, D)
+                    masked = transformer.masked_language_model_loss(model.token_logits(hidden), targets[here].to(device),
+                                                                    len(targets)) if settings.masked_weight else nothing
+                    z = transformer.norm(model.mean(x, size))                                     # (b, d)
+                    document = transformer.document_loss(model.term_logits(z), bag[part],
+                                                         filled) if settings.document_weight else nothing
+                (settings.masked_weight * masked + settings.document_weight * document).backward()
+                run.count(0, 0, masked, document)
+            rate = rate_at(step - settings.embedding_steps, settings.steps - settings.embedding_steps, warmup=100)
+            run.count(real, 6 * (blocks * real + V * D * len(positions) + 2 * settings.layers * D * int((lengths**2).sum())))
+
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                times = 0.5 if step < settings.embedding_steps else group.get("times", 1)
+                group["lr"] = settings.learning_rate * times * rate
+            optimizer.step()
+            optimizer.zero_grad()
+
+        done, last = step + 1, step + 1 == settings.steps
+        look = last or done % settings.evaluate_every == 0 or done == settings.embedding_steps
+        if look or step == first or done % 100 == 0 or run.stopping:
+            with run.pause():
+                result, sentences = evaluate(model.eval(), autocast) if look else (evaluate.blank, None)
+                model.train()
+            run.log(done, dict(masked=math.log(V), document=math.log(V + len(model.pairs))), peak, result)
+            if sentences:
+                run.show(sentences)
+        if last or run.due():
+            run.save(done, model, optimizers, tokenizer=texts.tokenizer.to_json(), classes=texts.classes, kind="text",
+                     model_settings=dict(vocabulary_size=V, width=D, layers=settings.layers, heads=settings.heads,
+                                         window=settings.window, document_columns=model.document_columns))
+        if run.stopping and not last:
+            raise UserError(f"stopped at step {done:,} and saved; --resume goes on from there")
+    print(f"done: {run.folder / 'report.html'} shows what it learned; python finetune.py {run.folder} what it is worth")
+
+
+if __name__ == "__main__":
+    run_script(main)
