@@ -38,8 +38,8 @@ from torch import nn
 from minissl import UserError, evaluation, report, transformer
 from minissl.datasets import HELD_OUT, TEST, TRAIN, load_texts, progress, read_texts, texts_of
 from minissl.tokenizer import Tokenizer
-from minissl.training import (at_least, choose_machine, generator, load_checkpoint, read_checkpoint, read_settings, run_script,
-                              write_atomically)
+from minissl.training import (at_least, autocast, choose_machine, generator, load_checkpoint, read_checkpoint, read_settings,
+                              run_script, write_atomically)
 
 
 # ---------------------------------------------------------------- Settings
@@ -48,9 +48,9 @@ from minissl.training import (at_least, choose_machine, generator, load_checkpoi
 class Settings:
     run: str  # the folder of a run
     labels: list[str] = field(default_factory=lambda: ["10", "100", "500", "all"])  # labels a class, a row each
-    seeds: int = 5  # draws of labels; the row "all" has one draw, and differs by the order of training only
+    seeds: int = 5  # draws of labels; "all" is one draw, trained in two orders
     data: str = ""  # other data than the run's: pydocs, imdb, a folder with a sub-folder per class
-    data_dir: str = "data"  # where archives and caches lie
+    data_dir: str = ""  # where archives and caches lie; as for the run, unless given
     limit: int = 0  # take this many texts of each split only, for a trial; 0: all
     features: str = ""  # instead of the table: write the texts' features to this .npy
     predict: str = ""  # instead of the table: label the texts of this file
@@ -66,6 +66,9 @@ class Settings:
 
 
 # ---------------------------------------------------------------- The classifier
+
+CLASSIFIER_FORMAT = "minissl classifier 1"
+
 
 class TextClassifier(nn.Module):
     """Counts of words and pairs (B, V + N), and the blocks' part of the document vector (B, d) -> logits (B, C)."""
@@ -84,14 +87,15 @@ class TextClassifier(nn.Module):
         return self.head((transformer.norm(h) - self.mean) / self.deviation)
 
 
-def train_classifier(model, data, which, rate, epochs, strength, seed):
-    """Train all of `model` on the texts `which`: AdamW, the rate linear to 0, `rate` in units of the embeddings' standard
-    deviation, `strength` the head's L2 penalty as in the probe."""
+def train_classifier(model, data, which, rate, unit, epochs, strength, seed):
+    """Train all of `model` on the texts `which`: Adam, the rate linear to 0. The embeddings' rate is `rate` times `unit`,
+    the spread of what they have to move (the vectors of the blocks can be a thousand times longer than theirs);
+    `strength` is the head's L2 penalty, as in the probe."""
     if rate == 0:
         return model
     size = min(64, len(which))
     steps = max(1, epochs * len(which) // size)
-    optimizer = torch.optim.Adam([dict(params=[model.table], lr=rate * float(model.table.detach().std())),
+    optimizer = torch.optim.Adam([dict(params=[model.table], lr=rate * unit),
                                   dict(params=model.head.parameters(), lr=min(0.3 * rate, 0.01))], betas=(0.9, 0.99))
     peaks = [group["lr"] for group in optimizer.param_groups]
     for step in range(steps):
@@ -118,11 +122,11 @@ def score(model, data, which):
 # ---------------------------------------------------------------- The texts as the columns need them
 
 class Prepared:
-    """Of N texts: counts (N, V + N') sparse, words (N, 1), features (N, d), context (N, d) = what the blocks add to the mean
-    of embeddings, z (N, d) = normed and standardised features, labels (N,), and which are train, held_out, test."""
+    """Of N texts: counts (N, V + N') sparse, words (N, 1), features (N, d), context (N, d) = what the blocks add to the
+    mean of embeddings, z (N, d) = normed and standardised features, labels (N,), and which are train, held_out, test."""
 
-    def __init__(self, texts, model, autocast, device):
-        self.features = evaluation.text_features(partial(transformer.encode, model.to(device)), texts, autocast, device,
+    def __init__(self, texts, model, cast, device):
+        self.features = evaluation.text_features(partial(transformer.encode, model.to(device)), texts, cast, device,
                                                  progress=progress)
         model.cpu()
         owners, terms, V = [], [], model.token_embedding.num_embeddings
@@ -132,7 +136,8 @@ class Prepared:
             word, pair = tokens > 0, pairs < len(model.pairs)
             owners += [part[owner[word]], part[owner[pair]]]
             terms += [tokens[word], V + pairs[pair]]
-        self.counts = evaluation.sparse_counts(np.concatenate(owners), np.concatenate(terms), len(texts), V + len(model.pairs))
+        self.counts = evaluation.sparse_counts(np.concatenate(owners), np.concatenate(terms), len(texts),
+                                               V + len(model.pairs))
         self.words = torch.from_numpy(texts.lengths).float()[:, None]
         self.table = model.term_table().detach()                              # (V + N', d)
         self.context = self.features - self.counts @ self.table / self.words
@@ -140,76 +145,91 @@ class Prepared:
         self.train, self.held_out, self.test = (np.flatnonzero(texts.split == s) for s in (TRAIN, HELD_OUT, TEST))
         normed = transformer.norm(self.features)
         pool = normed[self.train]
-        self.mean, self.deviation = pool.mean(0), pool.std(0).clamp(min=1e-6)
+        self.mean, self.deviation = pool.mean(0), pool.std(0, correction=0).clamp(min=1e-6)
         self.z = (normed - self.mean) / self.deviation
+        self.spread = float(self.features[self.train].std(0, correction=0).mean())
 
     def without_blocks(self):
         """The same for a model that has not been pretrained: its blocks add nothing, its vectors have no known scale."""
         other = copy(self)
-        other.context, other.mean, other.deviation = torch.zeros_like(self.context), 0 * self.mean, 0 * self.mean + 1
+        other.context, other.mean, other.deviation = 0 * self.context, 0 * self.mean, 0 * self.mean + 1
         return other
 
 
 # ---------------------------------------------------------------- The columns: each fits on `which` and no other labels
 
-def fit_from_scratch(data, which, rate, epochs, seed):
+SCRATCH_RATES, TUNED_RATES = (0.01, 0.03, 0.1, 0.3, 1.0), (0.0, 0.003, 0.01, 0.03, 0.1)
+PROBE_STRENGTHS, TF_IDF_STRENGTHS = (1, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001), (1e-2, 1e-3, 1e-4, 3e-5, 1e-5)
+
+
+def fit_probe(data, which):
+    return evaluation.probe(data.z[which], data.labels[which], data.classes, PROBE_STRENGTHS)
+
+
+def fit_from_scratch(data, which, rate, epochs, seed, start=None):
     """data: as made by `without_blocks`."""
     table = 0.1 * torch.randn(data.table.shape, generator=generator(seed, "from scratch", 0))
-    return train_classifier(TextClassifier(table, data.mean, data.deviation, data.classes), data, which, rate, epochs, 0, seed)
+    classifier = TextClassifier(table, data.mean, data.deviation, data.classes)
+    return train_classifier(classifier, data, which, rate, 0.1, epochs, 0, seed)
 
 
-def fit_fine_tuned(data, which, rate, epochs, seed):
-    weights, strength = evaluation.probe(data.z[which], data.labels[which], data.classes)
+def fit_fine_tuned(data, which, rate, epochs, seed, start):
+    """start: what fit_probe found on the same labels."""
+    weights, strength = start
     classifier = TextClassifier(data.table, data.mean, data.deviation, data.classes)
     with torch.no_grad():
         classifier.head.weight.copy_(weights[:-1].T)
         classifier.head.bias.copy_(weights[-1])
-    return train_classifier(classifier, data, which, rate, epochs, strength, seed)
+    return train_classifier(classifier, data, which, rate, data.spread, epochs, strength, seed)
 
 
 def linear_accuracy(x, data, which, strengths):
     """Logistic regression on the rows of x, fitted on `which`, scored on the test set."""
     weights, _ = evaluation.probe(evaluation.rows(x, which), data.labels[which], data.classes, strengths)
-    return evaluation.accuracy(evaluation.predict(evaluation.rows(x, data.test), weights).argmax(1), data.labels[data.test])
+    logits = evaluation.predict(evaluation.rows(x, data.test), weights)
+    return evaluation.accuracy(logits.argmax(1), data.labels[data.test])
 
 
-SCRATCH_RATES, TUNED_RATES = (0.03, 0.1, 0.3, 1.0), (0.0, 0.003, 0.01, 0.03)           # × the embeddings' deviation
-PROBE_STRENGTHS, TF_IDF_STRENGTHS = (1, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001), (1e-2, 1e-3, 1e-4, 3e-5, 1e-5)
-
-
-def choose(fit, data, rates, size):
-    """The (rate, epochs) with which `fit`, on up to three draws of labels, is best on held-out texts; ties: the lower rate."""
+def choose(fit, data, rates, size, begin=lambda data, which: None):
+    """The (rate, epochs) with which `fit`, on up to three draws of labels, is best on held-out texts."""
     texts_drawn = len(data.train) if size is None else size * data.classes
     fewest = int(min(30, max(2, 4000 / texts_drawn)))
     options = [(rate, epochs) for rate in rates
                for epochs in ([fewest] if texts_drawn > 5000 or rate == 0 else [fewest, 3 * fewest])]
-    draws = [data.train[evaluation.draw_labels(data.labels[data.train], size, seed)] for seed in range(1000, 1001 if size is None else 1003)]
-    scores = [np.mean([score(fit(data, which, *option, seed), data, data.held_out) for seed, which in enumerate(draws)])
-              for option in options]
+    draws = [data.train[evaluation.draw_labels(data.labels[data.train], size, 1000 + seed)]
+             for seed in range(1 if size is None else 3)]
+    starts = [begin(data, which) for which in draws]
+    scores = [np.mean([score(fit(data, which, *option, seed, start), data, data.held_out)
+                       for seed, (which, start) in enumerate(zip(draws, starts))]) for option in options]
     return options[int(np.argmax(scores))]
 
 
 def table(settings, texts, data):
     """-> [(labels a class, {column: (accuracies, seconds)})], chance, and the last fine-tuned classifier."""
-    words = evaluation.tf_idf(evaluation.one_and_two_word_counts(texts), np.concatenate([data.train, data.held_out]))
+    if not (len(data.train) and len(data.held_out) and len(data.test)):
+        raise UserError("too few labelled texts for a training, a held-out and a test set: give at least 10 of each class")
+    known = np.concatenate([data.train, data.held_out])
+    words = evaluation.tf_idf(evaluation.one_and_two_word_counts(texts, known), known)
     blank, results = data.without_blocks(), []
     chance = 100 * float(torch.bincount(data.labels[data.test]).max()) / len(data.test)
     least = int(torch.bincount(data.labels[data.train], minlength=data.classes).min())
-    print(f"{data.classes} classes; labelled texts: {len(data.train):,} to draw from, {len(data.held_out):,} held out for choices, "
-          f"{len(data.test):,} to test on, of which the commonest class is {chance:.1f} %")
+    print(f"{data.classes} classes; labelled texts: {len(data.train):,} to draw from, {len(data.held_out):,} held out for "
+          f"choices, {len(data.test):,} to test on, of which the commonest class is {chance:.1f} %")
     for row in settings.labels:
         size = None if row == "all" else int(row)
         if size is not None and size > least:
             if settings.labels == Settings("").labels:
                 print(f"{row} labels a class: left out, the smallest class has {least} training texts")
                 continue
-            raise UserError(f"--labels {row}: there are no {row} labels a class, the smallest class has {least} training texts")
+            raise UserError(f"--labels {row}: there are no {row} labels a class, the smallest class has {least} training "
+                            f"texts")
         begin = time.perf_counter()
         progress(f"{row} labels a class: choosing rates and epochs on held-out texts")
-        scratch, tuned = choose(fit_from_scratch, blank, SCRATCH_RATES, size), choose(fit_fine_tuned, data, TUNED_RATES, size)
+        scratch = choose(fit_from_scratch, blank, SCRATCH_RATES, size)
+        tuned = choose(fit_fine_tuned, data, TUNED_RATES, size, fit_probe)
         print(f"{row} labels a class: rate and epochs from scratch {scratch}, fine-tuned {tuned}, "
               f"chosen in {time.perf_counter() - begin:.0f} s")
-        pool = data.train if size else np.concatenate([data.train, data.held_out])       # all means all, once choices are made
+        pool = data.train if size else known                                  # all means all: the choices are made
         found = {name: ([], []) for name in ("tf-idf", "from scratch", "linear probe", "fine-tuned")}
         for seed in range(settings.seeds if size else min(settings.seeds, 2)):
             which = pool[evaluation.draw_labels(data.labels[pool], size, seed)]
@@ -223,7 +243,7 @@ def table(settings, texts, data):
                 elif name == "linear probe":
                     accuracies.append(linear_accuracy(data.z, data, which, PROBE_STRENGTHS))
                 else:
-                    classifier = fit_fine_tuned(data, which, *tuned, seed)
+                    classifier = fit_fine_tuned(data, which, *tuned, seed, fit_probe(data, which))
                     accuracies.append(score(classifier, data, data.test))
                 seconds.append(time.perf_counter() - begin)
             print(f"  draw {seed + 1}: " + ", ".join(f"{name} {a[-1]:.1f}" for name, (a, _) in found.items()), flush=True)
@@ -233,33 +253,36 @@ def table(settings, texts, data):
     return results, chance, classifier
 
 
-def write_results(settings, results, chance, classifier, classes):
+def write_results(settings, checkpoint, name, results, chance, classifier, classes):
+    """Print the table; finetune.csv, classifier.pt and the page go into the run's folder. name: of the data."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["labels_a_class", "method", "seed", "test_accuracy", "seconds"])
+    writer.writerow(["labels_a_class", "method", "seed", "test_accuracy", "seconds", "data"])
     for row, found in results:
-        for name, (accuracies, seconds) in found.items():
-            writer.writerows([row, name, n, round(a, 2), round(s, 1)] for n, (a, s) in enumerate(zip(accuracies, seconds)))
+        for method, (accuracies, seconds) in found.items():
+            writer.writerows([row, method, n, round(a, 2), round(s, 1), name] for n, (a, s) in enumerate(zip(accuracies, seconds)))
     folder, state = Path(settings.run), io.BytesIO()
     write_atomically(folder / "finetune.csv", text.getvalue().encode())
-    torch.save(dict(format="minissl classifier 1", classes=classes, **classifier.state_dict()), state)
+    torch.save(dict(format=CLASSIFIER_FORMAT, step=checkpoint["step"], classes=classes, **classifier.state_dict()), state)
     write_atomically(folder / "classifier.pt", state.getbuffer())
-    report.write_page(folder)
     print(f"\ntest accuracy in %, mean ± standard deviation over draws (chance {chance:.1f}); in brackets seconds a draw")
     lines = report.label_table(folder / "finetune.csv")
     for line, (_, found) in zip(lines[1:], results):
         line[1:] = [f"{cell} ({np.mean(seconds):.0f})" for cell, (_, seconds) in zip(line[1:], found.values())]
     widths = [max(map(len, column)) for column in zip(*lines)]
     print("\n".join("  ".join(cell.rjust(width) for cell, width in zip(line, widths)) for line in lines))
+    report.write_page(folder)
 
 
-def label_new_texts(settings, model, tokenizer, autocast, device):
+def label_new_texts(settings, checkpoint, model, tokenizer, cast, device):
     """Print label and text for each text of a file, with the classifier that the table ended with."""
     if not Path(settings.predict).is_file():
-        raise UserError(f"--predict {settings.predict}: there is no such file; give a text file, a text a line or a paragraph")
+        raise UserError(f"--predict {settings.predict}: there is no such file; give a text a line or a paragraph")
     strings = list(read_texts(Path(settings.predict)))
-    saved = read_checkpoint(Path(settings.run) / "classifier.pt", "minissl classifier 1")
-    data = Prepared(texts_of(strings, tokenizer), model, autocast, device)
+    saved = read_checkpoint(Path(settings.run) / "classifier.pt", CLASSIFIER_FORMAT)
+    if saved["step"] != checkpoint["step"]:
+        raise UserError(f"{settings.run} has been trained on since its classifier was made: run finetune.py {settings.run} again")
+    data = Prepared(texts_of(strings, tokenizer), model, cast, device)
     classifier = TextClassifier(saved["table"], saved["mean"], saved["deviation"], len(saved["classes"]))
     classifier.load_state_dict({name: saved[name] for name in classifier.state_dict()})
     with torch.no_grad():
@@ -273,23 +296,26 @@ def main():
     settings.check()
     checkpoint = load_checkpoint(settings.run)
     device, precision, _ = choose_machine(settings)
-    autocast = torch.autocast(device.type, precision, enabled=precision != torch.float32)
+    cast = autocast(device, precision)
     model, tokenizer = transformer.from_checkpoint(checkpoint), Tokenizer.from_json(checkpoint["tokenizer"])
     if settings.predict:
-        return label_new_texts(settings, model, tokenizer, autocast, device)
+        return label_new_texts(settings, checkpoint, model, tokenizer, cast, device)
     name = settings.data or checkpoint["settings"]["data"]
-    texts = load_texts(name, settings.data_dir, limit=settings.limit, tokenizer=tokenizer)
+    texts = load_texts(name, settings.data_dir or checkpoint["settings"]["data_dir"],
+                       checkpoint["settings"]["vocabulary_size"], settings.limit, tokenizer)
     if settings.features:
         encode = partial(transformer.encode, model.to(device))
-        features = evaluation.text_features(encode, texts, autocast, device, progress=progress)
+        features = evaluation.text_features(encode, texts, cast, device, progress=progress)
         with open(settings.features, "wb") as file:
             np.save(file, features.numpy())
-        return print(f"{settings.features}: {features.shape[0]:,} texts × {features.shape[1]} features")
+        return print(f"{settings.features}: {features.shape[0]:,} texts × {features.shape[1]} features"
+                     + "".join(f"; {note}" for note in texts.notes))
     if len(texts.classes) < 2:
-        raise UserError(f"--data {name}: fine-tuning needs labels, of two classes at least: a folder with a sub-folder per class")
+        raise UserError(f"--data {name}: fine-tuning needs labels, of two classes at least: a folder with a sub-folder per "
+                        f"class")
     texts = texts.select(texts.labels >= 0)
-    data = Prepared(texts, model, autocast, device)
-    write_results(settings, *table(settings, texts, data), texts.classes)
+    data = Prepared(texts, model, cast, device)
+    write_results(settings, checkpoint, name, *table(settings, texts, data), texts.classes)
 
 
 if __name__ == "__main__":

@@ -5,9 +5,9 @@ vector is a mean of embeddings, and the embeddings alone learn the document term
 a second. Then the blocks join in, and both losses train everything.
 
     python train_mlm.py                                         docstrings of this machine's Python, about 3 minutes
-    python train_mlm.py --data imdb --run runs/imdb --steps 4600 --embedding-steps 1400       film reviews, 10 minutes
+    python train_mlm.py --data imdb --run runs/imdb --steps 3800 --embedding-steps 1400       film reviews, 10 minutes
     python train_mlm.py --data my_texts/ --run runs/mine        your own .txt files
-    python train_mlm.py --resume                                go on where Ctrl-C stopped
+    python train_mlm.py --run runs/mine --resume                go on where Ctrl-C stopped
     python train_mlm.py --fill "returns a [MASK] of strings"    ask the trained model
     python finetune.py runs/mlm                                 what was it worth? a table
 """
@@ -21,8 +21,8 @@ import torch
 from minissl import UserError, evaluation, transformer
 from minissl.datasets import TRAIN, Documents, Windows, frequent_pairs, load_texts
 from minissl.tokenizer import MASK, Tokenizer
-from minissl.training import (Muon, Run, at_least, choose_machine, generator, load_checkpoint, rate_at, read_settings,
-                              run_script)
+from minissl.training import (Muon, Run, at_least, autocast, choose_machine, generator, load_checkpoint, rate_at,
+                              read_settings, run_script)
 
 
 # ---------------------------------------------------------------- Settings
@@ -36,7 +36,7 @@ class Settings:
     resume: bool = False  # go on with the run in --run
     steps: int = 1500  # in all, both stages
     embedding_steps: int = 500  # of these, how many the embeddings learn alone: 100 times cheaper than the others
-    batch_size: int = 32  # windows a step; the first stage takes 8 times as many whole texts
+    batch_size: int = 32  # × window = tokens a step; the first stage takes 8 times as many whole texts
     gradient_accumulation: int = 1  # split a step into parts, for little memory: the gradient stays the same
     learning_rate: float = 0.02  # Muon's, on the blocks; the other rates are fixed multiples of it
     seed: int = 0  # of everything random
@@ -51,7 +51,7 @@ class Settings:
     window: int = 128  # tokens that attend to each other
     mask_share: float = 0.15  # of each window's tokens (BERT)
     masked_weight: float = 1.0  # of the masked loss; 0 turns it off
-    document_weight: float = 4.0  # of the document term (4 against 1: +1 point at 100 and 500 labels); 0 turns it off, and with it the first stage
+    document_weight: float = 4.0  # of the document term (1: a point less at 100 labels); 0 turns it and the first stage off
     evaluate_every: int = 500  # steps
     fill: str = ""  # instead of training: what the run in --run puts for each [MASK] of this text
 
@@ -62,14 +62,17 @@ class Settings:
                  masked_weight=self.masked_weight, document_weight=self.document_weight, mask_share=self.mask_share)
         at_least(1e-9, learning_rate=self.learning_rate)
         at_least(300, vocabulary_size=self.vocabulary_size)
-        if self.width % self.heads:
-            raise UserError(f"--width {self.width} must be a multiple of --heads {self.heads}")
+        if self.width % (2 * self.heads):     # twice: rotary positions turn pairs of columns
+            raise UserError(f"--width {self.width} must be a multiple of twice the --heads, {2 * self.heads}")
         if self.mask_share > 1:
             raise UserError(f"--mask-share {self.mask_share}: must be a share, at most 1")
         if not self.masked_weight and not self.document_weight:
             raise UserError("--masked-weight 0 and --document-weight 0: nothing is left to learn; keep one above 0")
         if not self.document_weight:
             self.embedding_steps = 0
+        if self.masked_weight and self.embedding_steps >= self.steps:
+            raise UserError(f"--embedding-steps {self.embedding_steps} leave none of --steps {self.steps} to the masked loss: "
+                            f"give more --steps or fewer --embedding-steps")
 
 
 # ---------------------------------------------------------------- Asking a run
@@ -100,8 +103,9 @@ def new_model(settings, texts):
     """The encoder with its output layers at the frequencies of the texts, and the weight of each term in a bag."""
     torch.manual_seed(settings.seed)
     V, slices = len(texts.tokenizer), texts.slices(4096)
+    columns = min(64, settings.width) if settings.document_weight else settings.width
     model = transformer.TextEncoder(V, frequent_pairs(texts, V, settings.pairs), settings.width, settings.layers,
-                                    settings.heads, settings.window, min(64, settings.width) if settings.document_weight else settings.width)
+                                    settings.heads, settings.window, columns)
     counts = sum(model.count_terms(torch.from_numpy(texts.flat(which)[0]), 0, 1)[0] for which in slices)      # (V + N,)
     weights = transformer.term_weights(counts, V)
     with torch.no_grad():                                                # what needs no context is known from the start
@@ -120,7 +124,7 @@ def main():
         return fill(settings)
     run = Run(settings)
     device, precision, peak = choose_machine(settings)
-    autocast = torch.autocast(device.type, precision, enabled=precision != torch.float32)
+    cast = autocast(device, precision)
     texts = load_texts(settings.data, settings.data_dir, settings.vocabulary_size, settings.limit,
                        Tokenizer.from_json(run.checkpoint["tokenizer"]) if run.checkpoint else None)
     V, D, k = len(texts.tokenizer), settings.width, settings.gradient_accumulation
@@ -128,8 +132,8 @@ def main():
     print(f"data: {settings.data}, {len(pool):,} texts to learn from, {pool.lengths.sum():,} tokens, vocabulary {V:,}"
           + "".join(f"; {note}" for note in texts.notes))
     if pool.lengths.sum() < settings.batch_size * settings.window:
-        raise UserError(f"--data {settings.data}: a step needs {settings.batch_size * settings.window:,} tokens (batch size × "
-                        f"window), found {pool.lengths.sum():,}; give more text, or a lower --batch-size or --window")
+        raise UserError(f"--data {settings.data}: a step needs {settings.batch_size * settings.window:,} tokens (batch size "
+                        f"× window), found {pool.lengths.sum():,}; give more text, or a lower --batch-size or --window")
     documents = Documents(pool, 8 * settings.batch_size, settings.seed)
     windows = Windows(pool, settings.window, settings.batch_size, settings.seed, rest=settings.document_weight > 0)
     evaluate = evaluation.MaskedText(texts, settings.window, settings.mask_share, device)
@@ -138,10 +142,11 @@ def main():
     model, weights = model.to(device), weights.to(device)
     matrices = list(model.blocks.parameters())                           # these learn by Muon, all else by AdamW
     adamw = torch.optim.AdamW([dict(params=[model.token_embedding.weight, model.pair_embedding.weight], times=0.05),
-                               dict(params=[*model.term_head.parameters(), *model.token_dense.parameters(), model.token_bias],
-                                    times=0.15)], betas=(0.9, 0.99), weight_decay=0, fused=device.type != "mps")
+                               dict(params=[*model.term_head.parameters(), *model.token_dense.parameters(),
+                                            model.token_bias], times=0.15)],
+                              betas=(0.9, 0.99), weight_decay=0, fused=device.type != "mps")
     optimizers = [adamw] + ([Muon(matrices, settings.learning_rate, precision=precision)] if matrices else [])
-    first = run.restore(model, optimizers)
+    first = run.begin(model, optimizers, f"{len(pool):,} texts with {pool.lengths.sum():,} tokens and {len(model.pairs):,} pairs")
     if settings.compile:
         model.compile()
     blocks = sum(p.numel() for p in matrices)
@@ -169,7 +174,7 @@ def main():
                 part, low = slice(rows[0], rows[-1] + 1), rows[0] * T
                 here = (positions >= low) & (positions < low + len(rows) * T)
                 size = lengths[part].to(device)
-                with autocast:
+                with cast:
                     x = model(inputs[part].to(device), None if lengths[part].min() == T else size)              # (b, T, D)
                     hidden = x.flatten(0, 1)[(positions[here] - low).to(device)]                  # (m, D)
                     masked = transformer.masked_language_model_loss(model.token_logits(hidden), targets[here].to(device),
@@ -189,21 +194,21 @@ def main():
             optimizer.step()
             optimizer.zero_grad()
 
-        done, last = step + 1, step + 1 == settings.steps
+        done, last, stopping = step + 1, step + 1 == settings.steps, run.stopping
         look = last or done % settings.evaluate_every == 0 or done == settings.embedding_steps
-        if look or step == first or done % 100 == 0 or run.stopping:
+        if look or step == first or done % 100 == 0 or stopping:
             with run.pause():
-                result, sentences = evaluate(model.eval(), autocast) if look else (evaluate.blank, None)
+                result, sentences = evaluate(model.eval(), cast) if look else (evaluate.blank, None)
                 model.train()
             run.log(done, dict(masked=math.log(V), document=math.log(V + len(model.pairs))), peak, result)
-            if sentences:
+            if look:
                 run.show(sentences)
-        if last or run.due():
-            run.save(done, model, optimizers, tokenizer=texts.tokenizer.to_json(), classes=texts.classes, kind="text",
+        if last or stopping or run.due():
+            run.save(done, model, optimizers, tokenizer=texts.tokenizer.to_json(),
                      model_settings=dict(vocabulary_size=V, width=D, layers=settings.layers, heads=settings.heads,
                                          window=settings.window, document_columns=model.document_columns))
-        if run.stopping and not last:
-            raise UserError(f"stopped at step {done:,} and saved; --resume goes on from there")
+        if stopping and not last:
+            raise KeyboardInterrupt(f"stopped at step {done:,} and saved: python train_mlm.py --run {run.folder} --resume goes on")
     print(f"done: {run.folder / 'report.html'} shows what it learned; python finetune.py {run.folder} what it is worth")
 
 

@@ -21,6 +21,7 @@ import ast
 import codecs
 import gzip
 import hashlib
+import http.client
 import importlib.util
 import itertools
 import json
@@ -48,7 +49,7 @@ from minissl.training import generator
 
 TRAIN, HELD_OUT, TEST = 0, 1, 2
 SAMPLE_BYTES = 2**28      # the tokenizer learns from this much text: more changes no merge that matters
-TEXT_BYTES = 2**20        # a longer run without a break is read as several texts
+TEXT_BYTES = 2**20        # a longer paragraph or line of a file is read as several texts
 CACHE_FORMAT = 1          # part of every cache's key: raise it when what is stored changes its meaning
 
 
@@ -129,11 +130,13 @@ def load_texts(data, data_dir="data", vocabulary_size=8192, limit=0, tokenizer=N
         key, documents, split = _imdb(Path(data_dir))
     else:
         key, documents, split = _own_texts(Path(data))
-    settings = tokenizer.to_json() if tokenizer else str(vocabulary_size)
-    key = hashlib.sha256(f"{CACHE_FORMAT} {key} {settings}".encode()).hexdigest()[:16]
-    cache = Path(data_dir) / "cache" / f"{Path(data).stem}-{key}"
-    texts = _read_cache(cache)
-    if texts is None:
+    for settings in (str(vocabulary_size), tokenizer.to_json() if tokenizer else ""):
+        name = hashlib.sha256(f"{CACHE_FORMAT} {key} {settings}".encode()).hexdigest()[:16]
+        cache = Path(data_dir) / "cache" / f"{Path(data).stem}-{name}"
+        texts = _read_cache(cache)
+        if tokenizer is None or texts and texts.tokenizer.merges == tokenizer.merges:
+            break                                    # else the data may be here, but encoded with another tokenizer
+    if not texts:
         _encode(documents(), split, cache, vocabulary_size, tokenizer)
         texts = _read_cache(cache)
     if limit:
@@ -157,7 +160,7 @@ def texts_of(strings, tokenizer):
 
 def _encode(documents, split, cache, vocabulary_size, tokenizer):
     """Write `cache` from an iterable of (text, label name or None, TRAIN | HELD_OUT | TEST | None); where the
-    document does not say its split, `split(labels)` does. One pass, and only a sample of it ever in memory."""
+    document does not say its split, `split(labels)` does. One pass: of a stream, only a sample is ever in memory."""
     notes, documents = [], iter(documents)
     if tokenizer is None:
         sample, size = [], 0
@@ -239,7 +242,7 @@ def _read_cache(cache):
 # ---------------------------------------------------------------- batches, each a function of (seed, step)
 
 class Documents:
-    """First stage: 256 whole texts, each token by a coin flip read or to be guessed, anew each time."""
+    """First stage: `size` whole texts, each token by a coin flip read or to be guessed, anew each time."""
 
     def __init__(self, texts, size, seed):
         self.texts, self.size, self.seed = texts, min(size, len(texts)), seed
@@ -291,13 +294,17 @@ class Windows:
 
 def frequent_pairs(texts, vocabulary_size, most):
     """The pairs of neighbouring tokens seen most often (and 20 times), sorted: (N,) int64, left · V + right."""
-    counts = np.zeros(vocabulary_size**2, np.int32)
+    kinds, counts = [], []
     for which in texts.slices(4096):
         tokens, _ = texts.flat(which)
         both = (tokens[:-1] != PAD) & (tokens[1:] != PAD)
-        np.add.at(counts, tokens[:-1][both] * vocabulary_size + tokens[1:][both], 1)
-    best = np.argpartition(-counts, min(most, len(counts) - 1))[:most]
-    return torch.from_numpy(np.sort(best[counts[best] >= 20]))
+        found = np.unique(tokens[:-1][both] * vocabulary_size + tokens[1:][both], return_counts=True)
+        kinds.append(found[0])
+        counts.append(found[1])
+    kinds, number = np.unique(np.concatenate(kinds), return_inverse=True)
+    counts = np.bincount(number, np.concatenate(counts), len(kinds))
+    best = np.argsort(-counts, kind="stable")[:most]
+    return torch.from_numpy(np.sort(kinds[best[counts[best] >= 20]]))
 
 
 # ---------------------------------------------------------------- pydocs: the docstrings of the running Python
@@ -433,7 +440,8 @@ def _own_texts(path):
         return _digest(files, path.parent), lambda: ((text, None, None) for text in read_texts(path)), _split_blocks
     inside = [file.relative_to(path).parts for file in files]
     names = [parts[0] if len(parts) > 1 else None for parts in inside]          # the sub-folder is the class
-    split = _split_blocks(np.array([sorted({*names} - {None}).index(name) if name else -1 for name in names]))
+    number = {name: n for n, name in enumerate(sorted({*names} - {None}))}
+    split = _split_blocks(np.array([number.get(name, -1) for name in names]))
     return _digest(files, path), lambda: (("\n".join(read_texts(file)), name, part)
                                           for file, name, part in zip(files, names, split)), None
 
@@ -491,7 +499,8 @@ def _hash_of(path, algorithm="sha256"):
 
 def _digest(files, root):
     """A hash of the files' names below root and of their contents."""
-    return hashlib.sha256("\n".join(f"{os.path.relpath(path, root)} {_hash_of(path)}" for path in files).encode()).hexdigest()
+    lines = "\n".join(f"{os.path.relpath(path, root)} {_hash_of(path)}" for path in files)
+    return hashlib.sha256(lines.encode("utf-8", "surrogateescape")).hexdigest()
 
 
 def download(url, path, md5):
@@ -505,7 +514,7 @@ def download(url, path, md5):
             while block := answer.read(2**18):
                 done += file.write(block)
                 progress(f"{path.name}: {done / 1e6:.1f} of {size / 1e6:.1f} MB")
-    except OSError as error:
+    except (OSError, http.client.HTTPException) as error:
         raise UserError(f"cannot download {url} ({error}): {by_hand}") from None
     found = _hash_of(part, "md5")
     if found != md5:
@@ -518,4 +527,4 @@ def download(url, path, md5):
 def progress(text, end=""):
     """One line on the terminal that renews itself; in a log only what ends it."""
     if end or sys.stderr.isatty():
-        print(f"\r{text:<79}", end=end, file=sys.stderr, flush=True)
+        print(f"\r{text:<79}", end=end or "\r", file=sys.stderr, flush=True)

@@ -6,6 +6,7 @@ made by cross-validation inside the labels drawn; test labels only ever meet `ac
 
 import math
 import warnings
+from contextlib import nullcontext
 from functools import partial
 
 import numpy as np
@@ -13,9 +14,9 @@ import torch
 import torch.nn.functional as F
 
 from minissl import transformer
-from minissl.datasets import HELD_OUT, TRAIN
-from minissl.tokenizer import MASK
-from minissl.training import generator
+from minissl.datasets import HELD_OUT, TRAIN, texts_of
+from minissl.tokenizer import MASK, Tokenizer
+from minissl.training import generator, load_checkpoint
 
 
 def accuracy(predictions, labels):
@@ -59,11 +60,17 @@ def logistic_regression(x, labels, classes, strength):
 
     x (N, D) float32, dense or sparse CSR; labels (N,) int64. Convex: L-BFGS finds the one minimum.
     """
+    if x.layout != torch.strided:      # a term that none of these texts holds gets weight 0: leave it out of the search
+        used, column = x.col_indices().unique(return_inverse=True)
+        x, columns = csr(x.crow_indices(), column, x.values(), (x.shape[0], len(used))), x.shape[1]
+        x_transposed = x.to_sparse_coo().T.coalesce().to_sparse_csr()
+    else:
+        x_transposed = x.T
     labels = torch.as_tensor(labels)
-    x_transposed = x.T if x.layout == torch.strided else x.to_sparse_coo().T.coalesce().to_sparse_csr()
     weights = torch.zeros(x.shape[1] + 1, classes, requires_grad=True)
     wanted = F.one_hot(labels, classes).float()
-    optimizer = torch.optim.LBFGS([weights], max_iter=200, history_size=10, tolerance_grad=1e-5, line_search_fn="strong_wolfe")
+    optimizer = torch.optim.LBFGS([weights], max_iter=200, history_size=10, tolerance_grad=1e-5,
+                                  line_search_fn="strong_wolfe")
 
     @torch.no_grad()
     def loss_and_gradient():
@@ -73,20 +80,22 @@ def logistic_regression(x, labels, classes, strength):
         return F.cross_entropy(logits, labels) + strength / 2 * weights[:-1].square().sum()
 
     optimizer.step(loss_and_gradient)
-    return weights.detach()
+    if x.layout == torch.strided:
+        return weights.detach()
+    return torch.zeros(columns + 1, classes).index_copy(0, torch.cat([used, torch.tensor([columns])]), weights.detach())
 
 
 def predict(x, weights):
-    return (x @ weights[:-1] + weights[-1])
+    return x @ weights[:-1] + weights[-1]
 
 
-def probe(x, labels, classes, strengths=(1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001, 0.0003), seed=0):
+def probe(x, labels, classes, strengths):
     """Logistic regression whose strength five-fold cross-validation chooses, by its loss, inside these labels.
 
     -> (weights (D + 1, C), the strength). Above 5,000 labels one fold decides: there the choice is not close.
     """
     labels = np.asarray(labels)
-    order, fold = np.random.default_rng(seed).permutation(len(labels)), np.empty(len(labels), int)
+    order, fold = np.random.default_rng(0).permutation(len(labels)), np.empty(len(labels), int)
     for c in range(classes):                                                  # each class spread evenly over the folds
         where = order[labels[order] == c]
         fold[where] = np.arange(len(where)) % 5
@@ -99,12 +108,6 @@ def probe(x, labels, classes, strengths=(1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001
                                                y_out, reduction="sum"))
     best = strengths[int(losses.argmin())]
     return logistic_regression(x, labels, classes, best), best
-
-
-def standardise(features, *others):
-    """Each of the (·, D) arrays minus the mean and over the standard deviation of the first."""
-    mean, deviation = features.mean(0), features.std(0).clamp(min=1e-6)
-    return [(f - mean) / deviation for f in (features, *others)]
 
 
 # ---------------------------------------------------------------- sparse counts: the baseline's and the fine-tuner's view
@@ -149,8 +152,8 @@ def tf_idf(counts, fit):
     return csr(counts.crow_indices(), counts.col_indices(), value / length[owner], counts.shape)
 
 
-def one_and_two_word_counts(texts, most=200_000):
-    """CSR (N, V + pairs) of tokens and of the `most` frequent pairs of neighbours, for the baseline."""
+def one_and_two_word_counts(texts, fit, most=200_000):
+    """CSR (N, V + pairs) of tokens and of the `most` frequent pairs of neighbours in the texts `fit`, for the baseline."""
     V = len(texts.tokenizer)
     owners, tokens, pair_owners, pairs = [], [], [], []
     for part in texts.slices(4096):
@@ -161,8 +164,9 @@ def one_and_two_word_counts(texts, most=200_000):
         pair_owners.append(part[owner[:-1][both]])
         pairs.append(flat[:-1][both] * V + flat[1:][both])
     pairs = np.concatenate(pairs)
-    kinds, number, count = np.unique(pairs, return_inverse=True, return_counts=True)
-    most = min(most, len(kinds))
+    kinds, number = np.unique(pairs, return_inverse=True)
+    count = np.bincount(number[np.isin(np.concatenate(pair_owners), fit)], minlength=len(kinds))
+    most = min(most, int((count > 0).sum()))
     rank = np.full(len(kinds), -1)
     rank[np.argsort(-count, kind="stable")[:most]] = np.arange(most)
     rank = rank[number]
@@ -173,7 +177,7 @@ def one_and_two_word_counts(texts, most=200_000):
 # ---------------------------------------------------------------- features of texts
 
 @torch.no_grad()
-def text_features(encode, texts, autocast, device="cpu", tokens_a_batch=16384, progress=lambda line: None):
+def text_features(encode, texts, cast, device="cpu", tokens_a_batch=16384, progress=lambda line: None):
     """encode(tokens (B, T), lengths (B,)) over all texts, whole, in batches of like length -> (N, d) float32, on the CPU."""
     order, features, begin = np.argsort(texts.lengths, kind="stable"), [], 0
     while begin < len(order):
@@ -181,13 +185,20 @@ def text_features(encode, texts, autocast, device="cpu", tokens_a_batch=16384, p
         while end < len(order) and (end + 1 - begin) * texts.lengths[order[end]] <= tokens_a_batch:
             end += 1
         tokens, lengths = map(torch.from_numpy, texts.padded(order[begin:end]))
-        with autocast:
+        with cast:
             features.append(encode(tokens.to(device), lengths.to(device)).float().cpu())
         begin = end
         progress(f"encoding: {end:,} of {len(order):,} texts")
     result = torch.empty(len(texts), features[0].shape[1])
     result[torch.from_numpy(order)] = torch.cat(features)
     return result
+
+
+def load_encoder(run):
+    """The text encoder of a run's folder as a function: list of N strings -> (N, d) float32 features."""
+    checkpoint = load_checkpoint(run)
+    model, tokenizer = transformer.from_checkpoint(checkpoint), Tokenizer.from_json(checkpoint["tokenizer"])
+    return lambda strings: text_features(partial(transformer.encode, model), texts_of(strings, tokenizer), nullcontext())
 
 
 # ---------------------------------------------------------------- what a masked language model has learned so far
@@ -206,12 +217,13 @@ class MaskedText:
         self.inputs, self.positions, self.targets = transformer.mask_tokens(
             self.tokens, self.lengths, len(texts.tokenizer), share, generator(0, "held-out masks", 0))
         self.bytes = sum(len(self.tokenizer.bytes_of[token]) for token in self.targets.tolist())
-        labelled = [texts.select((texts.split == s) & (texts.labels >= 0)).spaced(n) for s, n in ((TRAIN, 1000), (HELD_OUT, 500))]
+        labelled = [texts.select((texts.split == split) & (texts.labels >= 0)).spaced(most)
+                    for split, most in ((TRAIN, 1000), (HELD_OUT, 500))]
         self.labelled = labelled if all(map(len, labelled)) else None
 
     @torch.no_grad()
-    def __call__(self, model, autocast):
-        with autocast:
+    def __call__(self, model, cast):
+        with cast:
             x = torch.cat([model(inputs.to(self.device), lengths.to(self.device))
                            for inputs, lengths in zip(self.inputs.split(64), self.lengths.split(64))])
             logits = model.token_logits(x.flatten(0, 1)[self.positions.to(self.device)]).float().cpu()           # (M, V)
@@ -219,7 +231,7 @@ class MaskedText:
         result = dict(held_out=round(loss, 4), bits_per_byte=round(loss / math.log(2) * len(guesses) / self.bytes, 4),
                       accuracy=round(accuracy(guesses, self.targets), 2), knn="")
         if self.labelled:
-            a, b = (text_features(partial(transformer.encode, model), part, autocast, self.device) for part in self.labelled)
+            a, b = (text_features(partial(transformer.encode, model), part, cast, self.device) for part in self.labelled)
             result["knn"] = round(knn_accuracy(a, self.labelled[0].labels, b, self.labelled[1].labels), 2)
         return result, self.passages(guesses)
 

@@ -13,9 +13,12 @@ from pathlib import Path
 import numpy as np
 
 STYLE = """
-:root { color-scheme: light dark; --ink: #1d2733; --soft: #69788a; --line: #d5dce4; --paper: #fff; --curve: #1f6feb; --good: #1a7f37; --bad: #b35900 }
-@media (prefers-color-scheme: dark) { :root { --ink: #e4eaf1; --soft: #93a1b1; --line: #354050; --paper: #10161e; --curve: #6cb0ff; --good: #56d364; --bad: #f0a050 } }
-body { margin: 0 auto; padding: 1.5rem 1rem 4rem; max-width: 60rem; background: var(--paper); color: var(--ink); font: 16px/1.5 system-ui, sans-serif }
+:root { color-scheme: light dark; --ink: #1d2733; --soft: #69788a; --line: #d5dce4; --paper: #fff;
+        --curve: #1f6feb; --good: #1a7f37; --bad: #b35900 }
+@media (prefers-color-scheme: dark) { :root { --ink: #e4eaf1; --soft: #93a1b1; --line: #354050; --paper: #10161e;
+                                              --curve: #6cb0ff; --good: #56d364; --bad: #f0a050 } }
+body { margin: 0 auto; padding: 1.5rem 1rem 4rem; max-width: 60rem; background: var(--paper); color: var(--ink);
+       font: 16px/1.5 system-ui, sans-serif }
 h1 { font-size: 1.5rem; margin: 0 } h2 { font-size: 1.1rem; margin: 2rem 0 .5rem } p, small { color: var(--soft) }
 code { font: .85rem ui-monospace, monospace; overflow-wrap: anywhere }
 .curves { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 17rem), 1fr)); gap: 1rem }
@@ -39,7 +42,8 @@ def curve(steps, values, width=300, height=140):
             f'<path d="M45 10V{height - 20}H{width - 5}" fill="none" stroke="var(--line)"/>'
             f'<polyline points="{points}" fill="none" stroke="var(--curve)" stroke-width="1.8"/>'
             f'<circle cx="{dot[0]}" cy="{dot[1]}" r="3" fill="var(--curve)"/>'
-            f'<text x="41" y="14" text-anchor="end">{high:.4g}</text><text x="41" y="{height - 20}" text-anchor="end">{low:.4g}</text>'
+            f'<text x="41" y="14" text-anchor="end">{high:.4g}</text>'
+            f'<text x="41" y="{height - 20}" text-anchor="end">{low:.4g}</text>'
             f'<text x="{width - 5}" y="{height - 5}" text-anchor="end">step {last:,}</text></svg>')
 
 
@@ -64,7 +68,8 @@ def label_table(path):
             methods += [key[1]] * (key[1] not in methods)
             cells.setdefault(key, []).append(float(row["test_accuracy"]))
     return [["labels a class", *methods]] + [
-        [label, *(f"{np.mean(cells[label, m]):.1f} ± {np.std(cells[label, m]):.1f}" for m in methods)] for label in labels]
+        [label, *(f"{np.mean(cells[label, m]):.1f} ± {np.std(cells[label, m], ddof=len(cells[label, m]) > 1):.1f}" for m in methods)]
+        for label in labels]
 
 
 def write_page(folder):
@@ -94,5 +99,6 @@ def write_page(folder):
     body.append("</div><h2>Settings</h2><p>" + " ".join(f"<code>{html.escape(f'{k}={v}')}</code>"
                                                           for k, v in config["settings"].items()) + "</p>")
     page = ('<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width, '
-            f'initial-scale=1"><title>{html.escape(folder.name)}</title><style>{STYLE}</style><body>{"".join(body)}</body></html>\n')
+            f'initial-scale=1"><title>{html.escape(folder.name)}</title><style>{STYLE}</style>'
+            f'<body>{"".join(body)}</body></html>\n')
     (folder / "report.html").write_text(page, encoding="utf-8")

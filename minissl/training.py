@@ -47,7 +47,8 @@ def read_settings(cls, description, argv=None, positional=()):
     for item in fields(cls):
         flag = item.name if item.name in positional else "--" + item.name.replace("_", "-")
         default = item.default_factory() if callable(item.default_factory) else item.default
-        help = why[item.name].replace("%", "%%") + ("" if default in ("", [], False) else f" (default {default})")
+        shown = "" if default is False or default == "" or item.name in positional else f" (default {default})"
+        help = why[item.name].replace("%", "%%") + shown
         options = dict(default=default, help=help)
         kind = typing.get_origin(item.type) or item.type
         if kind is bool:
@@ -61,7 +62,11 @@ def read_settings(cls, description, argv=None, positional=()):
         if item.name in positional:
             options.pop("default")
         parser.add_argument(flag, **options)
-    return cls(**vars(parser.parse_args(argv)))
+    arguments = parser.parse_args(argv)
+    if getattr(arguments, "resume", False):           # what is not said again is as the run was started
+        parser.set_defaults(**{k: v for k, v in load_checkpoint(arguments.run)["settings"].items() if hasattr(arguments, k)})
+        arguments = parser.parse_args(argv)
+    return cls(**vars(arguments))
 
 
 def run_script(main):
@@ -72,8 +77,10 @@ def run_script(main):
         main()
     except UserError as error:
         sys.exit(_say(f"{Path(sys.argv[0]).name}: {error}", 2))
-    except KeyboardInterrupt:
-        sys.exit(_say("interrupted", 130))
+    except OSError as error:                          # no space, no permission, a folder gone: the system's own words
+        sys.exit(_say(f"{Path(sys.argv[0]).name}: {error}", 1))
+    except KeyboardInterrupt as stop:
+        sys.exit(_say(str(stop) or "interrupted", 130))
 
 
 def _say(sentence, code):
@@ -99,8 +106,6 @@ def choose_device(name):
                             + " and ".join(k for k, there in available.items() if there))
         return torch.device(name), "as asked"
     name = next(k for k, there in available.items() if there)
-    if name == "cpu":
-        keep_freed_memory()
     return torch.device(name), {"cpu": f"no GPU found; {torch.get_num_threads()} threads"}.get(name, "found")
 
 
@@ -120,14 +125,12 @@ def choose_precision(name, device):
 
     A CPU without bfloat16 units emulates it, slower than float32, so the question is put to the machine.
     """
-    rates = {dtype: matrix_product_rate(device, dtype) for dtype in (torch.float32, torch.bfloat16)}
-    if name == "auto":
-        faster = rates[torch.bfloat16] > 1.3 * rates[torch.float32] and device.type != "mps"
-        dtype = torch.bfloat16 if faster else torch.float32
-        reason = "measured: " + ", ".join(f"{str(d)[6:]} {r / 1e9:,.0f} GFLOP/s" for d, r in rates.items())
-    else:
-        dtype, reason = getattr(torch, name), "as asked"
-    return dtype, rates[dtype], reason
+    wanted = [torch.float32, torch.bfloat16] if name == "auto" and device.type != "mps" else [
+        torch.float32 if name == "auto" else getattr(torch, name)]
+    rates = {dtype: matrix_product_rate(device, dtype) for dtype in wanted}
+    dtype = torch.bfloat16 if rates.get(torch.bfloat16, 0) > 1.3 * rates.get(torch.float32, 0) else torch.float32
+    measured = ", ".join(f"{str(d)[6:]} {rate / 1e9:,.0f} GFLOP/s" for d, rate in rates.items())
+    return dtype, rates[dtype], ("" if name == "auto" else "as asked; ") + "measured: " + measured
 
 
 def matrix_product_rate(device, dtype, n=1536, seconds=0.3):
@@ -146,9 +149,17 @@ def choose_machine(settings):
     """-> (torch.device, dtype of the forward pass, FLOP/s of a large matrix product in it), each printed with its reason."""
     device, reason = choose_device(settings.device)
     print(f"device: {device} ({reason})")
+    if device.type == "cpu":
+        keep_freed_memory()
     precision, peak, reason = choose_precision(settings.precision, device)
     print(f"precision: {str(precision)[6:]} ({reason})")
+    settings.precision = str(precision)[6:]           # goes into the checkpoint: a resumed run does not measure again
     return device, precision, peak
+
+
+def autocast(device, precision):
+    """A context for forward passes: in bfloat16 where that was chosen, else as is."""
+    return contextlib.nullcontext() if precision == torch.float32 else torch.autocast(device.type, precision)
 
 
 # ---------------------------------------------------------------- randomness and rates, each a function of the step
@@ -210,7 +221,7 @@ def orthogonalise(matrix, precision=torch.float32):
 # ---------------------------------------------------------------- the run's folder
 
 CHECKPOINT_FORMAT = "minissl checkpoint 1"
-MAY_CHANGE = {"steps", "device", "resume", "run", "data_dir", "fill"}      # between a run and its resumption
+MAY_CHANGE = {"steps", "device", "resume", "run", "data_dir", "fill", "evaluate_every"}      # when a run is resumed
 
 
 class Run:
@@ -220,9 +231,10 @@ class Run:
     stopping: becomes True at Ctrl-C or SIGTERM; the loop looks at it once a step, saves and leaves.
     """
 
-    def __init__(self, settings, save_every=30):
+    def __init__(self, settings):
+        """Look, and touch nothing yet: a mistake in the settings or the data must not leave a folder behind."""
         self.folder, self.settings, self.checkpoint = Path(settings.run), settings, None
-        self.save_every, self.stopping, self.rows = save_every, False, []
+        self.stopping, self.rows = False, []
         if settings.resume:
             self.checkpoint = load_checkpoint(self.folder)
             self._compare(self.checkpoint["settings"])
@@ -233,19 +245,37 @@ class Run:
             what = "a run" if (self.folder / "config.json").exists() else "something else"
             raise UserError(f"{self.folder} holds {what} already: --resume goes on with a run, --run with another name "
                             f"starts one beside it, or delete the folder")
-        self.folder.mkdir(parents=True, exist_ok=True)
-        config = dict(settings=asdict(settings), command=shlex.join(["python", *sys.argv]), python=sys.version.split()[0],
-                      torch=torch.__version__, numpy=np.__version__, started=time.strftime("%Y-%m-%d %H:%M:%S"))
-        write_atomically(self.folder / "config.json", json.dumps(config, indent=2).encode())
-        self.started = self.saved = self.logged = time.perf_counter()
-        self.logged_step = self.checkpoint["step"] if self.checkpoint else 0
+
+    def begin(self, model, optimizers, data):
+        """Open the folder; put the checkpoint's state, if there is one, into the model and the optimizers.
+        data: what tells this data from other data, in words. -> the step to go on with."""
+        step, self.data = 0, data
+        if self.checkpoint:
+            step = self.checkpoint["step"]
+            if self.checkpoint["data"] != data:
+                raise UserError(f"{self.folder} learned from {self.checkpoint['data']}, and now there is {data}: give it the same "
+                                f"data, or start another run")
+            model.load_state_dict(self.checkpoint["model"])
+            for optimizer, state in zip(optimizers, self.checkpoint["optimizers"]):
+                optimizer.load_state_dict(state)
+        else:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            config = dict(settings=asdict(self.settings), command=shlex.join(["python", *sys.argv]),
+                          python=sys.version.split()[0], torch=torch.__version__, numpy=np.__version__,
+                          started=time.strftime("%Y-%m-%d %H:%M:%S"))
+            write_atomically(self.folder / "config.json", json.dumps(config, indent=2).encode())
+        self.saved = self.logged = time.perf_counter()
+        self.started = self.logged - (float(self.rows[-1]["seconds"]) if self.rows else 0)
+        self.logged_step = step
         self.items, self.flops, self.losses = 0, 0, []
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._stop)
+        return step
 
     def _stop(self, number, frame):
         self.stopping = True
-        signal.signal(number, signal.SIG_DFL)         # a second Ctrl-C ends it at once
+        print("\nstopping after this step; once more ends it at once", file=sys.stderr)
+        signal.signal(number, signal.SIG_DFL)
 
     def _compare(self, old):
         for name, value in asdict(self.settings).items():
@@ -254,15 +284,6 @@ class Run:
                                 f"{old.get(name)}; resume with that, or start another run")
         if self.settings.steps < self.checkpoint["step"]:
             raise UserError(f"--steps {self.settings.steps}: the run in {self.folder} has made {self.checkpoint['step']}")
-
-    def restore(self, model, optimizers):
-        """Put the checkpoint's state, if there is one, into the model and the optimizers. -> the step to go on with."""
-        if not self.checkpoint:
-            return 0
-        model.load_state_dict(self.checkpoint["model"])
-        for optimizer, state in zip(optimizers, self.checkpoint["optimizers"]):
-            optimizer.load_state_dict(state)
-        return self.checkpoint["step"]
 
     def count(self, items, flops, *losses):
         """Add a step, or a part of one, to the log's next row. Losses stay on the device: no waiting for it here."""
@@ -275,11 +296,12 @@ class Run:
         """Write a row of metrics.csv and a line on the terminal: the losses since the last row, each beside its chance
         level, then `more`. A loss that is not finite ends the run."""
         seconds, steps = time.perf_counter() - self.logged, max(step - self.logged_step, 1)
-        losses = {name: round(float(total) / steps, 4) for name, total in zip(chance, self.losses)}
-        if not all(map(math.isfinite, losses.values())):
-            raise UserError(f"the loss is {losses} at step {step}: try a lower --learning-rate; the last good checkpoint, if "
-                            f"there is one, is {self.folder / 'checkpoint.pt'}")
-        more = dict(rate_per_second=round(self.items / seconds), share_of_peak=round(self.flops / seconds / peak, 3), **more)
+        losses = {name: round(float(total) / steps, 4) or "" for name, total in zip(chance, self.losses)}     # "": not in use
+        if not all(math.isfinite(value or 0) for value in losses.values()):
+            raise UserError(f"the loss is {losses} at step {step}: try a lower --learning-rate; the last good checkpoint, "
+                            f"if there is one, is {self.folder / 'checkpoint.pt'}")
+        more = dict(rate_per_second=round(self.items / seconds),
+                    share_of_peak=round(self.flops / seconds / peak, 3) if self.flops else "", **more)
         self.rows.append(dict(step=step, seconds=round(time.perf_counter() - self.started, 1), **losses, **more))
         self._write_rows()
         shown = [f"{name} {value:.3f} (chance {chance[name]:.2f})" for name, value in losses.items() if value]
@@ -311,15 +333,15 @@ class Run:
         self.logged += time.perf_counter() - start
 
     def due(self):
-        """Is it time to save? By the clock, so that a save every few minutes costs under 1 %; nothing else depends on it."""
-        return self.stopping or time.perf_counter() - self.saved > self.save_every
+        """Is it time to save? By the clock, every 30 seconds, which costs under 1 %; nothing else depends on it."""
+        return time.perf_counter() - self.saved > 30
 
     def save(self, step, model, optimizers, **more):
         """Everything that a resumed run needs. A state that is not finite never replaces a good one."""
         if not all(bool(p.isfinite().all()) for p in model.parameters()):
-            raise UserError(f"the weights are not finite at step {step}: try a lower --learning-rate; {self.folder} keeps its "
-                            f"last good checkpoint")
-        state = dict(format=CHECKPOINT_FORMAT, step=step, settings=asdict(self.settings), model=model.state_dict(),
+            raise UserError(f"the weights are not finite at step {step}: try a lower --learning-rate; {self.folder} keeps "
+                            f"its last good checkpoint")
+        state = dict(format=CHECKPOINT_FORMAT, step=step, data=self.data, settings=asdict(self.settings), model=model.state_dict(),
                      optimizers=[optimizer.state_dict() for optimizer in optimizers], **more)
         data = io.BytesIO()
         torch.save(state, data)
@@ -330,11 +352,15 @@ class Run:
 def write_atomically(path, data):
     """To a temporary file, flushed, renamed: after a crash the path holds the old bytes or the new, never a part."""
     temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def load_checkpoint(folder):
@@ -354,7 +380,8 @@ def read_checkpoint(path, format):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:              # a damaged pickle can fail in any way: IndexError, UnicodeDecodeError, ...
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{path} cannot be read as a checkpoint ({reason[:100]}): it is damaged or another program's") from None
+        raise UserError(f"{path} cannot be read as a checkpoint ({reason[:100]}): it is damaged or another "
+                        f"program's") from None
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != format:
         raise UserError(f"{path} is not of this version of minissl ({format})")
     return checkpoint

@@ -3,7 +3,8 @@
 **Fill in masked words.** Hide some tokens of a sequence and predict them from what is left (BERT). With M the
 masked positions, x̃ the sequence after masking and h = f(x̃) the encoder's output,
 
-    L_masked = −1/|M| Σ_{i ∈ M} log softmax(E · g(h_i) + b)[x_i]     E: the token embedding, tied;  g: a dense layer
+    L_masked = −1/|M| Σ_{i ∈ M} log softmax(E · g(h_i) + b)[x_i]     E: the token embedding, tied;  g: norm,
+                                                                          dense layer, squared ReLU, norm
 
 **Guess the rest of the document.** Predict which words occur in a part of the document that the model has not
 seen, from nothing but the mean of its token vectors over the part that it has seen,
@@ -26,7 +27,7 @@ Differences from the papers:
   shift; squared ReLU for GELU, no biases in the blocks: fewer numbers, no loss seen at this size. Rotary positions
   for learned ones: those had to be found first, and the masked loss rested at the unigram entropy (6.6) for 1,000
   steps instead of 200. The queries and keys are normed (Muon makes them grow otherwise). No [CLS] token
-  and no next-sentence task: the mean over the tokens is the document's vector.
+  and no next-sentence task, no dropout (no text is seen often enough at these budgets): the mean over the tokens is the document's vector.
 - Paragraph vectors: the vector is computed from the words by the encoder, not a parameter of each document, so new
   text needs no optimisation; and the words to predict are other words than those that were read. Predicting the
   same words rewards copying (6 points less at 10 labels a class).
@@ -186,7 +187,7 @@ class TextEncoder(nn.Module):
     """Tokens (B, T) -> token vectors (B, T, D), with the two output layers of the pretraining tasks.
 
     Arguments: vocabulary_size V; pairs (N,) int64, sorted, each left · V + right: the frequent word pairs that have
-    an embedding of their own, in the first d columns; width D; layers; heads; window, the longest sequence;
+    an embedding of their own, in the first 64 columns; width D; layers; heads; window, the longest sequence;
     document_columns d, how many of the D columns make the document vector (64 with the document term: a narrow one
     gives the better features with few labels; all of them for the masked loss alone).
     """
@@ -305,8 +306,8 @@ def encode(model, tokens, lengths):
     """
     windows, size, owner = split_windows(tokens, lengths, model.window)
     real = size.clamp(min=1)          # an empty document attends to its padding instead of to nothing, which is NaN
-    x = model(windows, None if bool((size == windows.shape[1]).all()) else real)                 # (W, T, D)
-    total = model.mean(x, size) * size[:, None]                           # (W, d)
+    means = [model.mean(model(w, r), s) for w, r, s in zip(*(part.split(256) for part in (windows, real, size)))]
+    total = torch.cat(means) * size[:, None]                              # (W, d); 256 at once: a book fits in memory
     whole = torch.zeros(len(tokens), total.shape[1], device=total.device).index_add(0, owner, total)
     return whole / lengths[:, None].clamp(min=1)
 

@@ -33,6 +33,18 @@ TINY = ("--steps 90 --embedding-steps 30 --batch-size 8 --window 32 --width 32 -
         "--pairs 100 --evaluate-every 30 --device cpu --precision float32").split()
 
 
+@pytest.fixture(scope="session")
+def trained(corpus, tmp_path_factory):
+    """One finished tiny run, for the tests that look at it or fine-tune it."""
+    import train_mlm
+    folder = tmp_path_factory.mktemp("runs")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", ["train_mlm.py", "--data", str(corpus), "--data-dir", str(folder / "data"),
+                                   "--run", str(folder / "mlm"), *TINY])
+        train_mlm.main()
+    return folder / "mlm"
+
+
 @pytest.fixture
 def run_script(monkeypatch, capsys):
     """run_script(module, "--flag", value, ...) -> (exit code, what it printed), in this process."""

@@ -8,19 +8,7 @@ import torch
 import torch.nn.functional as F
 
 import finetune
-import train_mlm
-from conftest import TINY
 from minissl import datasets, evaluation
-
-
-@pytest.fixture(scope="module")
-def trained(corpus, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("runs")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sys.argv", ["train_mlm.py", "--data", str(corpus), "--data-dir", str(folder / "data"),
-                                   "--run", str(folder / "mlm"), *TINY])
-        train_mlm.main()
-    return folder / "mlm"
 
 
 def test_the_table_has_every_row_and_column_and_lands_in_csv_and_page(trained, run_script):
@@ -42,7 +30,7 @@ def test_the_table_has_every_row_and_column_and_lands_in_csv_and_page(trained, r
 def test_permuting_the_test_labels_changes_no_choice_and_no_weight(trained, run_script, monkeypatch):
     made, load = [], datasets.load_texts
 
-    def keep(settings, results, chance, classifier, classes):
+    def keep(settings, checkpoint, name, results, chance, classifier, classes):
         made.append({k: v.clone() for k, v in classifier.state_dict().items()})
     monkeypatch.setattr(finetune, "write_results", keep)
 
@@ -62,7 +50,9 @@ def test_permuting_the_test_labels_changes_no_choice_and_no_weight(trained, run_
 def test_features_are_written_one_row_a_text(trained, corpus, run_script, tmp_path):
     code, _ = run_script(finetune, trained, "--features", tmp_path / "out.npy", "--data", corpus, "--data-dir", tmp_path)
     features = np.load(tmp_path / "out.npy")
-    assert code == 0 and features.shape == (200, 32) and features.dtype == np.float32 and np.isfinite(features).all()
+    assert code == 0 and features.shape == (200, 32) and features.dtype == np.float32
+    texts = [(corpus / "city" / f"{n:03}.txt").read_text(encoding="utf-8") for n in (0, 7)]
+    np.testing.assert_allclose(evaluation.load_encoder(trained)(texts), features[[0, 7]], atol=0.02 * np.abs(features).max())
 
 
 @pytest.mark.parametrize("flags, sentence", [

@@ -12,21 +12,6 @@ from conftest import TINY
 from minissl import datasets, training, transformer
 
 
-@pytest.fixture(scope="session")
-def trained(corpus, tmp_path_factory):
-    """One finished tiny run, for the tests that only look."""
-    folder = tmp_path_factory.mktemp("runs")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sys.argv", ["train_mlm.py", "--data", str(corpus), "--data-dir", str(folder / "data"),
-                                   "--run", str(folder / "mlm"), *TINY])
-        train_mlm.main()
-    return folder / "mlm"
-
-
-def checkpoint_of(run):
-    return training.load_checkpoint(run)
-
-
 def assert_equal_states(a, b):
     assert a.keys() == b.keys()
     for name in a:
@@ -45,14 +30,14 @@ def test_two_runs_with_one_seed_are_equal_and_another_seed_is_not(corpus, tmp_pa
     flags = ["--data", corpus, "--data-dir", tmp_path, *TINY]
     assert run_script(train_mlm, *flags, "--run", tmp_path / "b")[0] == 0
     assert run_script(train_mlm, *flags, "--run", tmp_path / "c", "--seed", 1)[0] == 0
-    first = checkpoint_of(trained)["model"]
-    assert_equal_states(first, checkpoint_of(tmp_path / "b")["model"])
-    assert not torch.equal(first["token_embedding.weight"], checkpoint_of(tmp_path / "c")["model"]["token_embedding.weight"])
+    first = training.load_checkpoint(trained)["model"]
+    assert_equal_states(first, training.load_checkpoint(tmp_path / "b")["model"])
+    assert not torch.equal(first["token_embedding.weight"], training.load_checkpoint(tmp_path / "c")["model"]["token_embedding.weight"])
 
 
 def test_how_often_one_looks_does_not_change_what_is_learned(corpus, tmp_path, run_script, trained):
     run_script(train_mlm, "--data", corpus, "--data-dir", tmp_path, *TINY, "--evaluate-every", 7, "--run", tmp_path / "b")
-    assert_equal_states(checkpoint_of(trained)["model"], checkpoint_of(tmp_path / "b")["model"])
+    assert_equal_states(training.load_checkpoint(trained)["model"], training.load_checkpoint(tmp_path / "b")["model"])
 
 
 @pytest.mark.parametrize("at", [20, 60])           # in the first stage, in the second
@@ -66,10 +51,10 @@ def test_a_stopped_and_resumed_run_ends_as_one_that_was_never_stopped(at, corpus
     monkeypatch.setattr(training.Run, "count", stop_at)
     flags = ["--data", corpus, "--data-dir", tmp_path, *TINY, "--run", tmp_path / "b"]
     code, printed = run_script(train_mlm, *flags)
-    assert code == 2 and "--resume" in printed
+    assert code == 130 and "--resume" in printed
     monkeypatch.setattr(training.Run, "count", log)
-    assert run_script(train_mlm, *flags, "--resume")[0] == 0
-    a, b = checkpoint_of(trained), checkpoint_of(tmp_path / "b")
+    assert run_script(train_mlm, "--run", tmp_path / "b", "--resume")[0] == 0       # all else as the run was started
+    a, b = training.load_checkpoint(trained), training.load_checkpoint(tmp_path / "b")
     assert_equal_states(a["model"], b["model"])
     for one, other in zip(a["optimizers"], b["optimizers"]):
         for key in one["state"]:
@@ -88,8 +73,8 @@ def test_gradient_accumulation_does_not_change_the_gradient(corpus, tmp_path, ru
     for parts in (1, 3):
         flags = ["--data", corpus, "--data-dir", tmp_path, *TINY, "--run", tmp_path / str(parts)]
         run_script(train_mlm, *flags, "--steps", 31, "--gradient-accumulation", parts)
-    # After one step of the second stage Adam's first moments are the gradients, scaled: sums in another order.
-    one, other = (checkpoint_of(tmp_path / parts)["optimizers"][1]["state"] for parts in ("1", "3"))
+    # After one step of the second stage Muon's momentum is the gradient: sums in another order.
+    one, other = (training.load_checkpoint(tmp_path / parts)["optimizers"][1]["state"] for parts in ("1", "3"))
     for key in one:
         torch.testing.assert_close(one[key]["momentum"], other[key]["momentum"], rtol=1e-3, atol=1e-6)
 
@@ -112,9 +97,8 @@ def test_fill_answers_for_each_mask_and_refuses_a_text_without_one(trained, run_
     assert code == 2 and "at least one [MASK]" in printed
 
 
-@pytest.mark.parametrize("flags, sentence", [
-    (["--masked-weight", "0"], ""), (["--document-weight", "0"], ""), (["--layers", "0"], "")])
-def test_each_term_and_the_embeddings_can_learn_alone(flags, sentence, corpus, tmp_path, run_script):
+@pytest.mark.parametrize("flags", [["--masked-weight", "0"], ["--document-weight", "0"], ["--layers", "0"]])
+def test_each_term_and_the_embeddings_can_learn_alone(flags, corpus, tmp_path, run_script):
     code, printed = run_script(train_mlm, "--data", corpus, "--data-dir", tmp_path, *TINY, *flags, "--run", tmp_path / "b")
     assert code == 0, printed
 
@@ -122,14 +106,15 @@ def test_each_term_and_the_embeddings_can_learn_alone(flags, sentence, corpus, t
 @pytest.mark.parametrize("flags, sentence", [
     (["--stepz", "3"], "unrecognized arguments"), (["--steps", "many"], "invalid int value"),
     (["--steps", "0"], "--steps 0: must be at least 1"), (["--mask-share", "nan"], "must be at least"),
-    (["--device", "tpu"], "invalid choice"), (["--heads", "3"], "multiple of --heads"),
+    (["--device", "tpu"], "invalid choice"), (["--heads", "3"], "multiple of twice the --heads"),
+    (["--embedding-steps", "90"], "leave none of --steps 90"),
     (["--masked-weight", "0", "--document-weight", "0"], "nothing is left to learn"),
     (["--data", "not/there"], "there is nothing there"), (["--batch-size", "9999"], "a step needs"),
     (["--resume"], "there is no such file")])
 def test_a_wrong_setting_gets_one_sentence_and_exit_code_2(flags, sentence, corpus, tmp_path, run_script):
     code, printed = run_script(train_mlm, "--data", corpus, "--data-dir", tmp_path, "--run", tmp_path / "b", *TINY, *flags)
     assert code == 2 and sentence in printed.splitlines()[-1] and "Traceback" not in printed
-    assert not (tmp_path / "b" / "checkpoint.pt").exists()
+    assert not (tmp_path / "b").exists()       # nothing half-made: the corrected command must find the place free
 
 
 def test_a_run_is_never_overwritten_or_resumed_with_other_settings(trained, corpus, run_script):
@@ -141,6 +126,10 @@ def test_a_run_is_never_overwritten_or_resumed_with_other_settings(trained, corp
     assert code == 2 and "--width 64" in printed and "32" in printed
     code, printed = run_script(train_mlm, *flags, "--resume", "--steps", 50)
     assert code == 2 and "has made 90" in printed
+    (corpus / "sea" / "one_more.txt").write_text("The tide turns.", encoding="utf-8")
+    code, printed = run_script(train_mlm, "--resume", "--run", trained)
+    (corpus / "sea" / "one_more.txt").unlink()
+    assert code == 2 and "learned from" in printed and "the same data" in printed
     assert (trained / "checkpoint.pt").read_bytes() == before
 
 
@@ -151,7 +140,7 @@ def test_a_run_folder_with_something_else_in_it_is_refused(tmp_path, corpus, run
 
 
 def test_a_diverging_run_stops_with_a_sentence_and_keeps_the_last_good_checkpoint(trained, tmp_path):
-    model = transformer.from_checkpoint(checkpoint_of(trained))
+    model = transformer.from_checkpoint(training.load_checkpoint(trained))
     run = object.__new__(training.Run)
     run.folder = tmp_path
     with torch.no_grad():

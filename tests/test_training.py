@@ -1,0 +1,117 @@
+"""The plumbing: settings, randomness, schedule, Muon, saving."""
+
+import os
+from dataclasses import dataclass
+from typing import Literal
+
+import pytest
+import torch
+
+from minissl import UserError, training
+
+
+@dataclass
+class Settings:
+    steps: int = 10  # how many
+    rate: float = 0.5  # how fast, in 100 % of something
+    kind: Literal["a", "b"] = "a"  # which
+    on: bool = False  # a switch
+
+
+def test_flags_and_their_help_come_from_the_dataclass_and_its_comments(capsys):
+    assert training.read_settings(Settings, "", []) == Settings()
+    assert training.read_settings(Settings, "", ["--steps", "3", "--kind", "b", "--on"]) == Settings(3, 0.5, "b", True)
+    with pytest.raises(SystemExit) as stop:
+        training.read_settings(Settings, "What it is.", ["--help"])
+    said = capsys.readouterr().out
+    assert stop.value.code == 0
+    assert all(part in said for part in ("What it is.", "how many (default 10)", "how fast, in 100 % of something", "{a,b}"))
+
+
+@pytest.mark.parametrize("flags", [["--step", "3"], ["--steps", "x"], ["--kind", "c"], ["--steps"], ["stray"]])
+def test_a_wrong_flag_is_one_line_and_exit_code_2(flags, capsys):
+    with pytest.raises(SystemExit) as stop:
+        training.read_settings(Settings, "", flags)
+    said = capsys.readouterr()
+    assert stop.value.code == 2 and said.err.count("\n") == 1 and not said.out
+
+
+def test_draws_are_a_function_of_seed_purpose_and_step_and_of_nothing_else():
+    draw = lambda *key: torch.rand(4, generator=training.generator(*key)).tolist()
+    first = draw(0, "mask", 5)
+    torch.rand(100)                                               # the global stream does not matter
+    assert draw(0, "mask", 5) == first
+    assert len({tuple(draw(*key)) for key in [(0, "mask", 5), (1, "mask", 5), (0, "coin", 5), (0, "mask", 6)]}) == 4
+
+
+def test_the_rate_climbs_rests_and_falls_to_nothing_after_the_last_step():
+    rates = [training.rate_at(step, 100, warmup=10, decay=0.5) for step in range(101)]
+    assert rates[0] == pytest.approx(0.1) and rates[9] == 1 and rates[50] == 1 and rates[75] == pytest.approx(0.5)
+    assert rates[99] == pytest.approx(0.02) and rates[100] == 0   # step 99 is the last; at 100 nothing would be left
+    assert all(rate > 0 for rate in rates[:100])
+
+
+@pytest.mark.parametrize("shape", [(6, 6), (12, 5), (5, 12), (8, 3, 3, 3)])
+def test_muon_moves_a_matrix_by_its_nearest_orthogonal_one(shape):
+    torch.manual_seed(0)
+    gradient = torch.randn(shape)
+    parameter = torch.nn.Parameter(torch.zeros(shape))
+    parameter.grad = gradient.clone()
+    training.Muon([parameter], lr=1.0).step()
+    u, s, v = torch.linalg.svd(gradient.flatten(1), full_matrices=False)
+    scale = max(1, u.shape[0] / v.shape[1]) ** 0.5
+    moved = -parameter.detach().flatten(1) / scale
+    values = torch.linalg.svdvals(moved)
+    assert values.min() > 0.6 and values.max() < 1.3              # the polynomial aims at about 0.7 ... 1.2
+    kept = u.T @ moved @ v.T                                      # in the singular vectors of the gradient: diagonal
+    assert (kept - torch.diag(kept.diagonal())).abs().max() < 1e-3
+
+
+def test_muon_remembers_with_nesterov_momentum():
+    parameter = torch.nn.Parameter(torch.zeros(2, 2))
+    optimizer = training.Muon([parameter], lr=0.0, momentum=0.5)
+    for _ in range(3):
+        parameter.grad = torch.eye(2)
+        optimizer.step()
+    assert optimizer.state[parameter]["momentum"].tolist() == [[1.75, 0], [0, 1.75]]
+
+
+def test_a_write_that_fails_leaves_the_old_file_whole(tmp_path, monkeypatch):
+    path = tmp_path / "checkpoint.pt"
+    training.write_atomically(path, b"good")
+
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError):
+        training.write_atomically(path, b"half")
+    assert path.read_bytes() == b"good" and [p.name for p in tmp_path.iterdir()] == ["checkpoint.pt"]
+
+
+@pytest.mark.parametrize("content", [b"", b"rubbish", b"PK\x03\x04 not a zip", None])
+def test_a_file_that_is_no_checkpoint_gets_a_sentence(content, tmp_path):
+    path = tmp_path / "checkpoint.pt"
+    if content is None:
+        torch.save({"format": "another program's"}, path)
+    else:
+        path.write_bytes(content)
+    with pytest.raises(UserError, match="checkpoint.pt"):
+        training.load_checkpoint(tmp_path)
+
+
+def test_a_checkpoint_that_wants_to_run_code_is_refused(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return os.system, (f"touch {tmp_path}/ran",)
+    torch.save({"format": training.CHECKPOINT_FORMAT, "model": Evil()}, tmp_path / "checkpoint.pt")
+    with pytest.raises(UserError, match="cannot be read as a checkpoint"):
+        training.load_checkpoint(tmp_path)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_the_matrix_product_rate_is_positive_and_the_choice_of_precision_gives_its_reason():
+    assert training.matrix_product_rate(torch.device("cpu"), torch.float32, n=64, seconds=0.01) > 0
+    dtype, rate, reason = training.choose_precision("auto", torch.device("cpu"))
+    assert dtype in (torch.float32, torch.bfloat16) and "measured" in reason
+    with pytest.raises(UserError, match="finds no such device" if not torch.cuda.is_available() else "mps"):
+        training.choose_device("cuda" if not torch.cuda.is_available() else "mps")
