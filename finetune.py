@@ -263,7 +263,8 @@ def write_results(settings, checkpoint, name, results, chance, classifier, class
             writer.writerows([row, method, n, round(a, 2), round(s, 1), name] for n, (a, s) in enumerate(zip(accuracies, seconds)))
     folder, state = Path(settings.run), io.BytesIO()
     write_atomically(folder / "finetune.csv", text.getvalue().encode())
-    torch.save(dict(format=CLASSIFIER_FORMAT, step=checkpoint["step"], classes=classes, **classifier.state_dict()), state)
+    torch.save(dict(format=CLASSIFIER_FORMAT, step=checkpoint["step"], classes=classes, **classifier.state_dict()),
+               state)
     write_atomically(folder / "classifier.pt", state.getbuffer())
     print(f"\ntest accuracy in %, mean ± standard deviation over draws (chance {chance:.1f}); in brackets seconds a draw")
     lines = report.label_table(folder / "finetune.csv")
@@ -281,7 +282,8 @@ def label_new_texts(settings, checkpoint, model, tokenizer, cast, device):
     strings = list(read_texts(Path(settings.predict)))
     saved = read_checkpoint(Path(settings.run) / "classifier.pt", CLASSIFIER_FORMAT)
     if saved["step"] != checkpoint["step"]:
-        raise UserError(f"{settings.run} has been trained on since its classifier was made: run finetune.py {settings.run} again")
+        raise UserError(f"{settings.run} has been trained further since its classifier was made: run finetune.py "
+                        f"{settings.run} again")
     data = Prepared(texts_of(strings, tokenizer), model, cast, device)
     classifier = TextClassifier(saved["table"], saved["mean"], saved["deviation"], len(saved["classes"]))
     classifier.load_state_dict({name: saved[name] for name in classifier.state_dict()})

@@ -71,8 +71,8 @@ class Settings:
         if not self.document_weight:
             self.embedding_steps = 0
         if self.masked_weight and self.embedding_steps >= self.steps:
-            raise UserError(f"--embedding-steps {self.embedding_steps} leave none of --steps {self.steps} to the masked loss: "
-                            f"give more --steps or fewer --embedding-steps")
+            raise UserError(f"--embedding-steps {self.embedding_steps} leave none of --steps {self.steps} to the masked "
+                            f"loss: give more --steps or fewer --embedding-steps")
 
 
 # ---------------------------------------------------------------- Asking a run
@@ -146,7 +146,7 @@ def main():
                                             model.token_bias], times=0.15)],
                               betas=(0.9, 0.99), weight_decay=0, fused=device.type != "mps")
     optimizers = [adamw] + ([Muon(matrices, settings.learning_rate, precision=precision)] if matrices else [])
-    first = run.begin(model, optimizers, f"{len(pool):,} texts with {pool.lengths.sum():,} tokens and {len(model.pairs):,} pairs")
+    first = run.begin(model, optimizers, f"{len(pool):,} texts of {pool.lengths.sum():,} tokens, {len(model.pairs):,} pairs")
     if settings.compile:
         model.compile()
     blocks = sum(p.numel() for p in matrices)
@@ -208,7 +208,8 @@ def main():
                      model_settings=dict(vocabulary_size=V, width=D, layers=settings.layers, heads=settings.heads,
                                          window=settings.window, document_columns=model.document_columns))
         if stopping and not last:
-            raise KeyboardInterrupt(f"stopped at step {done:,} and saved: python train_mlm.py --run {run.folder} --resume goes on")
+            raise KeyboardInterrupt(f"stopped at step {done:,} and saved; python train_mlm.py --run {run.folder} --resume "
+                                    f"goes on")
     print(f"done: {run.folder / 'report.html'} shows what it learned; python finetune.py {run.folder} what it is worth")
 
 

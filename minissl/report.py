@@ -68,7 +68,8 @@ def label_table(path):
             methods += [key[1]] * (key[1] not in methods)
             cells.setdefault(key, []).append(float(row["test_accuracy"]))
     return [["labels a class", *methods]] + [
-        [label, *(f"{np.mean(cells[label, m]):.1f} ± {np.std(cells[label, m], ddof=len(cells[label, m]) > 1):.1f}" for m in methods)]
+        [label, *(f"{np.mean(cells[label, m]):.1f} ± {np.std(cells[label, m], ddof=len(cells[label, m]) > 1):.1f}"
+                  for m in methods)]
         for label in labels]
 
 

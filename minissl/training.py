@@ -253,8 +253,8 @@ class Run:
         if self.checkpoint:
             step = self.checkpoint["step"]
             if self.checkpoint["data"] != data:
-                raise UserError(f"{self.folder} learned from {self.checkpoint['data']}, and now there is {data}: give it the same "
-                                f"data, or start another run")
+                raise UserError(f"{self.folder} learned from {self.checkpoint['data']}, and now there is {data}: give it the "
+                                f"same data, or start another run")
             model.load_state_dict(self.checkpoint["model"])
             for optimizer, state in zip(optimizers, self.checkpoint["optimizers"]):
                 optimizer.load_state_dict(state)
@@ -296,7 +296,7 @@ class Run:
         """Write a row of metrics.csv and a line on the terminal: the losses since the last row, each beside its chance
         level, then `more`. A loss that is not finite ends the run."""
         seconds, steps = time.perf_counter() - self.logged, max(step - self.logged_step, 1)
-        losses = {name: round(float(total) / steps, 4) or "" for name, total in zip(chance, self.losses)}     # "": not in use
+        losses = {name: round(float(total) / steps, 4) or "" for name, total in zip(chance, self.losses)}     # "": is off
         if not all(math.isfinite(value or 0) for value in losses.values()):
             raise UserError(f"the loss is {losses} at step {step}: try a lower --learning-rate; the last good checkpoint, "
                             f"if there is one, is {self.folder / 'checkpoint.pt'}")

@@ -3,8 +3,8 @@
 **Fill in masked words.** Hide some tokens of a sequence and predict them from what is left (BERT). With M the
 masked positions, x̃ the sequence after masking and h = f(x̃) the encoder's output,
 
-    L_masked = −1/|M| Σ_{i ∈ M} log softmax(E · g(h_i) + b)[x_i]     E: the token embedding, tied;  g: norm,
-                                                                          dense layer, squared ReLU, norm
+    L_masked = −1/|M| Σ_{i ∈ M} log softmax(E · g(h_i) + b)[x_i]      E: the token embedding, tied
+                                                                      g: norm, dense layer, squared ReLU, norm
 
 **Guess the rest of the document.** Predict which words occur in a part of the document that the model has not
 seen, from nothing but the mean of its token vectors over the part that it has seen,
