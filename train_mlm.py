@@ -4,7 +4,7 @@ Two stages, one model. In the first `--embedding-steps` steps the transformer's 
 vector is a mean of embeddings, and the embeddings alone learn the document term from whole texts, at a million tokens
 a second. Then the blocks join in, and both losses train everything.
 
-    python train_mlm.py                                         docstrings of this machine's Python, about 3 minutes
+    python train_mlm.py                                         docstrings of this machine's Python, under 5 minutes
     python train_mlm.py --data imdb --run runs/imdb --steps 3800 --embedding-steps 1400       film reviews, 10 minutes
     python train_mlm.py --data my_texts/ --run runs/mine        your own .txt files
     python train_mlm.py --run runs/mine --resume                go on where Ctrl-C stopped

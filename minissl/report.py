@@ -31,6 +31,15 @@ blockquote { margin: 0 0 1rem; padding-left: .8rem; border-left: 3px solid var(-
 """
 
 
+def short(value):
+    """At most six characters for an axis.
+
+    >>> short(4.2221), short(1277487), short(0.1084)
+    ('4.222', '1277k', '0.1084')
+    """
+    return f"{value / 1000:.0f}k" if abs(value) >= 10000 else f"{value:.4g}"
+
+
 def curve(steps, values, width=300, height=140):
     """One curve as SVG: equal-length lists of numbers -> str, with the least and greatest value at the axis."""
     low, high = min(values), max(values)
@@ -42,8 +51,8 @@ def curve(steps, values, width=300, height=140):
             f'<path d="M45 10V{height - 20}H{width - 5}" fill="none" stroke="var(--line)"/>'
             f'<polyline points="{points}" fill="none" stroke="var(--curve)" stroke-width="1.8"/>'
             f'<circle cx="{dot[0]}" cy="{dot[1]}" r="3" fill="var(--curve)"/>'
-            f'<text x="41" y="14" text-anchor="end">{high:.4g}</text>'
-            f'<text x="41" y="{height - 20}" text-anchor="end">{low:.4g}</text>'
+            f'<text x="41" y="14" text-anchor="end">{short(high)}</text>'
+            f'<text x="41" y="{height - 20}" text-anchor="end">{short(low)}</text>'
             f'<text x="{width - 5}" y="{height - 5}" text-anchor="end">step {last:,}</text></svg>')
 
 
@@ -96,7 +105,7 @@ def write_page(folder):
         points = [(int(row["step"]), float(row[name])) for row in rows if row[name] not in ("", None)]
         if name not in ("step", "seconds") and len(points) > 1:
             body.append(f"<figure>{curve(*zip(*points))}<figcaption><b>{html.escape(name.replace('_', ' '))}</b> "
-                        f"now {points[-1][1]:.4g}</figcaption></figure>")
+                        f"now {short(points[-1][1])}</figcaption></figure>")
     body.append("</div><h2>Settings</h2><p>" + " ".join(f"<code>{html.escape(f'{k}={v}')}</code>"
                                                           for k, v in config["settings"].items()) + "</p>")
     page = ('<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width, '
