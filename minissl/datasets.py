@@ -14,7 +14,7 @@ contiguous blocks, not random ones: neighbouring files are often about the same 
 random draw would put such twins on both sides. A text that stands in two splits is dropped from the less
 precious one.
 
-Read next: transformer.py.
+Read next: finetune.py.
 """
 
 import ast
