@@ -37,8 +37,7 @@ from torch import nn
 
 from minissl import UserError, evaluation, report, transformer
 from minissl.datasets import HELD_OUT, TEST, TRAIN, load_texts, progress, read_texts, texts_of
-from minissl.tokenizer import Tokenizer
-from minissl.training import (at_least, autocast, choose_machine, generator, load_checkpoint, read_checkpoint, read_settings,
+from minissl.training import (at_least, autocast, choose_machine, generator, read_checkpoint, read_settings,
                               run_script, write_atomically)
 
 
@@ -296,10 +295,9 @@ def label_new_texts(settings, checkpoint, model, tokenizer, cast, device):
 def main():
     settings = read_settings(Settings, __doc__, positional=("run",))
     settings.check()
-    checkpoint = load_checkpoint(settings.run)
+    model, tokenizer, checkpoint = evaluation.load_text_run(settings.run)
     device, precision, _ = choose_machine(settings)
     cast = autocast(device, precision)
-    model, tokenizer = transformer.from_checkpoint(checkpoint), Tokenizer.from_json(checkpoint["tokenizer"])
     if settings.predict:
         return label_new_texts(settings, checkpoint, model, tokenizer, cast, device)
     name = settings.data or checkpoint["settings"]["data"]

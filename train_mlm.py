@@ -21,8 +21,8 @@ import torch
 from minissl import UserError, evaluation, transformer
 from minissl.datasets import TRAIN, Documents, Windows, frequent_pairs, load_texts
 from minissl.tokenizer import MASK, Tokenizer
-from minissl.training import (Muon, Run, at_least, autocast, choose_machine, generator, load_checkpoint, rate_at,
-                              read_settings, run_script)
+from minissl.training import (Muon, Run, at_least, autocast, choose_machine, generator, rate_at, read_settings,
+                              run_script)
 
 
 # ---------------------------------------------------------------- Settings
@@ -79,8 +79,7 @@ class Settings:
 
 def fill(settings):
     """Print what the run's model puts for each [MASK] of a text, the five likeliest with their probabilities."""
-    checkpoint = load_checkpoint(settings.run)
-    model, tokenizer = transformer.from_checkpoint(checkpoint), Tokenizer.from_json(checkpoint["tokenizer"])
+    model, tokenizer, _ = evaluation.load_text_run(settings.run)
     pieces = settings.fill.split("[MASK]")
     ids = []
     for n, piece in enumerate(pieces):

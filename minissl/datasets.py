@@ -414,30 +414,25 @@ def _own_texts(path):
     if path.is_file():
         if path.suffix != ".txt":
             raise UserError(f"--data {path}: a text file must end in .txt")
-        files, passed_over = [path], Counter()
-    else:
-        files, passed_over = [], Counter()
-        for file in sorted(path.rglob("*")):
-            if any(part.startswith(".") for part in file.relative_to(path).parts):
-                passed_over["hidden"] += file.is_file()
-            elif file.is_dir():
-                passed_over["empty folders"] += not any(file.iterdir())
-            elif file.suffix != ".txt":
-                passed_over["not .txt"] += 1
-            elif file.stat().st_size == 0:
-                passed_over["empty"] += 1
-            else:
-                files.append(file)
-    passed_over = {what: n for what, n in passed_over.items() if n}
-    if passed_over:
-        print("passed over: " + ", ".join(f"{n} {what}" for what, n in passed_over.items()), file=sys.stderr)
+        if path.stat().st_size == 0:
+            raise UserError(f"--data {path}: the file is empty")
+        return _digest([path], path.parent), lambda: ((text, None, None) for text in read_texts(path)), _split_blocks
+    files, passed_over = [], Counter()
+    for file in sorted(path.rglob("*")):
+        if any(part.startswith(".") for part in file.relative_to(path).parts):
+            passed_over["hidden"] += file.is_file()
+        elif file.is_dir():
+            passed_over["empty folders"] += not any(file.iterdir())
+        elif file.suffix != ".txt":
+            passed_over["not .txt"] += 1
+        elif file.stat().st_size == 0:
+            passed_over["empty"] += 1
+        else:
+            files.append(file)
+    if any(passed_over.values()):
+        print("passed over: " + ", ".join(f"{n} {what}" for what, n in passed_over.items() if n), file=sys.stderr)
     if not files:
         raise UserError(f"--data {path}: no .txt file with anything in it")
-    if path.is_file() and path.stat().st_size == 0:
-        raise UserError(f"--data {path}: the file is empty")
-
-    if path.is_file():
-        return _digest(files, path.parent), lambda: ((text, None, None) for text in read_texts(path)), _split_blocks
     inside = [file.relative_to(path).parts for file in files]
     names = [parts[0] if len(parts) > 1 else None for parts in inside]          # the sub-folder is the class
     number = {name: n for n, name in enumerate(sorted({*names} - {None}))}

@@ -194,10 +194,15 @@ def text_features(encode, texts, cast, device="cpu", tokens_a_batch=16384, progr
     return result
 
 
+def load_text_run(run):
+    """-> (model, tokenizer, checkpoint) of a run's folder, on the CPU."""
+    checkpoint = load_checkpoint(run)
+    return transformer.from_checkpoint(checkpoint), Tokenizer.from_json(checkpoint["tokenizer"]), checkpoint
+
+
 def load_encoder(run):
     """The text encoder of a run's folder as a function: list of N strings -> (N, d) float32 features."""
-    checkpoint = load_checkpoint(run)
-    model, tokenizer = transformer.from_checkpoint(checkpoint), Tokenizer.from_json(checkpoint["tokenizer"])
+    model, tokenizer, _ = load_text_run(run)
     return lambda strings: text_features(partial(transformer.encode, model), texts_of(strings, tokenizer), nullcontext())
 
 
