@@ -79,7 +79,10 @@ class Settings:
 
 def fill(settings):
     """Print what the run's model puts for each [MASK] of a text, the five likeliest with their probabilities."""
-    model, tokenizer, _ = evaluation.load_text_run(settings.run)
+    model, checkpoint = evaluation.load_run(settings.run)
+    if checkpoint["method"] != "mlm":
+        raise UserError(f"--fill: {settings.run} learned from images; give the folder of a run of train_mlm.py")
+    tokenizer = evaluation.tokenizer_of(checkpoint)
     pieces = settings.fill.split("[MASK]")
     ids = []
     for n, piece in enumerate(pieces):
@@ -203,7 +206,7 @@ def main():
             if look:
                 run.show(sentences)
         if last or stopping or run.due():
-            run.save(done, model, optimizers, tokenizer=texts.tokenizer.to_json(),
+            run.save(done, model, optimizers, method="mlm", tokenizer=texts.tokenizer.to_json(),
                      model_settings=dict(vocabulary_size=V, width=D, layers=settings.layers, heads=settings.heads,
                                          window=settings.window, document_columns=model.document_columns))
         if stopping and not last:

@@ -19,9 +19,7 @@ Read next: finetune.py.
 
 import ast
 import codecs
-import gzip
 import hashlib
-import http.client
 import importlib.util
 import itertools
 import json
@@ -30,12 +28,9 @@ import re
 import shutil
 import sys
 import sysconfig
-import tarfile
 import tempfile
-import urllib.request
 import warnings
 import zipfile
-import zlib
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -44,6 +39,7 @@ import numpy as np
 import torch
 
 from minissl import UserError
+from minissl.files import download, hash_of, progress, read_archive
 from minissl.tokenizer import PAD, Tokenizer, train
 from minissl.training import generator
 
@@ -199,7 +195,7 @@ def _encode(documents, split, cache, vocabulary_size, tokenizer):
         number = {name: i for i, name in enumerate(classes)} | {None: -1}
         labels = np.array([number[name] for name in names], np.int64)
         parts = split(labels) if parts[0] is None else np.array(parts, np.uint8)
-        keep = _without_twins(np.array(hashes, np.uint64), parts, labels)
+        keep = without_twins(np.array(hashes, np.uint64), parts, labels)
         if not keep.all():
             notes.append(f"{(~keep).sum():,} texts dropped that stand elsewhere in the data, too")
         meta = dict(classes=classes, tokenizer=tokenizer.to_json(), notes=notes, sha256=digest.hexdigest())
@@ -211,7 +207,7 @@ def _encode(documents, split, cache, vocabulary_size, tokenizer):
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _without_twins(hashes, parts, labels):
+def without_twins(hashes, parts, labels):
     """True for the texts to keep: every test text, and of any other text that occurs several times one copy, in
     the first of: test, held out, labelled, unlabelled."""
     order = np.lexsort((labels < 0, -parts.astype(int)))
@@ -227,7 +223,7 @@ def _read_cache(cache):
         with np.load(cache / "index.npz") as index:         # a zip: each member carries a checksum, and it is checked
             meta = json.loads(bytes(index["meta"]))
             tokenizer = Tokenizer.from_json(meta["tokenizer"])
-            if _hash_of(cache / "tokens.bin") != meta["sha256"]:
+            if hash_of(cache / "tokens.bin") != meta["sha256"]:
                 raise ValueError("tokens.bin has changed")
             tokens = np.memmap(cache / "tokens.bin", tokenizer.dtype, "r")
             return Texts(tokens, *(index[name] for name in ("starts", "lengths", "labels", "split")),
@@ -372,28 +368,18 @@ def _imdb(data_dir):
     archive = data_dir / "aclImdb_v1.tar.gz"
     if not archive.exists():
         download(IMDB_URL, archive, IMDB_MD5)
-    return _hash_of(archive), lambda: _read_imdb(archive), None
+    return hash_of(archive), lambda: _read_imdb(archive), None
 
 
 def _read_imdb(archive):
     """(review, "pos" | "neg" | None, split), straight from the archive: unpacking 100,000 small files takes longer
     than training. The last tenth of each training class, by number, is held out."""
     reviews = []
-    try:
-        # gzip checks length and checksum at the end, tarfile's own "r|gz" takes what it gets of a truncated file.
-        with gzip.open(archive) as stream, tarfile.open(fileobj=stream, mode="r|") as members:
-            for member in members:
-                match = IMDB_NAME.fullmatch(member.name)
-                if match and member.isfile() and member.size <= TEXT_BYTES:
-                    text = members.extractfile(member).read().decode("utf-8", "replace").replace("<br />", " ")
-                    reviews.append((match[1], match[2], int(match[3]), text))
-                    if len(reviews) % 2000 == 0:
-                        progress(f"imdb: {len(reviews):,} reviews read")
-            while stream.read(2**20):
-                pass                                                            # to the end, where the checksum stands
-    except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
-        raise UserError(f"{archive} is not a whole archive ({error}): delete it, and it is downloaded again "
-                        f"from {IMDB_URL}") from None
+    for match, data in read_archive(archive, IMDB_NAME, TEXT_BYTES, IMDB_URL):
+        text = data.decode("utf-8", "replace").replace("<br />", " ")
+        reviews.append((match[1], match[2], int(match[3]), text))
+        if len(reviews) % 2000 == 0:
+            progress(f"imdb: {len(reviews):,} reviews read")
     sizes = Counter((part, name) for part, name, _, _ in reviews)
     if any(not sizes[part, name] for part in ("train", "test") for name in ("pos", "neg")):
         raise UserError(f"{archive} does not hold the IMDb reviews: expected aclImdb/train/pos/0_9.txt and the like")
@@ -416,7 +402,7 @@ def _own_texts(path):
             raise UserError(f"--data {path}: a text file must end in .txt")
         if path.stat().st_size == 0:
             raise UserError(f"--data {path}: the file is empty")
-        return _digest([path], path.parent), lambda: ((text, None, None) for text in read_texts(path)), _split_blocks
+        return _digest([path], path.parent), lambda: ((text, None, None) for text in read_texts(path)), split_blocks
     files, passed_over = [], Counter()
     for file in sorted(path.rglob("*")):
         if any(part.startswith(".") for part in file.relative_to(path).parts):
@@ -436,12 +422,12 @@ def _own_texts(path):
     inside = [file.relative_to(path).parts for file in files]
     names = [parts[0] if len(parts) > 1 else None for parts in inside]          # the sub-folder is the class
     number = {name: n for n, name in enumerate(sorted({*names} - {None}))}
-    split = _split_blocks(np.array([number.get(name, -1) for name in names]))
+    split = split_blocks(np.array([number.get(name, -1) for name in names]))
     return _digest(files, path), lambda: (("\n".join(read_texts(file)), name, part)
                                           for file, name, part in zip(files, names, split)), None
 
 
-def _split_blocks(labels):
+def split_blocks(labels):
     """The end of each class, in the order of the files: a fifth for the test, a tenth held out before it. Without
     labels there is nothing to test; a tenth is held out for the loss."""
     split = np.zeros(len(labels), np.uint8)
@@ -482,44 +468,7 @@ def read_texts(path):
                     yield whole
 
 
-# ---------------------------------------------------------------- small things used above
-
-def _hash_of(path, algorithm="sha256"):
-    digest = hashlib.new(algorithm)
-    with open(path, "rb") as file:
-        while block := file.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 def _digest(files, root):
     """A hash of the files' names below root and of their contents."""
-    lines = "\n".join(f"{os.path.relpath(path, root)} {_hash_of(path)}" for path in files)
+    lines = "\n".join(f"{os.path.relpath(path, root)} {hash_of(path)}" for path in files)
     return hashlib.sha256(lines.encode("utf-8", "surrogateescape")).hexdigest()
-
-
-def download(url, path, md5):
-    """Fetch url to path, by way of path.part, and check it before it gets its name."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    by_hand = f"get {url} in another way and put it at {path}"
-    try:
-        with urllib.request.urlopen(url, timeout=30) as answer, open(part, "wb") as file:
-            size, done = int(answer.headers.get("Content-Length") or 0), 0
-            while block := answer.read(2**18):
-                done += file.write(block)
-                progress(f"{path.name}: {done / 1e6:.1f} of {size / 1e6:.1f} MB")
-    except (OSError, http.client.HTTPException) as error:
-        raise UserError(f"cannot download {url} ({error}): {by_hand}") from None
-    found = _hash_of(part, "md5")
-    if found != md5:
-        part.unlink()
-        raise UserError(f"what came from {url} is not the published file (MD5 {found}, expected {md5}): {by_hand}")
-    os.replace(part, path)
-    progress(f"{path.name}: downloaded, checksum as published", end="\n")
-
-
-def progress(text, end=""):
-    """One line on the terminal that renews itself; in a log only what ends it."""
-    if end or sys.stderr.isatty():
-        print(f"\r{text:<79}", end=end or "\r", file=sys.stderr, flush=True)

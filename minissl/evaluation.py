@@ -13,10 +13,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from minissl import transformer
+from minissl import UserError, autoencoder, contrastive, report, transformer
 from minissl.datasets import HELD_OUT, TRAIN, texts_of
 from minissl.tokenizer import MASK, Tokenizer
-from minissl.training import generator, load_checkpoint
+from minissl.files import load_checkpoint
+from minissl.training import generator
 
 
 def accuracy(predictions, labels):
@@ -194,16 +195,85 @@ def text_features(encode, texts, cast, device="cpu", tokens_a_batch=16384, progr
     return result
 
 
-def load_text_run(run):
-    """-> (model, tokenizer, checkpoint) of a run's folder, on the CPU."""
+@torch.no_grad()
+def image_features(encode, images, cast, device="cpu", batch=250, progress=lambda line: None):
+    """encode(images (B, C, H, W) uint8) over all images, in batches -> (N, D) float32, on the CPU."""
+    features = []
+    for n, part in enumerate(images.split(batch)):
+        with cast:
+            features.append(encode(part.to(device)).float().cpu())
+        progress(f"encoding: {n * batch + len(part):,} of {len(images):,} images")
+    return torch.cat(features)
+
+
+class Neighbours:
+    """Called with an encoder during training: the nearest neighbours of held-out images among training images.
+    -> their accuracy where labels exist (for the log alone), and neighbours.png and map.png in the run's folder."""
+
+    def __init__(self, data, device):
+        self.device, self.known, self.asked = device, data.of(TRAIN, 2000), data.of(HELD_OUT, 500)
+
+    def __call__(self, encode, cast, folder):
+        known, asked = (image_features(encode, part.images, cast, self.device) for part in (self.known, self.asked))
+        centre = known.mean(0)
+        nearest = (F.normalize(asked[:10] - centre) @ F.normalize(known - centre).T).topk(8).indices       # (10, 8)
+        report.write_png(folder / "neighbours.png", report.grid([
+            torch.cat([image[None], self.known.images[row]]) for image, row in zip(self.asked.images, nearest)]))
+        points = (asked - centre) @ torch.linalg.svd(asked - centre, full_matrices=False)[2][:2].T          # (Q, 2)
+        report.write_png(folder / "map.png", report.scatter(points.numpy(), self.asked.labels))
+        if min(self.known.labels.min(), self.asked.labels.min()) < 0:
+            return ""
+        return round(knn_accuracy(known, self.known.labels, asked, self.asked.labels), 2)
+
+
+# ---------------------------------------------------------------- runs
+
+MODELS = dict(mlm=transformer, autoencoder=autoencoder, contrastive=contrastive)
+
+
+def load_run(run):
+    """-> (model in evaluation mode, on the CPU; checkpoint) of the folder of any run."""
     checkpoint = load_checkpoint(run)
-    return transformer.from_checkpoint(checkpoint), Tokenizer.from_json(checkpoint["tokenizer"]), checkpoint
+    return MODELS[checkpoint["method"]].from_checkpoint(checkpoint), checkpoint
+
+
+def new_model(checkpoint, seed):
+    """The image model of a checkpoint as it was before any training."""
+    torch.manual_seed(seed)
+    return MODELS[checkpoint["method"]].new_from(checkpoint)
+
+
+def tokenizer_of(checkpoint):
+    return Tokenizer.from_json(checkpoint["tokenizer"])
+
+
+def encoder_of(model):
+    """images (B, C, H, W) uint8 -> features (B, D), by the model's own file."""
+    return partial((autoencoder if isinstance(model, autoencoder.Autoencoder) else contrastive).encode, model)
+
+
+def check_images(images, model, name):
+    """UserError unless the model can read images (N, C, H, W) of this size."""
+    channels, size = model.channels, getattr(model, "size", None)
+    if images.shape[1] != channels or size and tuple(images.shape[2:]) != size:
+        raise UserError(f"{name}: images of {images.shape[2]} × {images.shape[3]} × {images.shape[1]}; the run learned from "
+                        + (f"{size[0]} × {size[1]} × {channels}" if size else f"{channels} channels") + ": convert them")
 
 
 def load_encoder(run):
-    """The text encoder of a run's folder as a function: list of N strings -> (N, d) float32 features."""
-    model, tokenizer, _ = load_text_run(run)
-    return lambda strings: text_features(partial(transformer.encode, model), texts_of(strings, tokenizer), nullcontext())
+    """The encoder of a run's folder as a function -> features (N, D) float32. For texts of a list of N strings, for images
+    of an array (N, H, W, C) or (N, H, W), uint8."""
+    model, checkpoint = load_run(run)
+    if checkpoint["method"] == "mlm":
+        tokenizer = tokenizer_of(checkpoint)
+        return lambda strings: text_features(partial(transformer.encode, model), texts_of(strings, tokenizer), nullcontext())
+
+    def features(images):
+        images = torch.as_tensor(images)
+        images = images.view(*images.shape[:3], -1).permute(0, 3, 1, 2)                           # (N, C, H, W)
+        check_images(images, model, "the array")
+        return image_features(encoder_of(model), images, nullcontext())
+    return features
 
 
 # ---------------------------------------------------------------- what a masked language model has learned so far

@@ -1,16 +1,29 @@
 """What people look at: a run's folder as one page that any browser opens without a server.
 
-`write_page(folder)` reads what lies in the folder (config.json, metrics.csv, sentences.json, finetune.csv) and writes
-report.html beside it, self-contained: curves are inline SVG, no script, no request to anywhere. It is rewritten at
-each evaluation; what is not there yet is left out.
+`write_page(folder)` reads what lies in the folder (config.json, metrics.csv, sentences.json, the pictures,
+finetune.csv) and writes report.html beside it, self-contained: curves are inline SVG, no script, no request to
+anywhere. It is rewritten at each evaluation; what is not there yet is left out.
 """
 
+import base64
 import csv
 import html
 import json
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
+
+from minissl.files import write_atomically
+
+PICTURES = {            # file name -> what it shows
+    "views.png": "One batch as the model sees it: a column an image, its views one below the other.",
+    "reconstructions.png": "Held-out images, what the encoder was given where that differs, and what the decoder rebuilt.",
+    "walks.png": "What the decoder makes of the way from one image's code to another's: the ends are real codes.",
+    "neighbours.png": "The first column: held-out images. Beside each the training images nearest to it in feature space.",
+    "map.png": "Features of held-out images, their first two principal components, coloured by class where there are labels.",
+}
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1d2733; --soft: #69788a; --line: #d5dce4; --paper: #fff;
@@ -23,13 +36,55 @@ h1 { font-size: 1.5rem; margin: 0 } h2 { font-size: 1.1rem; margin: 2rem 0 .5rem
 code { font: .85rem ui-monospace, monospace; overflow-wrap: anywhere }
 .curves { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 17rem), 1fr)); gap: 1rem }
 figure { margin: 0 } figcaption { font-size: .85rem; color: var(--soft) } figcaption b { color: var(--ink) }
-svg { width: 100%; height: auto; display: block } svg text { font: 11px system-ui, sans-serif; fill: var(--soft) }
+img { image-rendering: pixelated } svg { width: 100%; height: auto; display: block } svg text { font: 11px system-ui, sans-serif; fill: var(--soft) }
 .wide { overflow-x: auto } table { border-collapse: collapse; font-variant-numeric: tabular-nums }
 td, th { padding: .3rem .8rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap }
 blockquote { margin: 0 0 1rem; padding-left: .8rem; border-left: 3px solid var(--line); overflow-wrap: anywhere }
 .good { color: var(--good); font-weight: 600 } .bad { color: var(--bad) }
 """
 
+
+# ---------------------------------------------------------------- pictures
+
+def write_png(path, image):
+    """image (H, W, 3) uint8, a NumPy array. A PNG is a signature and three chunks; zlib does the rest."""
+    height, width, _ = image.shape
+    rows = np.concatenate([np.zeros((height, 1), np.uint8), image.reshape(height, -1)], axis=1)     # 0: no row filter
+    chunks = [(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)),                     # 8 bits, RGB
+              (b"IDAT", zlib.compress(rows.tobytes(), 9)), (b"IEND", b"")]
+    write_atomically(path, b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in chunks))
+
+
+def grid(rows, gap=2):
+    """rows: a list of equally long image batches, each a tensor (N, C, H, W), uint8 or floats in [0, 1], C 1 or 3 ->
+    (H', W', 3) uint8: a row a batch, small images enlarged to about 64 pixels."""
+    lines = []
+    for batch in rows:
+        pixels = np.asarray(batch if batch.dtype.is_floating_point is False else (batch.clamp(0, 1) * 255).round().byte())
+        pixels = np.repeat(pixels, 3 // pixels.shape[1], axis=1).transpose(0, 2, 3, 1)              # (N, H, W, 3)
+        times = max(1, 64 // max(pixels.shape[1:3]))
+        pixels = pixels.repeat(times, axis=1).repeat(times, axis=2)
+        pixels = np.pad(pixels, ((0, 0), (0, gap), (0, gap), (0, 0)), constant_values=128)
+        lines.append(np.concatenate(list(pixels), axis=1))
+    return np.concatenate(lines)[:-gap, :-gap]
+
+
+COLOURS = np.uint8([[31, 119, 180], [255, 127, 14], [44, 160, 44], [214, 39, 40], [148, 103, 189], [140, 86, 75],
+                    [227, 119, 194], [127, 127, 127], [188, 189, 34], [23, 190, 207]])               # one a class
+
+
+def scatter(points, labels, size=480):
+    """points (N, 2), labels (N,) int -> (size, size, 3) uint8: a dot each, coloured by label."""
+    canvas = np.full((size, size, 3), 250, np.uint8)
+    low, high = np.percentile(points, [1, 99], axis=0)
+    place = ((points - low) / (high - low + 1e-9)).clip(0, 1) * (size - 12) + 6
+    for (x, y), label in zip(place.astype(int), labels):
+        canvas[y - 2:y + 3, x - 2:x + 3] = COLOURS[label % len(COLOURS)]
+    return canvas
+
+
+# ---------------------------------------------------------------- curves and tables
 
 def short(value):
     """At most six characters for an axis.
@@ -98,6 +153,11 @@ def write_page(folder):
         sentences = json.loads((folder / "sentences.json").read_text(encoding="utf-8"))
         body.append("<h2>Filling in held-out text</h2><p>Of the tokens that were to be guessed, the model's guess; where it "
                     "differs, what stood there is struck through.</p>" + "".join(filled_in(*s) for s in sentences))
+    for name, caption in PICTURES.items():
+        if (folder / name).exists():
+            data = base64.b64encode((folder / name).read_bytes()).decode()
+            body.append(f'<h2>{html.escape(name[:-4].capitalize())}</h2><p>{html.escape(caption)}</p><div class="wide">'
+                        f'<img alt="{html.escape(name)}" src="data:image/png;base64,{data}"></div>')
     with open(folder / "metrics.csv", encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
     body.append('<h2>Learning</h2><div class="curves">')

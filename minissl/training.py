@@ -30,6 +30,7 @@ import numpy as np
 import torch
 
 from minissl import UserError, report
+from minissl.files import CHECKPOINT_FORMAT, load_checkpoint, write_atomically
 
 
 # ---------------------------------------------------------------- from the command line to settings, and out again
@@ -125,8 +126,13 @@ def choose_precision(name, device):
 
     A CPU without bfloat16 units emulates it, slower than float32, so the question is put to the machine.
     """
-    wanted = [torch.float32, torch.bfloat16] if name == "auto" and device.type != "mps" else [
-        torch.float32 if name == "auto" else getattr(torch, name)]
+    if name == "auto":
+        wanted = [torch.float32]
+        if device.type != "mps" and matrix_product_rate(device, torch.bfloat16, 256, 0.02) > 0.5 * matrix_product_rate(
+                device, torch.float32, 256, 0.02):    # emulation is a hundred times slower: a small product tells
+            wanted.append(torch.bfloat16)
+    else:
+        wanted = [getattr(torch, name)]
     rates = {dtype: matrix_product_rate(device, dtype) for dtype in wanted}
     dtype = torch.bfloat16 if rates.get(torch.bfloat16, 0) > 1.3 * rates.get(torch.float32, 0) else torch.float32
     measured = ", ".join(f"{str(d)[6:]} {rate / 1e9:,.0f} GFLOP/s" for d, rate in rates.items())
@@ -143,6 +149,17 @@ def matrix_product_rate(device, dtype, n=1536, seconds=0.3):
         best = min(best, time.perf_counter() - start)
         if time.perf_counter() > end:
             return 2 * n**3 / best
+
+
+def count_flops(model, run):
+    """FLOPs of the matrix products and convolutions in run(), with the model in evaluation mode: batch norm stays."""
+    from torch.utils.flop_counter import FlopCounterMode        # here, for the import takes a second
+
+    model.eval()
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        run()
+    model.train()
+    return counter.get_total_flops()
 
 
 def choose_machine(settings):
@@ -220,7 +237,6 @@ def orthogonalise(matrix, precision=torch.float32):
 
 # ---------------------------------------------------------------- the run's folder
 
-CHECKPOINT_FORMAT = "minissl checkpoint 1"
 MAY_CHANGE = {"steps", "device", "resume", "run", "data_dir", "fill", "evaluate_every"}      # when a run is resumed
 
 
@@ -294,9 +310,9 @@ class Run:
 
     def log(self, step, chance, peak, more):
         """Write a row of metrics.csv and a line on the terminal: the losses since the last row, each beside its chance
-        level, then `more`. A loss that is not finite ends the run."""
+        level, if it has one, then `more`. A loss that is not finite ends the run."""
         seconds, steps = time.perf_counter() - self.logged, max(step - self.logged_step, 1)
-        losses = {name: round(float(total) / steps, 4) or "" for name, total in zip(chance, self.losses)}     # "": is off
+        losses = {name: round(float(total) / steps, 5) or "" for name, total in zip(chance, self.losses)}     # "": is off
         if not all(math.isfinite(value or 0) for value in losses.values()):
             raise UserError(f"the loss is {losses} at step {step}: try a lower --learning-rate; the last good checkpoint, "
                             f"if there is one, is {self.folder / 'checkpoint.pt'}")
@@ -304,7 +320,8 @@ class Run:
                     share_of_peak=round(self.flops / seconds / peak, 3) if self.flops else "", **more)
         self.rows.append(dict(step=step, seconds=round(time.perf_counter() - self.started, 1), **losses, **more))
         self._write_rows()
-        shown = [f"{name} {value:.3f} (chance {chance[name]:.2f})" for name, value in losses.items() if value]
+        shown = [f"{name.replace('_', ' ')} {value:.4g}" + (f" (chance {chance[name]:.4g})" if chance[name] else "")
+                 for name, value in losses.items() if value]
         shown += [f"{name.replace('_', ' ')} {value:,}" for name, value in more.items() if value != ""]
         left = seconds / steps * (self.settings.steps - step) / 60
         print(f"step {step:,}/{self.settings.steps:,}  " + "  ".join(shown) + f"  {left:.1f} min left", flush=True)
@@ -347,41 +364,3 @@ class Run:
         torch.save(state, data)
         write_atomically(self.folder / "checkpoint.pt", data.getbuffer())
         self.saved = time.perf_counter()
-
-
-def write_atomically(path, data):
-    """To a temporary file, flushed, renamed: after a crash the path holds the old bytes or the new, never a part."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-def load_checkpoint(folder):
-    """The checkpoint of a run's folder; see read_checkpoint."""
-    return read_checkpoint(Path(folder) / "checkpoint.pt", CHECKPOINT_FORMAT)
-
-
-def read_checkpoint(path, format):
-    """A dict of tensors, numbers, strings, lists and dicts, on the CPU, that says of itself that it has this format.
-
-    Raises UserError where there is none, or it is damaged, or another program's, or another version's.
-    """
-    if not path.exists():
-        raise UserError(f"{path}: there is no such file; " + ("give the folder of a run that a training script has made"
-                        if path.name == "checkpoint.pt" else "finetune.py makes it when it prints its table"))
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:              # a damaged pickle can fail in any way: IndexError, UnicodeDecodeError, ...
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{path} cannot be read as a checkpoint ({reason[:100]}): it is damaged or another "
-                        f"program's") from None
-    if not isinstance(checkpoint, dict) or checkpoint.get("format") != format:
-        raise UserError(f"{path} is not of this version of minissl ({format})")
-    return checkpoint

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from conftest import story
-from minissl import UserError, datasets
+from minissl import UserError, datasets, files
 from minissl.datasets import HELD_OUT, TEST, TRAIN, load_texts
 
 
@@ -50,7 +50,7 @@ def test_a_twin_is_dropped_from_the_less_precious_split_and_test_texts_all_stay(
     split = np.array([TRAIN, TEST, TEST, HELD_OUT, TRAIN, TRAIN, TRAIN], np.uint8)
     labels = np.array([-1, 0, 0, 0, -1, 0, 1])
     hashes = np.array([7, 7, 7, 8, 9, 9, 8], np.uint64)
-    assert datasets._without_twins(hashes, split, labels).tolist() == [False, True, True, True, False, True, False]
+    assert datasets.without_twins(hashes, split, labels).tolist() == [False, True, True, True, False, True, False]
 
 
 def test_hidden_and_empty_files_are_passed_over_and_counted(tmp_path, capsys):
@@ -185,9 +185,9 @@ def test_a_download_with_another_checksum_is_refused_and_removed(tmp_path):
     (tmp_path / "served").write_bytes(b"something else")
     url = (tmp_path / "served").as_uri()
     with pytest.raises(UserError, match="not the published file.*put it at"):
-        datasets.download(url, tmp_path / "out", "0" * 32)
+        files.download(url, tmp_path / "out", "0" * 32)
     assert [p.name for p in tmp_path.iterdir()] == ["served"]
-    datasets.download(url, tmp_path / "out", hashlib.md5(b"something else").hexdigest())
+    files.download(url, tmp_path / "out", hashlib.md5(b"something else").hexdigest())
     assert (tmp_path / "out").read_bytes() == b"something else"
 
 

@@ -9,7 +9,7 @@ import torch
 
 import train_mlm
 from conftest import TINY
-from minissl import datasets, training, transformer
+from minissl import datasets, files, training, transformer
 
 
 def assert_equal_states(a, b):
@@ -30,14 +30,14 @@ def test_two_runs_with_one_seed_are_equal_and_another_seed_is_not(corpus, tmp_pa
     flags = ["--data", corpus, "--data-dir", tmp_path, *TINY]
     assert run_script(train_mlm, *flags, "--run", tmp_path / "b")[0] == 0
     assert run_script(train_mlm, *flags, "--run", tmp_path / "c", "--seed", 1)[0] == 0
-    first = training.load_checkpoint(trained)["model"]
-    assert_equal_states(first, training.load_checkpoint(tmp_path / "b")["model"])
-    assert not torch.equal(first["token_embedding.weight"], training.load_checkpoint(tmp_path / "c")["model"]["token_embedding.weight"])
+    first = files.load_checkpoint(trained)["model"]
+    assert_equal_states(first, files.load_checkpoint(tmp_path / "b")["model"])
+    assert not torch.equal(first["token_embedding.weight"], files.load_checkpoint(tmp_path / "c")["model"]["token_embedding.weight"])
 
 
 def test_how_often_one_looks_does_not_change_what_is_learned(corpus, tmp_path, run_script, trained):
     run_script(train_mlm, "--data", corpus, "--data-dir", tmp_path, *TINY, "--evaluate-every", 7, "--run", tmp_path / "b")
-    assert_equal_states(training.load_checkpoint(trained)["model"], training.load_checkpoint(tmp_path / "b")["model"])
+    assert_equal_states(files.load_checkpoint(trained)["model"], files.load_checkpoint(tmp_path / "b")["model"])
 
 
 @pytest.mark.parametrize("at", [20, 60])           # in the first stage, in the second
@@ -54,7 +54,7 @@ def test_a_stopped_and_resumed_run_ends_as_one_that_was_never_stopped(at, corpus
     assert code == 130 and "--resume" in printed
     monkeypatch.setattr(training.Run, "count", log)
     assert run_script(train_mlm, "--run", tmp_path / "b", "--resume")[0] == 0       # all else as the run was started
-    a, b = training.load_checkpoint(trained), training.load_checkpoint(tmp_path / "b")
+    a, b = files.load_checkpoint(trained), files.load_checkpoint(tmp_path / "b")
     assert_equal_states(a["model"], b["model"])
     for one, other in zip(a["optimizers"], b["optimizers"]):
         for key in one["state"]:
@@ -74,7 +74,7 @@ def test_gradient_accumulation_does_not_change_the_gradient(corpus, tmp_path, ru
         flags = ["--data", corpus, "--data-dir", tmp_path, *TINY, "--run", tmp_path / str(parts)]
         run_script(train_mlm, *flags, "--steps", 31, "--gradient-accumulation", parts)
     # After one step of the second stage Muon's momentum is the gradient: sums in another order.
-    one, other = (training.load_checkpoint(tmp_path / parts)["optimizers"][1]["state"] for parts in ("1", "3"))
+    one, other = (files.load_checkpoint(tmp_path / parts)["optimizers"][1]["state"] for parts in ("1", "3"))
     for key in one:
         torch.testing.assert_close(one[key]["momentum"], other[key]["momentum"], rtol=1e-3, atol=1e-6)
 
@@ -140,7 +140,7 @@ def test_a_run_folder_with_something_else_in_it_is_refused(tmp_path, corpus, run
 
 
 def test_a_diverging_run_stops_with_a_sentence_and_keeps_the_last_good_checkpoint(trained, tmp_path):
-    model = transformer.from_checkpoint(training.load_checkpoint(trained))
+    model = transformer.from_checkpoint(files.load_checkpoint(trained))
     run = object.__new__(training.Run)
     run.folder = tmp_path
     with torch.no_grad():

@@ -7,7 +7,7 @@ from typing import Literal
 import pytest
 import torch
 
-from minissl import UserError, training
+from minissl import UserError, files, training
 
 
 @dataclass
@@ -78,13 +78,13 @@ def test_muon_remembers_with_nesterov_momentum():
 
 def test_a_write_that_fails_leaves_the_old_file_whole(tmp_path, monkeypatch):
     path = tmp_path / "checkpoint.pt"
-    training.write_atomically(path, b"good")
+    files.write_atomically(path, b"good")
 
     def full(descriptor):
         raise OSError(28, "No space left on device")
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError):
-        training.write_atomically(path, b"half")
+        files.write_atomically(path, b"half")
     assert path.read_bytes() == b"good" and [p.name for p in tmp_path.iterdir()] == ["checkpoint.pt"]
 
 
@@ -96,7 +96,7 @@ def test_a_file_that_is_no_checkpoint_gets_a_sentence(content, tmp_path):
     else:
         path.write_bytes(content)
     with pytest.raises(UserError, match="checkpoint.pt"):
-        training.load_checkpoint(tmp_path)
+        files.load_checkpoint(tmp_path)
 
 
 def test_a_checkpoint_that_wants_to_run_code_is_refused(tmp_path):
@@ -105,7 +105,7 @@ def test_a_checkpoint_that_wants_to_run_code_is_refused(tmp_path):
             return os.system, (f"touch {tmp_path}/ran",)
     torch.save({"format": training.CHECKPOINT_FORMAT, "model": Evil()}, tmp_path / "checkpoint.pt")
     with pytest.raises(UserError, match="cannot be read as a checkpoint"):
-        training.load_checkpoint(tmp_path)
+        files.load_checkpoint(tmp_path)
     assert not (tmp_path / "ran").exists()
 
 

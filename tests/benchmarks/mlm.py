@@ -141,5 +141,9 @@ if __name__ == "__main__":
         keep_freed_memory()
     print(missing or f"transformers {transformers_version}", f"torch {torch.__version__}, {torch.get_num_threads()} threads",
           "plain malloc" if options.plain_malloc else "keep_freed_memory()", sep="\n")
-    for precision in (torch.float32, torch.bfloat16):
-        measure(options, precision)
+    measure(options, torch.float32)
+    if all(matrix_product_rate(torch.device("cpu"), torch.bfloat16, n) > matrix_product_rate(
+            torch.device("cpu"), torch.float32, n) for n in (256, 1536)):
+        measure(options, torch.bfloat16)
+    else:
+        print("\nbfloat16: slower than float32 on this machine, so nobody would train in it here; not measured")

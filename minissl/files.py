@@ -1,0 +1,116 @@
+"""Files: everything that minissl reads from others or writes for good goes through here, each way written once.
+
+Written files appear whole or not at all; what is read is taken for damaged or hostile until it has been checked, and
+whatever is wrong with it becomes one sentence (UserError).
+"""
+
+import gzip
+import hashlib
+import http.client
+import os
+import sys
+import tarfile
+import urllib.request
+import zlib
+from pathlib import Path
+
+import torch
+
+from minissl import UserError
+
+CHECKPOINT_FORMAT = "minissl checkpoint 1"
+
+
+def progress(text, end=""):
+    """One line on the terminal that renews itself; in a log only what ends it."""
+    if end or sys.stderr.isatty():
+        print(f"\r{text:<79}", end=end or "\r", file=sys.stderr, flush=True)
+
+
+def hash_of(path, algorithm="sha256"):
+    digest = hashlib.new(algorithm)
+    with open(path, "rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def download(url, path, md5):
+    """Fetch url to path, by way of path.part, and check it before it gets its name."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    by_hand = f"get {url} in another way and put it at {path}"
+    try:
+        with urllib.request.urlopen(url, timeout=30) as answer, open(part, "wb") as file:
+            size, done = int(answer.headers.get("Content-Length") or 0), 0
+            while block := answer.read(2**18):
+                done += file.write(block)
+                progress(f"{path.name}: {done / 1e6:.1f} of {size / 1e6:.1f} MB")
+    except (OSError, http.client.HTTPException) as error:
+        raise UserError(f"cannot download {url} ({error}): {by_hand}") from None
+    found = hash_of(part, "md5")
+    if found != md5:
+        part.unlink()
+        raise UserError(f"what came from {url} is not the published file (MD5 {found}, expected {md5}): {by_hand}")
+    os.replace(part, path)
+    progress(f"{path.name}: downloaded, checksum as published", end="\n")
+
+
+def read_archive(path, wanted, largest, url):
+    """Yield (match, bytes) for each regular file of a .tar.gz whose name `wanted`, a compiled pattern, matches fully.
+
+    In the order of the archive and without unpacking it. Raises UserError if the archive is damaged, or if such a
+    file has more than `largest` bytes; url: where a whole one can be had.
+    """
+    try:
+        # gzip checks length and checksum at the end, tarfile's own "r|gz" takes what it gets of a truncated file.
+        with gzip.open(path) as stream, tarfile.open(fileobj=stream, mode="r|") as members:
+            for member in members:
+                match = wanted.fullmatch(member.name)
+                if match and member.isfile():
+                    if member.size > largest:
+                        raise tarfile.TarError(f"{member.name} has {member.size:,} bytes")
+                    yield match, members.extractfile(member).read()
+            while stream.read(2**20):
+                pass                                                            # to the end, where the checksum stands
+    except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
+        raise UserError(f"{path} is not a whole archive ({error}): delete it, and it is downloaded again "
+                        f"from {url}") from None
+
+
+def write_atomically(path, data):
+    """To a temporary file, flushed, renamed: after a crash the path holds the old bytes or the new, never a part."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def load_checkpoint(folder):
+    """The checkpoint of a run's folder; see read_checkpoint."""
+    return read_checkpoint(Path(folder) / "checkpoint.pt", CHECKPOINT_FORMAT)
+
+
+def read_checkpoint(path, format):
+    """A dict of tensors, numbers, strings, lists and dicts, on the CPU, that says of itself that it has this format.
+
+    Raises UserError where there is none, or it is damaged, or another program's, or another version's.
+    """
+    if not path.exists():
+        raise UserError(f"{path}: there is no such file; " + ("give the folder of a run that a training script has made"
+                        if path.name == "checkpoint.pt" else "finetune.py makes it when it prints its table"))
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:              # a damaged pickle can fail in any way: IndexError, UnicodeDecodeError, ...
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"{path} cannot be read as a checkpoint ({reason[:100]}): it is damaged or another "
+                        f"program's") from None
+    if not isinstance(checkpoint, dict) or checkpoint.get("format") != format:
+        raise UserError(f"{path} is not of this version of minissl ({format})")
+    return checkpoint

@@ -1,0 +1,303 @@
+"""What finetune.py compares: for texts and for images, the columns of its table.
+
+A task knows the examples, which of them are for training, for choices and for the test, and a `Column` for each way to
+get a classifier from a few labels. A column's fit sees the labels of the examples that it is given, and no others.
+
+How a text encoder is fine-tuned here. The document vector is a mean of token vectors, and each token vector its
+embedding plus what the blocks add from the context. Fine-tuning moves the embeddings, where what a label says about
+a word belongs; the blocks' part is computed once and stays. Moving the blocks, too, takes a hundred times longer.
+From scratch the blocks' last matrices are zero, so there the model is its embeddings.
+
+An image encoder is fine-tuned whole. With few labels its batch norm stays as pretraining left it: a hundred images say
+little about means and deviations, and to let them move cost 3 points.
+"""
+
+from copy import copy, deepcopy
+from dataclasses import dataclass
+from functools import partial
+from typing import Callable
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from minissl import contrastive, evaluation, transformer
+from minissl.datasets import HELD_OUT, TEST, TRAIN
+from minissl.files import progress
+from minissl.training import Muon, autocast, generator
+
+
+@dataclass
+class Column:
+    fit: Callable           # (which, option, seed) -> a fitted model; `which`: the examples whose labels it may see
+    answers: Callable       # (fitted model, which) -> (n,) classes
+    options: Callable = lambda n: [None]      # number of labels -> what to choose among on held-out examples
+
+
+PROBE_STRENGTHS, TF_IDF_STRENGTHS = (3, 1, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001), (1e-2, 1e-3, 1e-4, 3e-5, 1e-5)
+
+
+class Linear:
+    """Logistic regression on rows(which) (n, D), its strength by cross-validation among the labels given."""
+
+    def __init__(self, rows, labels, classes, strengths=PROBE_STRENGTHS):
+        self.rows, self.labels, self.classes, self.strengths, self.last = rows, labels, classes, strengths, (None, None)
+
+    def fit(self, which, option=None, seed=None):
+        """-> (weights (D + 1, C), strength). The last answer is kept: the probe's column and the fine-tuned one ask for the
+        same."""
+        if self.last[0] is None or not np.array_equal(self.last[0], which):
+            found = evaluation.probe(self.rows(which), self.labels[which], self.classes, self.strengths)
+            self.last = which, found
+        return self.last[1]
+
+    def answers(self, fitted, which):
+        return torch.cat([evaluation.predict(self.rows(part), fitted[0]).argmax(1)
+                          for part in np.array_split(which, max(1, len(which) // 10_000))])
+
+    def column(self):
+        return Column(self.fit, self.answers)
+
+
+def standardised(x, pool):
+    """Each column of x (N, D) with mean 0 and deviation 1 over the rows `pool`. -> that, mean (D,), deviation (D,)"""
+    mean, deviation = x[pool].mean(0), x[pool].std(0, correction=0).clamp(min=1e-6)
+    return (x - mean) / deviation, mean, deviation
+
+
+# ---------------------------------------------------------------- texts
+
+class TextClassifier(nn.Module):
+    """Counts of words and pairs (B, V + N), and the blocks' part of the document vector (B, d) -> logits (B, C)."""
+
+    def __init__(self, table, mean, deviation, classes):
+        super().__init__()
+        self.table = nn.Parameter(table.clone())                              # (V + N, d), the embeddings
+        self.register_buffer("mean", mean)                                    # (d,) of the unlabelled pool, as is
+        self.register_buffer("deviation", deviation)                          # (d,)
+        self.head = nn.Linear(len(mean), classes)
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+
+    def forward(self, counts, context, words):
+        h = counts @ self.table / words + context                             # (B, d)
+        return self.head((transformer.norm(h) - self.mean) / self.deviation)
+
+
+def train_text_classifier(model, data, which, rate, unit, epochs, strength, seed):
+    """Train all of `model` on the texts `which`: Adam, the rate linear to 0. The embeddings' rate is `rate` times `unit`,
+    the spread of what they have to move (the vectors of the blocks can be a thousand times longer than theirs);
+    `strength` is the head's L2 penalty, as in the probe."""
+    if rate == 0:
+        return model
+    size = min(64, len(which))
+    steps = max(1, epochs * len(which) // size)
+    optimizer = torch.optim.Adam([dict(params=[model.table], lr=rate * unit),
+                                  dict(params=model.head.parameters(), lr=min(0.3 * rate, 0.01))], betas=(0.9, 0.99))
+    peaks = [group["lr"] for group in optimizer.param_groups]
+    for step in range(steps):
+        epoch, batch = divmod(step, len(which) // size)
+        order = torch.randperm(len(which), generator=generator(seed, "fine-tuning order", epoch)).numpy()
+        chosen = which[order[batch * size:(batch + 1) * size]]
+        logits = model(evaluation.rows(data.counts, chosen).to_dense(), data.context[chosen], data.words[chosen])
+        loss = F.cross_entropy(logits, data.labels[chosen]) + strength / 2 * model.head.weight.square().sum()
+        optimizer.zero_grad()
+        loss.backward()
+        for group, peak in zip(optimizer.param_groups, peaks):
+            group["lr"] = peak * (1 - step / steps)
+        optimizer.step()
+    return model
+
+
+@torch.no_grad()
+def text_answers(data, model, which):
+    return model(evaluation.rows(data.counts, which), data.context[which], data.words[which]).argmax(1)
+
+
+class TextTask:
+    """Of N texts: counts (N, V + N') sparse, words (N, 1), features (N, d), context (N, d) = what the blocks add to the
+    mean of embeddings, z (N, d) = normed and standardised features, labels (N,), and which are train, held_out, test."""
+
+    trials = 3                          # draws of labels on which an option is tried
+    rows = ["10", "100", "500", "all"]  # of the table
+
+    def __init__(self, texts, model, cast, device):
+        self.features = evaluation.text_features(partial(transformer.encode, model.to(device)), texts, cast, device,
+                                                 progress=progress)
+        model.cpu()
+        owners, terms, V = [], [], model.token_embedding.num_embeddings
+        for part in texts.slices(4096):
+            tokens, owner = texts.flat(part)
+            pairs = model.pair_ids(torch.from_numpy(tokens)).numpy()
+            word, pair = tokens > 0, pairs < len(model.pairs)
+            owners += [part[owner[word]], part[owner[pair]]]
+            terms += [tokens[word], V + pairs[pair]]
+        self.counts = evaluation.sparse_counts(np.concatenate(owners), np.concatenate(terms), len(texts),
+                                               V + len(model.pairs))
+        self.words = torch.from_numpy(texts.lengths).float()[:, None]
+        self.table = model.term_table().detach()                              # (V + N', d)
+        self.context = self.features - self.counts @ self.table / self.words
+        self.texts, self.labels, self.classes = texts, torch.from_numpy(texts.labels), texts.classes
+        self.train, self.held_out, self.test = (np.flatnonzero(texts.split == s) for s in (TRAIN, HELD_OUT, TEST))
+        self.z, self.mean, self.deviation = standardised(transformer.norm(self.features), self.train)
+        self.spread = float(self.features[self.train].std(0, correction=0).mean())
+
+    def columns(self):
+        """{name: Column}, in the table's order."""
+        known, classes = np.concatenate([self.train, self.held_out]), len(self.classes)
+        words = evaluation.tf_idf(evaluation.one_and_two_word_counts(self.texts, known), known)
+        baseline = Linear(partial(evaluation.rows, words), self.labels, classes, TF_IDF_STRENGTHS)
+        self.probe, blank = Linear(self.z.__getitem__, self.labels, classes), self.without_blocks()
+        return {"tf-idf": baseline.column(),
+                "from scratch": Column(blank.fit_from_scratch, partial(text_answers, blank), rates_and_epochs(SCRATCH_RATES)),
+                "linear probe": self.probe.column(),
+                "fine-tuned": Column(self.fit_fine_tuned, partial(text_answers, self), rates_and_epochs(TUNED_RATES))}
+
+    def fit_from_scratch(self, which, option, seed):
+        """self: as made by `without_blocks`."""
+        table = 0.1 * torch.randn(self.table.shape, generator=generator(seed, "from scratch", 0))
+        classifier = TextClassifier(table, self.mean, self.deviation, len(self.classes))
+        return train_text_classifier(classifier, self, which, option[0], 0.1, option[1], 0, seed)
+
+    def fit_fine_tuned(self, which, option, seed):
+        weights, strength = self.probe.fit(which)
+        classifier = TextClassifier(self.table, self.mean, self.deviation, len(self.classes))
+        set_head(classifier.head, weights)
+        return train_text_classifier(classifier, self, which, option[0], self.spread, option[1], strength, seed)
+
+    def without_blocks(self):
+        """The same for a model that has not been pretrained: its blocks add nothing, its vectors have no known scale."""
+        other = copy(self)
+        other.context, other.mean, other.deviation = 0 * self.context, 0 * self.mean, 0 * self.mean + 1
+        return other
+
+
+SCRATCH_RATES, TUNED_RATES = (0.01, 0.03, 0.1, 0.3, 1.0), (0.0, 0.003, 0.01, 0.03, 0.1)
+
+
+def rates_and_epochs(rates):
+    """-> a function: number of labels -> [(rate, epochs), ...]"""
+    def options(n):
+        fewest = int(min(30, max(2, 4000 / n)))
+        return [(rate, epochs) for rate in rates for epochs in ([fewest] if n > 5000 or rate == 0 else [fewest, 3 * fewest])]
+    return options
+
+
+@torch.no_grad()
+def set_head(head, weights):
+    """weights (D + 1, C) of a probe into a linear layer."""
+    head.weight.copy_(weights[:-1].T)
+    head.bias.copy_(weights[-1])
+
+
+# ---------------------------------------------------------------- images
+
+class ImageClassifier(nn.Module):
+    """Images (B, C, H, W), floats in [0, 1] -> logits (B, K): an encoder, its features standardised, a linear layer."""
+
+    def __init__(self, body, mean, deviation, classes):
+        super().__init__()
+        self.body = body
+        self.register_buffer("mean", mean)                                    # (D,) of the unlabelled pool's features
+        self.register_buffer("deviation", deviation)                          # (D,)
+        self.head = nn.Linear(len(mean), classes)
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+
+    def forward(self, x):
+        return self.head((self.body.features(x) - self.mean) / self.deviation)
+
+
+class ImageTask:
+    """data: Images with labels. model: the pretrained one; new_model(seed): the same, untrained. `settings`: the run's."""
+
+    trials = 1                          # draws of labels on which an option is tried: an image encoder is trained whole
+    rows = ["10", "50", "500", "all"]   # of the table
+
+    def __init__(self, data, model, new_model, settings, device, precision):
+        self.data, self.model, self.new_model, self.settings = data, model.to(device), new_model, settings
+        self.device, self.precision, self.cast = device, precision, autocast(device, precision)
+        self.images, self.labels = data.images.to(device), torch.from_numpy(data.labels)
+        self.classes, self.flip = data.classes, not settings.get("no_flip", False)
+        self.train, self.held_out, self.test = (np.flatnonzero(data.split == s) for s in (TRAIN, HELD_OUT, TEST))
+
+    def features(self, model):
+        return evaluation.image_features(lambda images: model.eval().features(images.float() / 255), self.images, self.cast,
+                                         self.device, progress=progress)
+
+    def columns(self):
+        """{name: Column}, in the table's order."""
+        classes, columns = len(self.classes), {}
+        some = self.train[np.linspace(0, len(self.train) - 1, min(len(self.train), 10_000)).astype(int)]
+        sample = self.images[some].cpu().flatten(1).float()
+        mean, deviation = sample.mean(0), sample.std(0, correction=0).clamp(min=1)
+        pixels = lambda which: (self.images[which].cpu().flatten(1).float() - mean) / deviation
+        columns["pixels"] = Linear(pixels, self.labels, classes, (3, 1, 0.3, 0.1, 0.03)).column()
+        if "code" in self.settings:                                           # the autoencoder's linear relative
+            _, _, directions = torch.linalg.svd(sample - mean, full_matrices=False)
+            directions = directions[:self.settings["code"]].T                 # (C·H·W, D)
+            scores = torch.cat([(self.images[part].cpu().flatten(1).float() - mean) @ directions for part in
+                                np.array_split(np.arange(len(self.images)), max(1, len(self.images) // 10_000))])
+            columns["pixel PCA"] = Linear(standardised(scores, self.train)[0].__getitem__, self.labels, classes).column()
+        untrained = self.new_model(0).to(self.device)
+        for module in untrained.modules():                                    # its batch norm has seen images, too
+            if isinstance(module, nn.BatchNorm2d):
+                module.momentum = None
+        with torch.no_grad():
+            untrained.train().features(self.images[some[:1000]].float() / 255)
+        untrained = standardised(self.features(untrained), self.train)[0]
+        columns["untrained"] = Linear(untrained.__getitem__, self.labels, classes).column()
+        z, self.mean, self.deviation = standardised(self.features(self.model), self.train)
+        self.probe = Linear(z.__getitem__, self.labels, classes)
+        columns["from scratch"] = Column(self.fit_from_scratch, self.answers, lambda n: [(0.005, 0.5), (0.02, 0.5), (0.02, 0.2)])
+        columns["linear probe"] = self.probe.column()
+        columns["fine-tuned"] = Column(self.fit_fine_tuned, self.answers, lambda n: [
+            (0.0, 0.5), (0.0005, 0.5), (0.002, 0.5)] if n <= 5000 else [(0.002, 0.5), (0.01, 0.5), (0.02, 0.5)])
+        return columns
+
+    def fit_from_scratch(self, which, option, seed):
+        body, D = self.new_model(seed), len(self.mean)
+        return self.train_classifier(ImageClassifier(body, torch.zeros(D), torch.ones(D), len(self.classes)), which, option,
+                                     seed, smoothing=0.1, frozen_norm=False)
+
+    def fit_fine_tuned(self, which, option, seed):
+        classifier = ImageClassifier(deepcopy(self.model), self.mean, self.deviation, len(self.classes))
+        set_head(classifier.head, self.probe.fit(which)[0])
+        return self.train_classifier(classifier, which, option, seed, smoothing=0.0, frozen_norm=len(which) <= 5000)
+
+    def train_classifier(self, model, which, option, seed, smoothing, frozen_norm, images_seen=9600):
+        """Both ways get the same steps: `images_seen`, or 4 epochs where that is more. option: (Muon's rate, least share of
+        the image in a crop)."""
+        (rate, crop), n = option, len(which)
+        model = model.to(self.device, memory_format=torch.channels_last)
+        B = min(n, 64 if n <= 5000 else 256)
+        steps = max(images_seen, 4 * n) // B if rate else 0
+        kernels = [p for p in model.body.parameters() if p.requires_grad and p.ndim > 1]
+        vectors = [p for p in model.parameters() if p.requires_grad and p.ndim == 1] + [model.head.weight]
+        optimizers = [Muon(kernels, rate, precision=self.precision),
+                      torch.optim.AdamW(vectors, 0.1 * rate, weight_decay=0)]
+        model.train(not frozen_norm)
+        for step in range(steps):
+            epoch, batch = divmod(step, n // B)
+            order = torch.randperm(n, generator=generator(seed, "fine-tuning order", epoch)).numpy()
+            chosen = which[order[batch * B:(batch + 1) * B]]
+            numbers = torch.rand(B, 12, generator=generator(seed, "fine-tuning views", step)).to(self.device)
+            x = contrastive.augment(self.images[chosen], self.images.shape[2:], numbers, crop, 0.2, 0.05, 0.0, self.flip)
+            with self.cast:
+                logits = model(x)
+            loss = F.cross_entropy(logits.float(), self.labels[chosen].to(self.device), label_smoothing=smoothing)
+            for optimizer in optimizers:
+                optimizer.zero_grad()
+            loss.backward()
+            for optimizer, peak in zip(optimizers, (rate, 0.1 * rate)):
+                optimizer.param_groups[0]["lr"] = peak * min(1, 10 * (step + 1) / steps) * (1 - step / steps)
+                optimizer.step()
+            if step % 10 == 0:
+                progress(f"training on {n:,} labels, rate {rate}: step {step:,} of {steps:,}")
+        return model.eval()
+
+    @torch.no_grad()
+    def answers(self, model, which):
+        return evaluation.image_features(lambda images: model(images.float() / 255), self.images[which], self.cast,
+                                         self.device).argmax(1)

@@ -1,0 +1,309 @@
+"""Images to learn from: drawn by our own code, a published data set, or the reader's own array.
+
+All are uint8 (N, C, H, W) in memory, few enough to move to the device once; a batch is an index operation. HELD_OUT
+makes every choice (learning rates, epochs), TEST only the final figures, as for texts in datasets.py.
+
+Read next: contrastive.py.
+"""
+
+import io
+import math
+import pickle
+import re
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from minissl import UserError
+from minissl.datasets import HELD_OUT, TEST, TRAIN, split_blocks, without_twins
+from minissl.files import download, progress, read_archive
+from minissl.training import generator
+
+
+@dataclass
+class Images:
+    images: torch.Tensor             # (N, C, H, W) uint8
+    labels: np.ndarray               # (N,) int64, -1 where there is none
+    split: np.ndarray                # (N,) uint8: TRAIN, HELD_OUT or TEST
+    classes: list                    # label number -> name
+    notes: list = field(default_factory=list)   # sentences on what was found and what was passed over
+
+    def __len__(self):
+        return len(self.images)
+
+    def select(self, which):
+        """The images that a boolean mask or an index array picks."""
+        return replace(self, images=self.images[torch.as_tensor(which)], labels=self.labels[which], split=self.split[which])
+
+    def of(self, split, most=None):
+        """The images of one split; at most this many, evenly spaced."""
+        where = np.flatnonzero(self.split == split)
+        return self.select(where if most is None else where[np.linspace(0, len(where) - 1, min(most, len(where))).astype(int)])
+
+
+def load_images(data, data_dir="data", limit=0, keep_all=False):
+    """Images by name ("shapes", "cifar10") or from NAME.npy; limit keeps this many of each split (0: all);
+    keep_all, also images of NAME.npy that occur twice, so that a row of features is a row of the array.
+
+    Raises UserError with one sentence for anything the user can mend.
+    """
+    if data == "shapes":
+        found = shapes(limit)
+    elif data == "cifar10":
+        found = cifar10(Path(data_dir))
+    else:
+        found = own_images(Path(data), keep_all)
+    if limit:
+        parts = [found.of(split, limit) for split in (TRAIN, HELD_OUT, TEST)]
+        found = replace(found, images=torch.cat([p.images for p in parts]), **{
+            name: np.concatenate([getattr(p, name) for p in parts]) for name in ("labels", "split")})
+    return found
+
+
+class Batches:
+    """Which images step s takes, as a function of (seed, s): each epoch in an order of its own."""
+
+    def __init__(self, n, size, seed):
+        if n < size:
+            raise UserError(f"--batch-size {size}: there are only {n:,} images to learn from; give more or a lower --batch-size")
+        self.n, self.size, self.seed, self.epoch = n, size, seed, None
+
+    def __call__(self, step):
+        """-> (size,) int64"""
+        epoch, batch = divmod(step, self.n // self.size)
+        if epoch != self.epoch:
+            self.order, self.epoch = torch.randperm(self.n, generator=generator(self.seed, "image order", epoch)), epoch
+        return self.order[batch * self.size:(batch + 1) * self.size]
+
+
+def mean_and_deviation(images):
+    """Of each channel of up to 10,000 of the images (N, C, H, W) uint8, in [0, 1]: two (C,)."""
+    some = images[torch.linspace(0, len(images) - 1, min(len(images), 10_000)).long()].float() / 255
+    return some.mean((0, 2, 3)), some.std((0, 2, 3), correction=0).clamp(min=1e-3)
+
+
+# ---------------------------------------------------------------- shapes: ten classes, drawn
+
+SHAPES = ["circle", "square", "triangle", "star", "cross", "ring", "frame", "crescent", "bar", "half disc"]
+
+
+def shapes(limit=0):
+    """45,000 + 5,000 + 10,000 images of 32 × 32 in colour, always the same; or `limit` of each split, drawn alone.
+
+    Place, size, rotation, colours, the background and what else lies in the picture vary freely, so the pixels do not
+    give the class away: logistic regression on them is right in 17 % (chance 10 %).
+    """
+    sizes = [min(limit or n, n) for n in (45_000, 5_000, 10_000)]
+    images, labels = [], []
+    for split, n in zip((TRAIN, HELD_OUT, TEST), sizes):
+        for begin in range(0, n, 1000):
+            progress(f"shapes: {sum(map(len, images)):,} of {sum(sizes):,} drawn")
+            drawn = draw_shapes(min(1000, n - begin), generator(0, f"shapes {split}", begin))
+            images.append(drawn[0])
+            labels.append(drawn[1])
+    return Images(torch.cat(images), torch.cat(labels).numpy(), np.repeat(np.uint8([TRAIN, HELD_OUT, TEST]), sizes), SHAPES)
+
+
+def distance(shape, x, y):
+    """Signed distance, nearly, from the points (x, y) to the outline of a shape of radius 1 around 0: below 0 inside."""
+    r = torch.hypot(x, y)
+
+    def box(width, height):
+        return torch.maximum(x.abs() - width, y.abs() - height)
+
+    def star(points, inner):                       # fold the plane into one of 2 · points equal sectors: there it is a line
+        sector = math.pi / points
+        angle = (torch.atan2(y, x) % (2 * sector) - sector).abs() - sector         # 0 at the notch … -sector at the tip
+        dx, dy = 1 - inner * math.cos(sector), inner * math.sin(sector)             # along the edge, and across
+        return ((r * angle.cos() - 1) * dy - r * angle.sin() * dx) / math.hypot(dx, dy)
+
+    return {"circle": lambda: r - 0.8,
+            "square": lambda: box(0.72, 0.72),
+            "triangle": lambda: star(3, 0.5),
+            "star": lambda: star(5, 0.42),
+            "cross": lambda: torch.minimum(box(1, 0.28), box(0.28, 1)),
+            "ring": lambda: (r - 0.65).abs() - 0.2,
+            "frame": lambda: (box(0.58, 0.58)).abs() - 0.18,
+            "crescent": lambda: torch.maximum(r - 0.95, 0.75 - torch.hypot(x - 0.45, y)),
+            "bar": lambda: box(1, 0.27),
+            "half disc": lambda: torch.maximum(r - 0.95, -x - 0.1)}[shape]()
+
+
+def draw_shapes(n, generator, size=32):
+    """n images (n, 3, size, size) uint8 and their labels (n,), every quantity drawn for each image on its own."""
+    def uniform(low, high, *shape):
+        return low + (high - low) * torch.rand(n, *shape, generator=generator)
+
+    labels = torch.randint(len(SHAPES), (n,), generator=generator)
+    column = torch.arange(size) + 0.5
+    radius, turn = uniform(0.2, 0.42, 1, 1) * size, uniform(0, 2 * math.pi, 1, 1)
+    x, y = (grid - radius - uniform(0, 1, 1, 1) * (size - 2 * radius)                # the whole shape stays inside
+            for grid in (column.expand(size, size), column[:, None].expand(size, size)))
+    along, across = (x * turn.cos() + y * turn.sin()) / radius, (y * turn.cos() - x * turn.sin()) / radius
+    outline = torch.empty(n, size, size)
+    for number, name in enumerate(SHAPES):
+        here = labels == number
+        outline[here] = distance(name, along[here], across[here])
+    inside = (0.5 - outline * radius).clamp_(0, 1)[:, None]                           # anti-aliased over a pixel
+
+    def tone():
+        """A colour with a soft texture: (n, 3, size, size)."""
+        spots = torch.randn(n, 3, 5, 5, generator=generator) * uniform(0, 0.15, 1, 1, 1) + uniform(0, 1, 3, 1, 1)
+        return F.interpolate(spots, size=(size, size), mode="bilinear", align_corners=True)
+
+    picture, ink = tone(), tone()
+    angle = uniform(0, 2 * math.pi, 1, 1)
+    wave = ((column * angle.cos() + column[:, None] * angle.sin()) * uniform(0.2, 1.2, 1, 1)).sin_()
+    picture += (wave * uniform(0, 0.12, 1, 1))[:, None]                               # stripes behind
+    away = ink.mean((2, 3), keepdim=True) - picture.mean((2, 3), keepdim=True)        # too alike: push the ink away
+    ink += torch.where(away.abs().amax(1, keepdim=True) < 0.35, 0.5 * away.sign(), 0.0)
+    for _ in range(3):                                                                # distractors: small spots
+        spot = torch.hypot(column - uniform(0, size, 1, 1), column[:, None] - uniform(0, size, 1, 1))
+        spot = (0.5 + uniform(0.5, 2.5, 1, 1) - spot).clamp_(0, 1)[:, None]
+        picture.lerp_(uniform(0, 1, 3, 1, 1).expand_as(picture), spot.expand_as(picture))
+    picture.lerp_(ink, inside.expand_as(picture))
+    picture += torch.randn(picture.shape, generator=generator) * uniform(0, 0.06, 1, 1, 1)
+    return (picture.clamp_(0, 1) * 255).round_().to(torch.uint8), labels
+
+
+# ---------------------------------------------------------------- cifar10 (Krizhevsky 2009)
+
+CIFAR10 = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
+CIFAR10_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
+CIFAR10_MD5 = "c32a1d4ab5d03f1284b67883e8d87530"
+CIFAR10_FILES = {"cifar-10-batches-bin": [f"data_batch_{n}.bin" for n in range(1, 6)] + ["test_batch.bin"],
+                 "cifar-10-batches-py": [f"data_batch_{n}" for n in range(1, 6)] + ["test_batch"]}
+CIFAR10_NAME = re.compile(r"(?:\./)?(cifar-10-batches-(?:bin|py))/((?:data_batch_[1-5]|test_batch)(?:\.bin)?)")
+
+
+def cifar10(data_dir):
+    """The binary or the Python version, packed or unpacked, whichever lies in data_dir; else the former, downloaded.
+    The last 5,000 training images are held out for choices."""
+    for folder, names in CIFAR10_FILES.items():
+        if (data_dir / folder).is_dir():
+            missing = [name for name in names if not (data_dir / folder / name).is_file()]
+            if missing:
+                raise UserError(f"{data_dir / folder} lacks {', '.join(missing)}: unpack {CIFAR10_URL} again")
+            return _cifar10({name: (data_dir / folder / name).read_bytes() for name in names}, data_dir / folder)
+    archives = [data_dir / "cifar-10-binary.tar.gz", data_dir / "cifar-10-python.tar.gz"]
+    archive = next((path for path in archives if path.exists()), archives[0])
+    if not archive.exists():
+        download(CIFAR10_URL, archive, CIFAR10_MD5)
+    return _cifar10({match[2]: data for match, data in read_archive(archive, CIFAR10_NAME, 2**25, CIFAR10_URL)}, archive)
+
+
+def _cifar10(files, where):
+    images, labels = [], []
+    for name in next((names for names in CIFAR10_FILES.values() if set(names) <= set(files)), ["data_batch_1.bin"]):
+        try:
+            if name.endswith(".bin"):                                                 # label, then 3 × 32 × 32 pixels
+                records = np.frombuffer(files[name], np.uint8).reshape(-1, 3073)
+                pixels, label = records[:, 1:], records[:, 0]
+            else:
+                pixels, label = read_cifar_pickle(files[name])
+            if len(pixels) != 10_000 or label.max() > 9:
+                raise ValueError(f"{len(pixels):,} images, labels up to {label.max()}")
+        except (KeyError, ValueError, TypeError) as error:
+            raise UserError(f"{where}, {name}: not a batch of CIFAR-10 ({error}): get {CIFAR10_URL} again") from None
+        images.append(pixels.reshape(-1, 3, 32, 32))
+        labels.append(label.astype(np.int64))
+    split = np.repeat(np.uint8([TRAIN, HELD_OUT, TEST]), [45_000, 5_000, 10_000])
+    return Images(torch.from_numpy(np.concatenate(images)), np.concatenate(labels), split, CIFAR10)
+
+
+def read_cifar_pickle(data):
+    """The bytes of a batch of CIFAR-10's Python version -> pixels (N, 3072) uint8, labels (N,) uint8.
+
+    A pickle may call anything that it names. This one can name four things only, and none is what it seems: they build
+    bytes and the classes below, which hold what stands in the file and do nothing. Raises ValueError.
+    """
+    class Bytes:
+        def __setstate__(self, state):
+            _, self.shape, _, _, self.data = state
+
+    class Unpickler(pickle.Unpickler):
+        def find_class(self, module, name):
+            if name == "_reconstruct" and module.endswith("multiarray"):
+                return lambda kind, shape, code: Bytes()
+            if (module, name) in (("numpy", "ndarray"), ("numpy", "dtype")):
+                return lambda *arguments: Ignored()
+            if (module, name) == ("_codecs", "encode"):             # how Python 3 writes bytes for Python 2
+                return lambda text, encoding: str(text).encode("latin1")
+            raise ValueError(f"it wants to run {module}.{name}")
+
+    class Ignored:
+        def __setstate__(self, state):
+            pass
+
+
+    try:
+        batch = Unpickler(io.BytesIO(data), encoding="bytes").load()
+        array, labels = batch[b"data"], batch[b"labels"]
+        pixels = np.frombuffer(array.data, np.uint8).reshape(array.shape)
+        labels = np.array(labels, np.int64)
+        if pixels.ndim != 2 or pixels.shape[1] != 3072 or labels.shape != pixels.shape[:1] or labels.min() < 0:
+            raise ValueError(f"an array of {pixels.shape} and labels of {labels.shape}")
+        return pixels, labels
+    except ValueError:
+        raise
+    except Exception as error:                       # a damaged pickle can fail in any way: IndexError, EOFError, ...
+        raise ValueError(f"a damaged pickle: {type(error).__name__}") from None
+
+
+# ---------------------------------------------------------------- the reader's own array
+
+SMALLEST = 8        # pixels: the encoders halve height and width three times
+RECIPE = ("load them with Pillow: np.save('NAME.npy', np.stack([np.asarray(Image.open(p).convert('RGB').resize((32, 32))) "
+          "for p in paths]))")
+
+
+def own_images(path, keep_all=False):
+    """NAME.npy, uint8 (N, H, W, C) or (N, H, W), and labels from NAME.labels.npy, where it is there."""
+    if path.is_dir():
+        raise UserError(f"--data {path}: a folder; minissl reads pictures as one array, {RECIPE}")
+    if path.suffix != ".npy":
+        raise UserError(f"--data {path}: give shapes, cifar10 or a .npy file of uint8 images (N, H, W, C) or (N, H, W)")
+    array = _load_array(path)
+    found = f"--data {path}: {array.dtype} of shape {array.shape}"
+    wanted = "expected uint8 (N, H, W, C) or (N, H, W), with 1 or 3 channels C"
+    if array.dtype != np.uint8:
+        if array.dtype.kind == "f":
+            scale = 1 if np.nanmax(array[:100], initial=0) > 1 else 255
+            how = f"(np.nan_to_num(a) * {scale}).clip(0, 255).round().astype(np.uint8)"
+        else:
+            how = "(a // 256).astype(np.uint8)" if array.dtype == np.uint16 else "a.clip(0, 255).astype(np.uint8)"
+        raise UserError(f"{found}; {wanted}: convert it with {how}")
+    if array.ndim == 4 and array.shape[1] in (1, 3) and array.shape[3] not in (1, 3):
+        raise UserError(f"{found}: the channels stand first; {wanted}: convert it with a.transpose(0, 2, 3, 1)")
+    if array.ndim not in (3, 4) or array.ndim == 4 and array.shape[3] not in (1, 3):
+        raise UserError(f"{found}; {wanted}")
+    if min(array.shape[1:3]) < SMALLEST:
+        raise UserError(f"{found}: an image must be at least {SMALLEST} pixels high and wide; enlarge them")
+    if len(array) < 10:
+        raise UserError(f"{found}: {len(array)} images are too few to learn from; give at least 10")
+    labels, label_path, classes = np.full(len(array), -1), path.with_name(path.stem + ".labels.npy"), []
+    if label_path.exists():
+        given = _load_array(label_path)
+        if given.shape != (len(array),) or given.dtype.kind not in "iu" or int(given.min()) < -1 or int(given.max()) > 9999:
+            raise UserError(f"{label_path}: {given.dtype} of shape {given.shape}; expected one whole number from 0 to 9999 "
+                            f"for each of the {len(array):,} images (-1: no label)")
+        values = np.unique(given[given >= 0])
+        classes = [str(value) for value in values]
+        labels = np.where(given >= 0, np.searchsorted(values, given), -1).astype(np.int64)
+    split, hashes = split_blocks(labels), np.array([hash(image.tobytes()) for image in array])
+    keep = without_twins(hashes, split, labels) | keep_all
+    images = torch.from_numpy(np.array(array[keep])).reshape(int(keep.sum()), *array.shape[1:3], -1).permute(0, 3, 1, 2)
+    notes = [f"{(~keep).sum():,} images dropped that stand elsewhere in the data, too"] * (not keep.all())
+    return Images(images.contiguous(), labels[keep], split[keep], classes, notes)
+
+
+def _load_array(path):
+    if not path.exists():
+        raise UserError(f"{path}: there is no such file")
+    try:
+        return np.load(path, mmap_mode="r", allow_pickle=False)
+    except (ValueError, OSError, EOFError, OverflowError, SyntaxError) as error:
+        raise UserError(f"{path} cannot be read as a NumPy array ({str(error)[:100]})") from None

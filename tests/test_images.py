@@ -1,0 +1,215 @@
+"""Where images come from, what is refused, and the pictures that we write."""
+
+import gzip
+import io
+import pickle
+import struct
+import tarfile
+import zlib
+
+import numpy as np
+import pytest
+import torch
+
+from minissl import UserError, evaluation, images, report
+from minissl.datasets import HELD_OUT, TEST, TRAIN
+
+
+# ---------------------------------------------------------------- shapes
+
+def test_shapes_are_the_same_each_time_and_all_different():
+    a, b = images.load_images("shapes", limit=40), images.load_images("shapes", limit=40)
+    assert torch.equal(a.images, b.images) and (a.labels == b.labels).all()
+    assert a.images.shape == (120, 3, 32, 32) and a.images.dtype == torch.uint8
+    assert [int((a.split == s).sum()) for s in (TRAIN, HELD_OUT, TEST)] == [40, 40, 40]
+    assert len({image.numpy().tobytes() for image in a.images}) == 120
+    assert set(a.labels) == set(range(10))
+
+
+def test_the_distance_is_negative_inside_and_its_outline_is_where_geometry_has_it():
+    def at(shape, x, y):
+        return float(images.distance(shape, torch.tensor([x]), torch.tensor([y]))[0])
+    for shape in images.SHAPES:
+        inside = {"ring": (0.65, 0.0), "frame": (0.58, 0.0), "crescent": (-0.6, 0.0)}.get(shape, (0.0, 0.0))
+        assert at(shape, *inside) < 0 < at(shape, 1.5, 1.5), shape
+    assert at("circle", 0.3, 0.0) == pytest.approx(-0.5)
+    assert at("square", 0.0, 0.72) == pytest.approx(0) and at("cross", 0.9, 0.28) == pytest.approx(0, abs=1e-6)
+    for angle in np.arange(6) * np.pi / 3:                        # of a triangle, three corners at 1, three edges at 1/2
+        r = 1.0 if round(angle * 3 / np.pi) % 2 == 0 else 0.5
+        assert abs(at("triangle", r * np.cos(angle), r * np.sin(angle))) < 1e-5
+    assert at("ring", 0.0, 0.0) > 0 and at("frame", 0.0, 0.0) > 0
+
+
+def test_pixels_do_not_give_the_shape_away():
+    data = images.load_images("shapes", limit=1500)
+    x = data.images.flatten(1).float() / 255 - 0.5
+    train, test = np.flatnonzero(data.split == TRAIN), np.flatnonzero(data.split == TEST)
+    weights = evaluation.logistic_regression(x[train], data.labels[train], 10, 0.3)
+    found = evaluation.accuracy(evaluation.predict(x[test], weights).argmax(1), data.labels[test])
+    assert found < 35
+
+
+def test_batches_are_a_function_of_the_step_and_each_epoch_sees_every_image_once():
+    a, b = images.Batches(12, 4, seed=0), images.Batches(12, 4, seed=0)
+    steps = [a(s) for s in range(6)]
+    assert torch.equal(b(4), steps[4]) and torch.equal(b(1), steps[1])             # in any order
+    assert sorted(torch.cat(steps[:3]).tolist()) == sorted(torch.cat(steps[3:]).tolist()) == list(range(12))
+    assert not torch.equal(torch.cat(steps[:3]), torch.cat(steps[3:]))
+    with pytest.raises(UserError, match="--batch-size 13: there are only 12 images"):
+        images.Batches(12, 13, 0)
+
+
+# ---------------------------------------------------------------- CIFAR-10, in small files of the same form
+
+@pytest.fixture(scope="module")
+def cifar():
+    """The pixels and labels of six batches; pixel 0 counts the images."""
+    rng, batches = np.random.default_rng(0), {}
+    for name in ["data_batch_1", "data_batch_2", "data_batch_3", "data_batch_4", "data_batch_5", "test_batch"]:
+        pixels = np.zeros((10_000, 3072), np.uint8)
+        pixels[:, :3] = rng.integers(0, 256, (10_000, 3))
+        batches[name] = pixels, rng.integers(0, 10, 10_000).astype(np.uint8)
+    return batches
+
+
+def binary(pixels, labels):
+    return np.concatenate([labels[:, None], pixels], axis=1).tobytes()
+
+
+def pickled(pixels, labels):
+    return pickle.dumps({b"batch_label": b"x", b"data": pixels, b"labels": labels.tolist(), b"filenames": [b"a.png"]}, protocol=2)
+
+
+def pack(path, folder, files):
+    with gzip.open(path, "wb", compresslevel=1) as stream, tarfile.open(fileobj=stream, mode="w") as archive:
+        for name, data in files.items():
+            member = tarfile.TarInfo(f"{folder}/{name}")
+            member.size = len(data)
+            archive.addfile(member, io.BytesIO(data))
+
+
+@pytest.mark.parametrize("version", ["binary", "python"])
+def test_cifar10_is_read_packed_and_unpacked(version, cifar, tmp_path):
+    folder, write, end = {"binary": ("cifar-10-batches-bin", binary, ".bin"), "python": ("cifar-10-batches-py", pickled, "")}[version]
+    files = {name + end: write(*batch) for name, batch in cifar.items()} | {"readme.html": b"<html>"}
+    (tmp_path / "unpacked" / folder).mkdir(parents=True)
+    for name, data in files.items():
+        (tmp_path / "unpacked" / folder / name).write_bytes(data)
+    (tmp_path / "packed").mkdir()
+    pack(tmp_path / "packed" / f"cifar-10-{version}.tar.gz", folder, files)
+    for place in ("unpacked", "packed"):
+        data = images.load_images("cifar10", tmp_path / place)
+        assert data.images.shape == (60_000, 3, 32, 32) and [int((data.split == s).sum()) for s in (0, 1, 2)] == [45_000, 5_000, 10_000]
+        for n, (pixels, labels) in enumerate(cifar.values()):
+            assert (data.labels[10_000 * n:10_000 * (n + 1)] == labels).all()
+            assert (data.images[10_000 * n:10_000 * (n + 1)].flatten(1).numpy() == pixels).all()
+    whole = (tmp_path / "packed" / f"cifar-10-{version}.tar.gz").read_bytes()
+    for size in (0, 1, 100, len(whole) // 2, len(whole) - 1):
+        (tmp_path / "packed" / f"cifar-10-{version}.tar.gz").write_bytes(whole[:size])
+        with pytest.raises(UserError, match="is not a whole archive"):
+            images.load_images("cifar10", tmp_path / "packed")
+
+
+class Evil:
+    def __reduce__(self):
+        return (exec, ("raise SystemExit('code from the file has run')",))
+
+
+@pytest.mark.parametrize("data", [pickle.dumps({b"data": Evil(), b"labels": [1]}, 2), pickle.dumps([1, 2], 2), b"", b"\x80\x04.", b"garbage",
+                                  pickle.dumps({b"data": np.array([Evil()], object), b"labels": [1]}, 2),
+                                  pickle.dumps({b"data": np.zeros((2, 3072), np.uint8), b"labels": [1]}, 2),
+                                  pickle.dumps({b"data": np.zeros((1, 5), np.uint8), b"labels": [1]}, 2)])
+def test_a_pickle_can_build_nothing_and_run_nothing(data):
+    with pytest.raises(ValueError):
+        images.read_cifar_pickle(data)
+
+
+# ---------------------------------------------------------------- the reader's own
+
+@pytest.mark.parametrize("shape", [(60, 28, 28), (60, 33, 47, 3), (60, 64, 64, 1)])
+def test_own_images_come_back_as_they_are(shape, tmp_path):
+    rng = np.random.default_rng(0)
+    array, labels = rng.integers(0, 256, shape).astype(np.uint8), np.repeat([3, 7], 30)
+    np.save(tmp_path / "a.npy", array)
+    data = images.load_images(str(tmp_path / "a.npy"))
+    assert data.classes == [] and (data.labels == -1).all()
+    np.save(tmp_path / "a.labels.npy", labels)
+    data = images.load_images(str(tmp_path / "a.npy"))
+    C = 1 if len(shape) == 3 else shape[3]
+    assert data.images.shape == (60, C, *shape[1:3]) and data.classes == ["3", "7"]
+    assert (data.images.permute(0, 2, 3, 1).numpy().reshape(shape) == array).all() and (data.labels == (labels == 7)).all()
+    assert [int(((data.split == s) & (data.labels == 0)).sum()) for s in (TRAIN, HELD_OUT, TEST)] == [21, 3, 6]
+    np.save(tmp_path / "a.npy", np.concatenate([array[:30], array[:30]]))         # each image twice
+    assert len(images.load_images(str(tmp_path / "a.npy"))) < 60
+    assert len(images.load_images(str(tmp_path / "a.npy"), keep_all=True)) == 60
+
+
+@pytest.mark.parametrize("array, sentence", [
+    (np.zeros((20, 8, 8), np.uint16), "uint16 of shape (20, 8, 8); expected uint8.*a // 256"),
+    (np.random.default_rng(0).random((20, 8, 8, 3)), r"float64.*\* 255\)"),
+    (np.full((20, 8, 8), np.nan, np.float32), "float32.*nan_to_num"),
+    (np.zeros((20, 3, 32, 32), np.uint8), "channels stand first.*transpose"),
+    (np.zeros((20, 32, 32, 4), np.uint8), "with 1 or 3 channels"),
+    (np.zeros((20, 64), np.uint8), "expected uint8"), (np.zeros((20, 7, 32), np.uint8), "at least 8 pixels"),
+    (np.zeros((3, 8, 8), np.uint8), "too few"), (np.array([{}] * 20), "cannot be read as a NumPy array")])
+def test_an_array_of_the_wrong_kind_is_refused_with_the_way_to_mend_it(array, sentence, tmp_path):
+    np.save(tmp_path / "a.npy", array)
+    with pytest.raises(UserError) as caught:
+        images.load_images(str(tmp_path / "a.npy"))
+    import re
+    assert re.search(sentence.replace("(20", r"\(20").replace("8);", r"8\);"), str(caught.value)), caught.value
+
+
+@pytest.mark.parametrize("labels", [np.zeros(19, int), np.zeros((20, 1), int), np.zeros(20), np.full(20, -2), np.full(20, 10**6)])
+def test_labels_that_do_not_fit_are_refused(labels, tmp_path):
+    np.save(tmp_path / "a.npy", np.random.default_rng(0).integers(0, 256, (20, 8, 8)).astype(np.uint8))
+    np.save(tmp_path / "a.labels.npy", labels)
+    with pytest.raises(UserError, match="one whole number from 0 to 9999"):
+        images.load_images(str(tmp_path / "a.npy"))
+
+
+def test_files_that_are_no_arrays_are_refused(tmp_path):
+    (tmp_path / "folder").mkdir()
+    good = io.BytesIO()
+    np.save(good, np.zeros((20, 8, 8), np.uint8))
+    huge = good.getvalue().replace(b"(20, 8, 8)", b"(20" + b"0" * 16 + b",)")[:len(good.getvalue())]
+    for name, data, sentence in (("a.txt", b"x", "give shapes, cifar10 or a .npy"), ("b.npy", b"", "cannot be read"),
+                                 ("c.npy", b"\x93NUMPY\x01\x00v\x00{", "cannot be read"), ("d.npy", good.getvalue()[:-1], "cannot be read"),
+                                 ("e.npy", huge, "cannot be read")):
+        (tmp_path / name).write_bytes(data)
+        with pytest.raises(UserError, match=sentence):
+            images.load_images(str(tmp_path / name))
+    for name, sentence in (("not_there.npy", "there is no such file"), ("folder", "np.stack")):
+        with pytest.raises(UserError, match=sentence):
+            images.load_images(str(tmp_path / name))
+
+
+# ---------------------------------------------------------------- pictures
+
+def read_png(data):
+    """The published format, read by hand."""
+    assert data[:8] == b"\x89PNG\r\n\x1a\n"
+    chunks, at = {}, 8
+    while at < len(data):
+        size, kind = struct.unpack(">I4s", data[at:at + 8])
+        body, check = data[at + 8:at + 8 + size], struct.unpack(">I", data[at + 8 + size:at + 12 + size])[0]
+        assert check == zlib.crc32(kind + body)
+        chunks[kind], at = body, at + 12 + size
+    width, height, depth, colour = struct.unpack(">IIBB", chunks[b"IHDR"][:10])
+    assert (depth, colour) == (8, 2) and list(chunks) == [b"IHDR", b"IDAT", b"IEND"]
+    rows = np.frombuffer(zlib.decompress(chunks[b"IDAT"]), np.uint8).reshape(height, 1 + 3 * width)
+    assert (rows[:, 0] == 0).all()
+    return rows[:, 1:].reshape(height, width, 3)
+
+
+def test_a_png_holds_the_pixels_it_was_given(tmp_path):
+    image = np.random.default_rng(0).integers(0, 256, (5, 7, 3)).astype(np.uint8)
+    report.write_png(tmp_path / "a.png", image)
+    assert (read_png((tmp_path / "a.png").read_bytes()) == image).all()
+
+
+def test_a_grid_enlarges_small_images_and_shows_one_channel_as_grey():
+    rows = [torch.rand(4, 1, 8, 8), torch.randint(0, 256, (4, 1, 8, 8), dtype=torch.uint8)]
+    picture = report.grid(rows, gap=2)
+    assert picture.shape == (2 * 64 + 2, 4 * 64 + 3 * 2, 3) and picture.dtype == np.uint8
+    assert (picture[66 + 8 * 3, 66 + 8 * 5] == int(rows[1][1, 0, 3, 5])).all()     # image 1 of row 1, pixel (3, 5)

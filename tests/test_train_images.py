@@ -1,0 +1,163 @@
+"""The two image scripts and finetune.py on their runs, from the command line to the files."""
+
+import csv
+
+import numpy as np
+import pytest
+import torch
+
+import finetune
+import train_ae
+import train_contrastive
+from minissl import datasets, evaluation, files, images
+from minissl.finetuning import ImageTask
+
+SCRIPTS = {"simclr": (train_contrastive, ["--method", "simclr"]), "byol": (train_contrastive, ["--method", "byol"]),
+           "ae": (train_ae, ["--masked", 0.5, "--regularizer", "decorrelated", "--beta", 0.1])}
+TINY = "--limit 400 --steps 12 --batch-size 16 --width 8 --evaluate-every 4 --device cpu --precision float32".split()
+
+
+@pytest.fixture(scope="session")
+def runs(tmp_path_factory):
+    """A finished tiny run of each method."""
+    folder = tmp_path_factory.mktemp("image runs")
+    for name, (script, flags) in SCRIPTS.items():
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("sys.argv", [script.__name__ + ".py", "--run", str(folder / name), *map(str, flags), *TINY])
+            script.main()
+    return folder
+
+
+def states(folder):
+    return files.load_checkpoint(folder)["model"]
+
+
+def equal(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_run_leaves_log_pictures_and_page(name, runs):
+    with open(runs / name / "metrics.csv", encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["step"] for row in rows] == ["1", "4", "8", "12"] and all(row["knn"] for row in rows[1:])
+    pictures = {path.name for path in (runs / name).glob("*.png")}
+    assert pictures == {"neighbours.png", "map.png"} | ({"reconstructions.png", "walks.png"} if name == "ae" else {"views.png"})
+    page = (runs / name / "report.html").read_text(encoding="utf-8")
+    assert page.count("data:image/png") == len(pictures) and "http" not in page
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_same_seed_same_bytes_and_a_stopped_run_goes_on_as_if_it_had_not(name, runs, run_script, tmp_path, monkeypatch):
+    script, flags = SCRIPTS[name]
+    stop_at = iter([False] * 4 + [True] + [False] * 100)          # Ctrl-C in the fifth step
+    monkeypatch.setattr("minissl.training.Run.stopping", property(lambda self: next(stop_at), lambda self, value: None), raising=False)
+    code, printed = run_script(script, "--run", tmp_path / "run", *flags, *TINY)
+    assert code == 130 and files.load_checkpoint(tmp_path / "run")["step"] == 5, printed
+    code, printed = run_script(script, "--run", tmp_path / "run", "--resume")
+    assert code == 0, printed
+    assert equal(states(tmp_path / "run"), states(runs / name))
+    code, _ = run_script(script, "--run", tmp_path / "other", *flags, *TINY, "--seed", 1)
+    assert not equal(states(tmp_path / "other"), states(runs / name))
+
+
+@pytest.mark.parametrize("name", ["simclr", "ae"])
+def test_evaluation_does_not_change_training(name, runs, run_script, tmp_path):
+    script, flags = SCRIPTS[name]
+    code, printed = run_script(script, "--run", tmp_path / "run", *flags, *TINY, "--evaluate-every", 100)
+    assert code == 0 and equal(states(tmp_path / "run"), states(runs / name)), printed
+
+
+@pytest.mark.parametrize("name", ["simclr", "ae"])
+def test_a_short_training_raises_the_probe_above_the_random_encoder(name, run_script, tmp_path, monkeypatch):
+    """On two textures that pixels averaged over the image do not tell apart."""
+    monkeypatch.setattr("minissl.finetuning.ImageTask.train_classifier", shorter(ImageTask.train_classifier))
+    rng = np.random.default_rng(0)
+    stripes = (np.sin(np.arange(16) * 1.6 + rng.uniform(0, 6, (600, 1))) * 60 + 128)[:, None, :].repeat(16, 1)
+    labels = rng.integers(0, 2, 600)
+    pictures = np.where(labels[:, None, None] == 0, stripes, stripes.transpose(0, 2, 1)) + rng.normal(0, 60, stripes.shape)
+    np.save(tmp_path / "a.npy", pictures.clip(0, 255).astype(np.uint8))
+    np.save(tmp_path / "a.labels.npy", labels)
+    script = SCRIPTS[name][0]
+    code, printed = run_script(script, "--run", tmp_path / "run", "--data", tmp_path / "a.npy", "--steps", 60, "--batch-size", 32, "--width", 8,
+                               "--device", "cpu", "--precision", "float32")
+    assert code == 0, printed
+    code, printed = run_script(finetune, tmp_path / "run", "--labels", 5, "--seeds", 3)
+    assert code == 0, printed
+    with open(tmp_path / "run" / "finetune.csv", encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    mean = {m: np.mean([float(r["test_accuracy"]) for r in rows if r["method"] == m]) for m in {r["method"] for r in rows}}
+    assert set(mean) == {"pixels", "untrained", "from scratch", "linear probe", "fine-tuned"} | ({"pixel PCA"} if name == "ae" else set())
+    assert mean["linear probe"] > mean["untrained"] + 5, mean
+
+
+def test_a_probe_moves_neither_parameters_nor_buffers_of_the_encoder(runs):
+    model, checkpoint = evaluation.load_run(runs / "simclr")
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    data = images.load_images("shapes", limit=200)
+    task = ImageTask(data, model, lambda seed: evaluation.new_model(checkpoint, seed), checkpoint["settings"], torch.device("cpu"), torch.float32)
+    columns = task.columns()
+    which = task.train[evaluation.draw_labels(task.labels[task.train], 5, 0)]
+    columns["linear probe"].answers(columns["linear probe"].fit(which, None, 0), task.test)
+    tuned = columns["fine-tuned"].fit(which, (0.002, 0.5), 0)
+    assert equal(before, model.state_dict())
+    buffers = {k for k, v in tuned.body.named_buffers()}
+    for k, v in tuned.body.state_dict().items():                                   # few labels: batch norm stays, weights move
+        assert torch.equal(v, before[k]) == (k in buffers or "projection_head" in k), k
+    still = columns["fine-tuned"].fit(which, (0.0, 0.5), 0)                        # rate 0 is the probe itself
+    probe = columns["linear probe"]
+    assert (columns["fine-tuned"].answers(still, task.test) == probe.answers(probe.fit(which, None, 0), task.test)).all()
+
+
+def test_permuting_the_test_labels_changes_no_choice_and_no_weight(runs, run_script, monkeypatch):
+    made, load = [], images.load_images
+    monkeypatch.setattr(finetune, "write_results", lambda settings, checkpoint, name, results, chance, classifier, classes:
+                        made.append(classifier.state_dict()))
+
+    def permuted(*arguments, **options):
+        data = load(*arguments, **options)
+        test = np.flatnonzero(data.split == datasets.TEST)
+        data.labels[test] = data.labels[test][::-1].copy()
+        return data
+    monkeypatch.setattr("minissl.finetuning.ImageTask.train_classifier", shorter(ImageTask.train_classifier))
+    for loader in (load, permuted):
+        monkeypatch.setattr(finetune, "load_images", loader)
+        code, printed = run_script(finetune, runs / "simclr", "--labels", 5, "--seeds", 1, "--limit", 200)
+        assert code == 0, printed
+    assert equal(*made)
+
+
+def shorter(train):
+    """A few steps are enough to see what depends on what."""
+    return lambda self, model, which, *arguments, **options: train(self, model, which, *arguments, **options, images_seen=256)
+
+
+def test_predictions_and_features_of_new_images(runs, run_script, tmp_path, monkeypatch):
+    monkeypatch.setattr("minissl.finetuning.ImageTask.train_classifier", shorter(ImageTask.train_classifier))
+    code, printed = run_script(finetune, runs / "ae", "--labels", 5, "--seeds", 1, "--limit", 200)
+    assert code == 0 and "pixel PCA" in printed, printed
+    array = images.load_images("shapes", limit=20).images.permute(0, 2, 3, 1).numpy()
+    np.save(tmp_path / "new.npy", np.concatenate([array, array]))
+    code, printed = run_script(finetune, runs / "ae", "--predict", tmp_path / "new.npy")
+    lines = [line.split("\t") for line in printed.splitlines() if "\t" in line]
+    assert code == 0 and len(lines) == 120 and [line[:2] for line in lines[:60]] == [line[:2] for line in lines[60:]]
+    code, printed = run_script(finetune, runs / "ae", "--features", tmp_path / "out.npy", "--data", tmp_path / "new.npy")
+    features = np.load(tmp_path / "out.npy")
+    assert code == 0 and features.shape == (120, 64)
+    np.testing.assert_allclose(evaluation.load_encoder(runs / "ae")(array[:7]), features[:7], atol=1e-4)
+    np.save(tmp_path / "grey.npy", array[..., 0])
+    code, printed = run_script(finetune, runs / "ae", "--features", tmp_path / "out.npy", "--data", tmp_path / "grey.npy")
+    assert code == 2 and "images of 32 × 32 × 1; the run learned from 32 × 32 × 3" in printed
+
+
+@pytest.mark.parametrize("script, flags, sentence", [
+    (train_contrastive, ["--batch-size", 1], "--batch-size 1: must be at least 2"), (train_contrastive, ["--views", 1], "--views 1"),
+    (train_contrastive, ["--temperature", 0], "--temperature 0.0"), (train_contrastive, ["--crop", 2], "must be at most 1"),
+    (train_contrastive, ["--batch-size", 500, "--limit", 400], "there are only 400 images"),
+    (train_contrastive, ["--data", "pictures"], "give shapes, cifar10 or a .npy"), (train_contrastive, ["--method", "dino"], "invalid choice"),
+    (train_ae, ["--beta", -1], "--beta -1.0"), (train_ae, ["--beta", 1], "give both or neither"), (train_ae, ["--masked", 1], "at most 0.95"),
+    (train_ae, ["--data", "not_there.npy"], "there is no such file")])
+def test_a_mistake_is_one_sentence_and_leaves_no_folder(script, flags, sentence, run_script, tmp_path):
+    code, printed = run_script(script, "--run", tmp_path / "run", *flags)
+    assert code == 2 and sentence in printed.splitlines()[-1] and "Traceback" not in printed
+    assert not (tmp_path / "run").exists()

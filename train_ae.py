@@ -1,0 +1,156 @@
+"""Pretrain an image encoder without labels: rebuild images from a code of 128 numbers (an autoencoder).
+
+    python train_ae.py                                          shapes that our own code draws, a few minutes
+    python train_ae.py --data cifar10 --run runs/ae-cifar --width 64 --steps 600
+    python train_ae.py --masked 0.6 --run runs/ae-masked        with patches cut out
+    python train_ae.py --data my_images.npy --run runs/mine     your own: uint8 (N, H, W, C) or (N, H, W)
+    python train_ae.py --run runs/mine --resume                 go on where Ctrl-C stopped
+    python finetune.py runs/ae                                  what was it worth? a table
+
+Read it beside its sibling: `diff train_ae.py train_contrastive.py` prints the method and little else.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from minissl import UserError, autoencoder, evaluation, report
+from minissl.datasets import HELD_OUT, TRAIN
+from minissl.images import Batches, load_images, mean_and_deviation
+from minissl.training import (Muon, Run, at_least, autocast, choose_machine, count_flops, generator, rate_at, read_settings,
+                              run_script)
+
+
+# ---------------------------------------------------------------- Settings
+
+@dataclass
+class Settings:
+    data: str = "shapes"  # shapes, cifar10, or a .npy of uint8 images (N, H, W, C) or (N, H, W)
+    data_dir: str = "data"  # where archives lie
+    limit: int = 0  # take this many images of each split only, for a trial; 0: all
+    run: str = "runs/ae"  # the run's folder
+    resume: bool = False  # go on with the run in --run
+    steps: int = 600  # optimizer steps
+    batch_size: int = 256  # images a step; no gradient accumulation: batch norm would not see the rest
+    learning_rate: float = 0.02  # Muon's, on matrices and kernels; AdamW's on vectors is a tenth
+    width: int = 32  # of the encoder's first feature map, doubled twice; 64 sees more and takes nearly four times as long
+    seed: int = 0  # of everything random
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: the best there is
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 where it is measurably faster
+    compile: bool = False  # torch.compile the encoder: a minute first, then faster on a GPU
+    code: int = 128  # numbers in z
+    beta: float = 0.0  # weight of the regularizer
+    regularizer: Literal["none", "sparse", "decorrelated"] = "none"  # what R(z) asks for
+    noise: float = 0.0  # deviation of Gaussian noise on the input, in units of white: a denoising autoencoder
+    masked: float = 0.0  # share of 8 × 8 patches cut out of the input
+    evaluate_every: int = 200  # steps
+
+    def check(self):
+        at_least(1, steps=self.steps, width=self.width, evaluate_every=self.evaluate_every)
+        at_least(2, batch_size=self.batch_size, code=self.code)
+        at_least(0, limit=self.limit, beta=self.beta, noise=self.noise, masked=self.masked)
+        at_least(1e-9, learning_rate=self.learning_rate)
+        if self.masked > 0.95:
+            raise UserError(f"--masked {self.masked}: must be at most 0.95, or there is nothing to rebuild from")
+        if bool(self.beta) != (self.regularizer != "none"):
+            raise UserError(f"--beta {self.beta} with --regularizer {self.regularizer}: give both or neither")
+
+
+# ---------------------------------------------------------------- What it has learned so far
+
+class Look:
+    """Called with the model: what the loss does not show, on held-out images, and pictures of it in the run's folder."""
+
+    blank = dict.fromkeys(("held_out", "sparsity", "correlation", "knn"), "")
+
+    def __init__(self, data, folder, corrupt, device):
+        self.folder, self.device = folder, device
+        self.images = data.of(HELD_OUT, 512).images.to(device).float() / 255                     # (B, C, H, W)
+        self.given = corrupt(self.images, "look")
+        self.neighbours = evaluation.Neighbours(data, device)
+
+    @torch.no_grad()
+    def __call__(self, model, cast):
+        with cast:
+            rebuilt, z = model(self.given)
+            start, end = z[:8].float(), z[8:16].float()
+            walks = [model.decode(start.lerp(end, step / 7)) for step in range(8)]               # 8 × (8, C, H, W)
+        rows = [self.images[:12], self.given[:12], rebuilt[:12]]
+        report.write_png(self.folder / "reconstructions.png", report.grid(
+            [row.float().cpu() for row in (rows if not torch.equal(*rows[:2]) else rows[::2])]))
+        report.write_png(self.folder / "walks.png", report.grid(list(torch.stack(walks, 1).float().cpu())))
+        accuracy = self.neighbours(lambda images: autoencoder.encode(model, images), cast, self.folder)
+        _, error, _ = autoencoder.autoencoder_loss(self.images, rebuilt, z)
+        return dict(held_out=round(float(error), 5), sparsity=round(float(autoencoder.sparsity(z.float())), 4),
+                    correlation=round(float(autoencoder.correlation(z.float())), 4), knn=accuracy)
+
+
+# ---------------------------------------------------------------- Training
+
+def main():
+    settings = read_settings(Settings, __doc__)
+    settings.check()
+    run = Run(settings)
+    device, precision, peak = choose_machine(settings)
+    cast = autocast(device, precision)
+    data = load_images(settings.data, settings.data_dir, settings.limit)
+    pool = data.of(TRAIN).images.to(device)                              # (N, C, H, W) uint8
+    B, (C, H, W) = settings.batch_size, pool.shape[1:]
+    print(f"data: {settings.data}, {len(pool):,} images of {H} × {W} × {C} to learn from"
+          + "".join(f"; {note}" for note in data.notes))
+    batches = Batches(len(pool), B, settings.seed)
+
+    def corrupt(images, step):
+        return autoencoder.corrupt(images, settings.noise, settings.masked,
+                                   generator=generator(settings.seed, "corruption", step))
+
+    torch.manual_seed(settings.seed)
+    model = autoencoder.Autoencoder((H, W), *mean_and_deviation(pool), settings.code, settings.width)
+    model = model.to(device, memory_format=torch.channels_last)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizers = [Muon([p for p in trained if p.ndim > 1], settings.learning_rate, weight_decay=0.02, precision=precision),
+                  torch.optim.AdamW([dict(params=[p for p in trained if p.ndim == 1], times=0.1)], weight_decay=0,
+                                    fused=device.type != "mps")]
+    first = run.begin(model, optimizers, f"{len(pool):,} images of {H} × {W} × {C}")
+    look = Look(data, run.folder, corrupt, device)
+    chance = float((look.images - look.images.mean(0)).square().mean())   # the error of the mean image
+    flops = count_flops(model, lambda: model(torch.zeros(1, C, H, W, device=device)))   # of an image, forward
+    if settings.compile:
+        model.compile()
+    print(f"model: {sum(p.numel() for p in trained):,} parameters, {flops / 2e6:,.0f} million multiply-adds an image")
+
+    for step in range(first, settings.steps):
+        images = pool[batches(step)].float() / 255                       # (B, C, H, W)
+        with cast:
+            rebuilt, z = model(corrupt(images, step))
+            loss, error, penalty = autoencoder.autoencoder_loss(images, rebuilt, z, settings.beta, settings.regularizer)
+        loss.backward()
+        run.count(B, 3 * flops * B, error, penalty)
+
+        rate = rate_at(step, settings.steps, warmup=settings.steps // 20, decay=1)
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = settings.learning_rate * group.get("times", 1) * rate
+            optimizer.step()
+            optimizer.zero_grad()
+
+        done, last, stopping = step + 1, step + 1 == settings.steps, run.stopping
+        looking = last or done % settings.evaluate_every == 0
+        if looking or step == first or done % 50 == 0 or stopping:
+            with run.pause():
+                result = look(model.eval(), cast) if looking else look.blank
+                model.train()
+            run.log(done, dict(squared_error=chance, regularizer=None), peak, result)
+            if looking:
+                report.write_page(run.folder)
+        if last or stopping or run.due():
+            run.save(done, model, optimizers, method="autoencoder", model_settings=dict(size=[H, W], code=settings.code, width=settings.width))
+        if stopping and not last:
+            raise KeyboardInterrupt(f"stopped at step {done:,} and saved; python train_ae.py --run {run.folder} "
+                                    f"--resume goes on")
+    print(f"done: {run.folder / 'report.html'} shows what it learned; python finetune.py {run.folder} what it is worth")
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,169 @@
+"""Pretrain an image encoder without labels: recognise two views of one image (SimCLR, or BYOL).
+
+    python train_contrastive.py                                 shapes that our own code draws, a few minutes
+    python train_contrastive.py --data cifar10 --run runs/cifar --width 64 --steps 2750 --jitter 0.4 --hue 0.1 --grey 0.2
+    python train_contrastive.py --method byol --run runs/byol
+    python train_contrastive.py --data my_images.npy --run runs/mine         your own: uint8 (N, H, W, C) or (N, H, W)
+    python train_contrastive.py --run runs/mine --resume        go on where Ctrl-C stopped
+    python finetune.py runs/contrastive                         what was it worth? a table
+
+Read it beside its sibling: `diff train_ae.py train_contrastive.py` prints the method and little else.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from minissl import UserError, contrastive, evaluation, report
+from minissl.datasets import HELD_OUT, TRAIN
+from minissl.images import Batches, load_images, mean_and_deviation
+from minissl.training import (Muon, Run, at_least, autocast, choose_machine, count_flops, generator, rate_at, read_settings,
+                              run_script)
+
+
+# ---------------------------------------------------------------- Settings
+
+@dataclass
+class Settings:
+    data: str = "shapes"  # shapes, cifar10, or a .npy of uint8 images (N, H, W, C) or (N, H, W)
+    data_dir: str = "data"  # where archives lie
+    limit: int = 0  # take this many images of each split only, for a trial; 0: all
+    run: str = "runs/contrastive"  # the run's folder
+    resume: bool = False  # go on with the run in --run
+    steps: int = 600  # optimizer steps
+    batch_size: int = 256  # images a step; no gradient accumulation: neither negatives nor batch norm would see the rest
+    learning_rate: float = 0.02  # Muon's, on matrices and kernels; AdamW's on vectors is a tenth
+    width: int = 32  # of the encoder's first feature map, doubled twice; 64 sees more and takes nearly four times as long
+    seed: int = 0  # of everything random
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: the best there is
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 where it is measurably faster
+    compile: bool = False  # torch.compile the encoder: a minute first, then faster on a GPU
+    method: Literal["simclr", "byol"] = "simclr"  # with negatives, or with a slow second network
+    views: int = 2  # of each image; 4 gave no more at equal time
+    view_size: int = 0  # pixels, height of a view; 0: three quarters of the image's, +2 points over all of it at equal time
+    temperature: float = 0.15  # of SimCLR's softmax; 0.1 to 0.4 were alike
+    similarity: Literal["cosine", "dot"] = "cosine"  # of two projections
+    target_rate: float = 0.98  # of BYOL's moving average at the start; it rises to 1
+    crop: float = 0.2  # least share of the image in a view; 0.08 was worse in short runs
+    jitter: float = 0.8  # strength of brightness, contrast and saturation: shapes differ in colour, and it means nothing
+    hue: float = 0.5  # turns; for photographs 0.4, 0.1 and 0.2 are usual, their colours mean something
+    grey: float = 0.4  # share of views without colour
+    no_flip: bool = False  # for pictures whose mirror image means something else: digits, letters
+    evaluate_every: int = 200  # steps
+
+    def check(self):
+        at_least(1, steps=self.steps, width=self.width, evaluate_every=self.evaluate_every)
+        at_least(2, batch_size=self.batch_size, views=self.views)
+        at_least(0, limit=self.limit, jitter=self.jitter, hue=self.hue, grey=self.grey, target_rate=self.target_rate)
+        at_least(1e-9, learning_rate=self.learning_rate, temperature=self.temperature, crop=self.crop)
+        for name in ("crop", "jitter", "grey", "target_rate"):
+            if getattr(self, name) > 1:
+                raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be at most 1")
+        if self.view_size and self.view_size < 8:
+            raise UserError(f"--view-size {self.view_size}: the encoder needs at least 8 pixels")
+
+
+# ---------------------------------------------------------------- What it has learned so far
+
+class Look:
+    """Called with the model: what the loss does not show, on held-out images, and pictures of it in the run's folder."""
+
+    blank = dict.fromkeys(("alignment", "uniformity", "effective_rank", "knn"), "")
+
+    def __init__(self, data, folder, view, device):
+        self.folder, self.view, self.device = folder, view, device
+        held_out = data.of(HELD_OUT, 512)
+        self.pair = torch.stack([self.view(held_out.images, "look", n) for n in range(2)])       # (2, B, C, h, w)
+        self.neighbours = evaluation.Neighbours(data, device)
+
+    @torch.no_grad()
+    def __call__(self, model, cast):
+        with cast:
+            z = model.project(self.pair.to(self.device)).float().cpu()                           # (2, B, D)
+        accuracy = self.neighbours(lambda images: contrastive.encode(model, images), cast, self.folder)
+        return dict(alignment=round(float(contrastive.alignment(z)), 4), uniformity=round(float(contrastive.uniformity(z[0])), 4),
+                    effective_rank=round(float(contrastive.effective_rank(z[0])), 2), knn=accuracy)
+
+
+# ---------------------------------------------------------------- Training
+
+def main():
+    settings = read_settings(Settings, __doc__)
+    settings.check()
+    run = Run(settings)
+    device, precision, peak = choose_machine(settings)
+    cast = autocast(device, precision)
+    data = load_images(settings.data, settings.data_dir, settings.limit)
+    pool = data.of(TRAIN).images.to(device)                              # (N, C, H, W) uint8
+    V, B, (C, H, W) = settings.views, settings.batch_size, pool.shape[1:]
+    print(f"data: {settings.data}, {len(pool):,} images of {H} × {W} × {C} to learn from"
+          + "".join(f"; {note}" for note in data.notes))
+    batches = Batches(len(pool), B, settings.seed)
+    size = [max(8, round(side * (settings.view_size or 0.75 * H) / H / 2) * 2) for side in (H, W)]
+
+    def view(images, purpose, n):
+        numbers = torch.rand(len(images), 12, generator=generator(settings.seed, purpose, n)).to(images.device)
+        return contrastive.augment(images, size, numbers, settings.crop, settings.jitter, settings.hue, settings.grey,
+                                   not settings.no_flip)
+
+    torch.manual_seed(settings.seed)
+    byol = settings.method == "byol"
+    model = contrastive.ContrastiveModel(*mean_and_deviation(pool), byol=byol, width=settings.width)
+    model = model.to(device, memory_format=torch.channels_last)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizers = [Muon([p for p in trained if p.ndim > 1], settings.learning_rate, weight_decay=0.02, precision=precision),
+                  torch.optim.AdamW([dict(params=[p for p in trained if p.ndim == 1], times=0.1)], weight_decay=0,
+                                    fused=device.type != "mps")]
+    first = run.begin(model, optimizers, f"{len(pool):,} images of {H} × {W} × {C}")
+    look = Look(data, run.folder, view, device)
+    flops = count_flops(model, lambda: model.project(torch.zeros(V, 1, C, *size, device=device)))   # of an image, forward
+    if settings.compile:
+        model.encoder.compile()
+    print(f"model: {sum(p.numel() for p in trained):,} parameters; views of {size[0]} × {size[1]}, "
+          f"{flops / 2e6:,.0f} million multiply-adds an image")
+
+    for step in range(first, settings.steps):
+        images = pool[batches(step)]                                     # (B, C, H, W)
+        views = torch.stack([view(images, f"view {n}", step) for n in range(V)])                 # (V, B, C, h, w)
+        if step == 0:
+            report.write_png(run.folder / "views.png", report.grid([v[:12].cpu() for v in views]))
+        with cast:
+            projections = model.project(views)                           # (V, B, D)
+            if byol:                                                     # each view predicts the next one's projection
+                targets = model.project_by_target(views).roll(1, 0)
+                loss = contrastive.byol_loss(model.predict(projections).flatten(0, 1), targets.flatten(0, 1))
+            else:
+                loss = contrastive.info_nce(projections, settings.temperature, settings.similarity)
+        loss.backward()
+        run.count(B, 3 * flops * B, loss)
+
+        rate = rate_at(step, settings.steps, warmup=settings.steps // 20, decay=1)
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = settings.learning_rate * group.get("times", 1) * rate
+            optimizer.step()
+            optimizer.zero_grad()
+        if byol:
+            model.update_target(1 - (1 - settings.target_rate) * (1 + math.cos(math.pi * step / settings.steps)) / 2)
+
+        done, last, stopping = step + 1, step + 1 == settings.steps, run.stopping
+        looking = last or done % settings.evaluate_every == 0
+        if looking or step == first or done % 50 == 0 or stopping:
+            with run.pause():
+                result = look(model.eval(), cast) if looking else look.blank
+                model.train()
+            run.log(done, dict(loss=2.0 if byol else math.log(V * B - 1)), peak, result)
+            if looking:
+                report.write_page(run.folder)
+        if last or stopping or run.due():
+            run.save(done, model, optimizers, method="contrastive", model_settings=dict(byol=byol, width=settings.width))
+        if stopping and not last:
+            raise KeyboardInterrupt(f"stopped at step {done:,} and saved; python train_contrastive.py --run {run.folder} "
+                                    f"--resume goes on")
+    print(f"done: {run.folder / 'report.html'} shows what it learned; python finetune.py {run.folder} what it is worth")
+
+
+if __name__ == "__main__":
+    run_script(main)
