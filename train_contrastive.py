@@ -1,7 +1,7 @@
 """Pretrain an image encoder without labels: recognise two views of one image (SimCLR, or BYOL).
 
     python train_contrastive.py                                 shapes that our own code draws, a few minutes
-    python train_contrastive.py --data cifar10 --run runs/cifar --width 64 --steps 2750 --jitter 0.4 --hue 0.1 --grey 0.2
+    python train_contrastive.py --data cifar10 --run runs/cifar --width 64 --steps 2750
     python train_contrastive.py --method byol --run runs/byol
     python train_contrastive.py --data my_images.npy --run runs/mine         your own: uint8 (N, H, W, C) or (N, H, W)
     python train_contrastive.py --run runs/mine --resume        go on where Ctrl-C stopped
@@ -25,6 +25,11 @@ from minissl.training import (Muon, Run, at_least, autocast, choose_machine, cou
 
 # ---------------------------------------------------------------- Settings
 
+# The views say what does not matter. In shapes colour does not, and a small crop holds no shape: with the photographs'
+# views the encoder recognises the colours, and the loss falls all the same (EXPERIMENTS.md).
+USUAL = {"shapes": dict(crop=0.5, jitter=0.8, hue=0.5, grey=0.4), "photographs": dict(crop=0.2, jitter=0.4, hue=0.1, grey=0.2)}
+
+
 @dataclass
 class Settings:
     data: str = "shapes"  # shapes, cifar10, or a .npy of uint8 images (N, H, W, C) or (N, H, W)
@@ -46,16 +51,19 @@ class Settings:
     temperature: float = 0.15  # of SimCLR's softmax; 0.1 to 0.4 were alike
     similarity: Literal["cosine", "dot"] = "cosine"  # of two projections
     target_rate: float = 0.98  # of BYOL's moving average at the start; it rises to 1
-    crop: float = 0.2  # least share of the image in a view; 0.08 was worse in short runs
-    jitter: float = 0.8  # strength of brightness, contrast and saturation: shapes differ in colour, and it means nothing
-    hue: float = 0.5  # turns; for photographs 0.4, 0.1 and 0.2 are usual, their colours mean something
-    grey: float = 0.4  # share of views without colour
+    crop: float = -1  # least share of the image's area in a view; below 0, this and the next three as usual for the data
+    jitter: float = -1  # strength of brightness, contrast and saturation
+    hue: float = -1  # turns
+    grey: float = -1  # share of views without colour
     no_flip: bool = False  # for pictures whose mirror image means something else: digits, letters
     evaluate_every: int = 200  # steps
 
     def check(self):
         at_least(1, steps=self.steps, width=self.width, evaluate_every=self.evaluate_every)
         at_least(2, batch_size=self.batch_size, views=self.views)
+        for name, value in USUAL.get(self.data, USUAL["photographs"]).items():
+            if getattr(self, name) < 0:
+                setattr(self, name, value)
         at_least(0, limit=self.limit, jitter=self.jitter, hue=self.hue, grey=self.grey, target_rate=self.target_rate)
         at_least(1e-9, learning_rate=self.learning_rate, temperature=self.temperature, crop=self.crop)
         for name in ("crop", "jitter", "grey", "target_rate"):
@@ -121,6 +129,8 @@ def main():
     flops = count_flops(model, lambda: model.project(torch.zeros(V, 1, C, *size, device=device)))   # of an image, forward
     if settings.compile:
         model.encoder.compile()
+    print(f"views: crops of at least {settings.crop} of the area, colour jitter {settings.jitter}, hue {settings.hue}, grey "
+          f"{settings.grey} (" + ("usual for this data, unless given)" if settings.data in USUAL else "usual for photographs, unless given)"))
     print(f"model: {sum(p.numel() for p in trained):,} parameters; views of {size[0]} × {size[1]}, "
           f"{flops / 2e6:,.0f} million multiply-adds an image")
 

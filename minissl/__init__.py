@@ -3,22 +3,27 @@
 A model that learns from unlabelled data needs few labels afterwards. Here is the map, in the order to read it:
 
     transformer.py   a tiny transformer encoder, masking, the masked loss, the document term     <- train_mlm.py
-    tokenizer.py     the subwords that it reads, learned from the text
+    autoencoder.py   a convolutional encoder and decoder, ‖x − x̂‖² + β R(z)                      <- train_ae.py
+    contrastive.py   a convolutional encoder, two views of an image, InfoNCE; BYOL               <- train_contrastive.py
+    tokenizer.py     the subwords that the transformer reads, learned from the text
     datasets.py      texts: embedded ones, downloads, the reader's own files; batches
-    evaluation.py    what features are worth: nearest neighbours, probes, label draws, the baseline   <- finetune.py
+    images.py        images: drawn ones, downloads, the reader's own arrays; batches
+    evaluation.py    what features are worth: nearest neighbours, probes, label draws, baselines
+    finetuning.py    the columns of the table: from scratch, linear probe, fine-tuned, ...        <- finetune.py
     training.py      plumbing: settings, device, randomness, optimizers, the run's folder
-    report.py        the run's page
+    files.py         plumbing: archives, downloads, checkpoints, writing that is whole or not at all
+    report.py        the run's page and its pictures
 
-`transformer.py` needs torch alone: it can be copied out and used on its own. The scripts at the top level hold their
-training loops whole. Arrows run one way: scripts -> minissl, and nothing here imports a script.
+The three model files need torch alone: each can be copied out and used on its own. The scripts at the top level hold
+their training loops whole. Arrows run one way: scripts -> minissl, and nothing here imports a script.
 
 The letters of the shapes, everywhere:
 
-    B   batch: sequences, documents          V   entries of the vocabulary
-    T   tokens of a sequence                 N   word pairs with an embedding (where texts are counted: texts)
-    D   width of a token vector              M   masked positions
-    d   columns of the document vector       C   classes
-    H   attention heads
+    B   batch: sequences, documents, images  V   entries of the vocabulary; views of an image
+    T   tokens of a sequence                 N   word pairs with an embedding; all texts or images of a data set
+    D   width of a token vector, of          M   masked positions
+        features, of a code                  C   classes; channels of an image, where there is an H and a W
+    d   columns of the document vector       H   attention heads; height of an image, and W its width
 """
 
 

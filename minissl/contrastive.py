@@ -139,6 +139,7 @@ def crop_and_flip(images, size, numbers, crop, flip):
 
 # Luma and two colour axes (NTSC's YIQ): hue is the angle in the plane of the colour axes, saturation the radius.
 YIQ = torch.tensor([[0.299, 0.587, 0.114], [0.5959, -0.2746, -0.3213], [0.2115, -0.5227, 0.3112]])
+RGB = torch.linalg.inv(YIQ)
 
 
 def recolour(x, numbers, jitter, hue, grey):
@@ -157,7 +158,7 @@ def recolour(x, numbers, jitter, hue, grey):
     cos, sin, zero = saturation * turn.cos(), saturation * turn.sin(), torch.zeros_like(turn)
     plane = torch.stack([torch.ones_like(turn), zero, zero, zero, cos, -sin, zero, sin, cos], dim=1).view(-1, 3, 3)
     yiq = YIQ.to(x.device)
-    colours = torch.linalg.inv(yiq) @ plane @ yiq * (brightness * contrast)[:, None, None]     # (B, 3, 3)
+    colours = RGB.to(x.device) @ plane @ yiq * (brightness * contrast)[:, None, None]     # (B, 3, 3)
     mean = (x.mean((2, 3)) @ yiq[0]) * brightness * (1 - contrast)            # (B,): grey stays grey under `plane`
     return torch.baddbmm(mean[:, None, None], colours, x.flatten(2)).view_as(x).clamp_(0, 1)
 

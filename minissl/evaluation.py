@@ -56,10 +56,11 @@ def knn_accuracy(features, labels, queries, query_labels, k=20):
 
 # ---------------------------------------------------------------- the linear probe
 
-def logistic_regression(x, labels, classes, strength):
+def logistic_regression(x, labels, classes, strength, start=None, tolerance=1e-5):
     """Weights (D + 1, C) that minimise mean cross-entropy + strength/2 ‖W‖², the last row the unpenalised bias.
 
-    x (N, D) float32, dense or sparse CSR; labels (N,) int64. Convex: L-BFGS finds the one minimum.
+    x (N, D) float32, dense or sparse CSR; labels (N,) int64. Convex: L-BFGS finds the one minimum from any `start`
+    (D + 1, C), to where no slope is above `tolerance`.
     """
     if x.layout != torch.strided:      # a term that none of these texts holds gets weight 0: leave it out of the search
         used, column = x.col_indices().unique(return_inverse=True)
@@ -68,9 +69,12 @@ def logistic_regression(x, labels, classes, strength):
     else:
         x_transposed = x.T
     labels = torch.as_tensor(labels)
-    weights = torch.zeros(x.shape[1] + 1, classes, requires_grad=True)
+    weights = torch.zeros(x.shape[1] + 1, classes)
+    if start is not None:
+        weights.copy_(start if x.layout == torch.strided else start[torch.cat([used, torch.tensor([columns])])])
+    weights.requires_grad_()
     wanted = F.one_hot(labels, classes).float()
-    optimizer = torch.optim.LBFGS([weights], max_iter=200, history_size=10, tolerance_grad=1e-5,
+    optimizer = torch.optim.LBFGS([weights], max_iter=200, history_size=10, tolerance_grad=tolerance,
                                   line_search_fn="strong_wolfe")
 
     @torch.no_grad()
@@ -93,7 +97,7 @@ def predict(x, weights):
 def probe(x, labels, classes, strengths):
     """Logistic regression whose strength five-fold cross-validation chooses, by its loss, inside these labels.
 
-    -> (weights (D + 1, C), the strength). Above 5,000 labels one fold decides: there the choice is not close.
+    strengths: from strong to weak. -> (weights (D + 1, C), the strength). Above 5,000 labels one fold decides: there the choice is not close.
     """
     labels = np.asarray(labels)
     order, fold = np.random.default_rng(0).permutation(len(labels)), np.empty(len(labels), int)
@@ -104,9 +108,10 @@ def probe(x, labels, classes, strengths):
     for f in range(5 if len(labels) <= 5000 else 1):
         inside, outside = np.flatnonzero(fold != f), np.flatnonzero(fold == f)
         x_in, x_out, y_out = rows(x, inside), rows(x, outside), torch.from_numpy(labels[outside])
+        weights = None                                                        # from each strength to the next is not far
         for i, strength in enumerate(strengths):
-            losses[i] += float(F.cross_entropy(predict(x_out, logistic_regression(x_in, labels[inside], classes, strength)),
-                                               y_out, reduction="sum"))
+            weights = logistic_regression(x_in, labels[inside], classes, strength, weights, tolerance=1e-4)
+            losses[i] += float(F.cross_entropy(predict(x_out, weights), y_out, reduction="sum"))
     best = strengths[int(losses.argmin())]
     return logistic_regression(x, labels, classes, best), best
 
@@ -215,11 +220,11 @@ class Neighbours:
 
     def __call__(self, encode, cast, folder):
         known, asked = (image_features(encode, part.images, cast, self.device) for part in (self.known, self.asked))
-        centre = known.mean(0)
-        nearest = (F.normalize(asked[:10] - centre) @ F.normalize(known - centre).T).topk(8).indices       # (10, 8)
+        near, far = (F.normalize(part - known.mean(0), dim=1) for part in (asked, known))
+        nearest = (near[:10] @ far.T).topk(8).indices                                                       # (10, 8)
         report.write_png(folder / "neighbours.png", report.grid([
             torch.cat([image[None], self.known.images[row]]) for image, row in zip(self.asked.images, nearest)]))
-        points = (asked - centre) @ torch.linalg.svd(asked - centre, full_matrices=False)[2][:2].T          # (Q, 2)
+        points = near @ torch.linalg.svd(near, full_matrices=False)[2][:2].T                                # (Q, 2)
         report.write_png(folder / "map.png", report.scatter(points.numpy(), self.asked.labels))
         if min(self.known.labels.min(), self.asked.labels.min()) < 0:
             return ""

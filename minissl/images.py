@@ -149,23 +149,26 @@ def draw_shapes(n, generator, size=32):
         outline[here] = distance(name, along[here], across[here])
     inside = (0.5 - outline * radius).clamp_(0, 1)[:, None]                           # anti-aliased over a pixel
 
-    def tone():
-        """A colour with a soft texture: (n, 3, size, size)."""
-        spots = torch.randn(n, 3, 5, 5, generator=generator) * uniform(0, 0.15, 1, 1, 1) + uniform(0, 1, 3, 1, 1)
+    def tone(colour, strength):
+        """colour (n, 3, 1, 1) with a soft texture: (n, 3, size, size)."""
+        spots = colour + torch.randn(n, 3, 5, 5, generator=generator) * uniform(0, strength, 1, 1, 1)
         return F.interpolate(spots, size=(size, size), mode="bilinear", align_corners=True)
 
-    picture, ink = tone(), tone()
+    ground = uniform(0.1, 0.9, 1, 1, 1)
+    picture = tone(ground + uniform(-0.1, 0.1, 3, 1, 1), 0.08)
     angle = uniform(0, 2 * math.pi, 1, 1)
     wave = ((column * angle.cos() + column[:, None] * angle.sin()) * uniform(0.2, 1.2, 1, 1)).sin_()
-    picture += (wave * uniform(0, 0.12, 1, 1))[:, None]                               # stripes behind
-    away = ink.mean((2, 3), keepdim=True) - picture.mean((2, 3), keepdim=True)        # too alike: push the ink away
-    ink += torch.where(away.abs().amax(1, keepdim=True) < 0.35, 0.5 * away.sign(), 0.0)
+    picture += (wave * uniform(0, 0.06, 1, 1))[:, None]                               # stripes behind
+    colour = uniform(0, 1, 3, 1, 1)
+    away = colour - ground                                                            # too alike: push the ink away
+    colour += torch.where(away.abs().amax(1, keepdim=True) < 0.35, 0.5 * away.sign(), 0.0)
+    ink = tone(colour, 0.08)
     for _ in range(3):                                                                # distractors: small spots
         spot = torch.hypot(column - uniform(0, size, 1, 1), column[:, None] - uniform(0, size, 1, 1))
         spot = (0.5 + uniform(0.5, 2.5, 1, 1) - spot).clamp_(0, 1)[:, None]
         picture.lerp_(uniform(0, 1, 3, 1, 1).expand_as(picture), spot.expand_as(picture))
     picture.lerp_(ink, inside.expand_as(picture))
-    picture += torch.randn(picture.shape, generator=generator) * uniform(0, 0.06, 1, 1, 1)
+    picture += 0.03 * torch.randn(picture.shape, generator=generator)
     return (picture.clamp_(0, 1) * 255).round_().to(torch.uint8), labels
 
 

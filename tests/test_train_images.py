@@ -122,7 +122,7 @@ def test_permuting_the_test_labels_changes_no_choice_and_no_weight(runs, run_scr
     monkeypatch.setattr("minissl.finetuning.ImageTask.train_classifier", shorter(ImageTask.train_classifier))
     for loader in (load, permuted):
         monkeypatch.setattr(finetune, "load_images", loader)
-        code, printed = run_script(finetune, runs / "simclr", "--labels", 5, "--seeds", 1, "--limit", 200)
+        code, printed = run_script(finetune, runs / "simclr", "--labels", 3, "--seeds", 1, "--limit", 100)
         assert code == 0, printed
     assert equal(*made)
 
@@ -134,7 +134,7 @@ def shorter(train):
 
 def test_predictions_and_features_of_new_images(runs, run_script, tmp_path, monkeypatch):
     monkeypatch.setattr("minissl.finetuning.ImageTask.train_classifier", shorter(ImageTask.train_classifier))
-    code, printed = run_script(finetune, runs / "ae", "--labels", 5, "--seeds", 1, "--limit", 200)
+    code, printed = run_script(finetune, runs / "ae", "--labels", 3, "--seeds", 1, "--limit", 100)
     assert code == 0 and "pixel PCA" in printed, printed
     array = images.load_images("shapes", limit=20).images.permute(0, 2, 3, 1).numpy()
     np.save(tmp_path / "new.npy", np.concatenate([array, array]))
