@@ -10,6 +10,8 @@ import http.client
 import os
 import sys
 import tarfile
+import time
+import urllib.error
 import urllib.request
 import zlib
 from pathlib import Path
@@ -35,25 +37,54 @@ def hash_of(path, algorithm="sha256"):
     return digest.hexdigest()
 
 
-def download(url, path, md5):
-    """Fetch url to path, by way of path.part, and check it before it gets its name."""
+def download(url, path, md5, pauses=(1, 4, 16), patience=30):
+    """Fetch url to path, by way of path.part, and check it before it gets its name.
+
+    What broke off goes on where it stopped, if the server can; after each failure a longer pause (seconds). patience:
+    seconds without a byte until a connection counts as broken. Raises UserError with what to put where by hand.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
     by_hand = f"get {url} in another way and put it at {path}"
+    for pause in (*pauses, None):
+        begun = part.stat().st_size if part.exists() else 0
+        try:
+            _fetch(url, part, begun, patience)
+            found = hash_of(part, "md5")
+            if found == md5:
+                os.replace(part, path)
+                return progress(f"{path.name}: downloaded, checksum as published", end="\n")
+            part.unlink()
+            error = f"what came is not the published file: MD5 {found}, expected {md5}"
+            if not begun:                             # whole and wrong: to ask again would not help
+                pause = None
+        except (OSError, http.client.HTTPException) as problem:
+            error = problem
+            if isinstance(problem, urllib.error.HTTPError) and problem.code < 500:
+                pause = None                          # not there, not allowed
+        if pause is None:
+            raise UserError(f"cannot download {url} ({error}): {by_hand}") from None
+        progress(f"{path.name}: {error}; trying again in {pause} s", end="\n")
+        time.sleep(pause)
+
+
+def _fetch(url, part, begun, patience):
+    """Append to `part` what is missing behind its first `begun` bytes, or write it anew if the server sends all."""
+    request = urllib.request.Request(url, headers={"Range": f"bytes={begun}-"} if begun else {})
     try:
-        with urllib.request.urlopen(url, timeout=30) as answer, open(part, "wb") as file:
-            size, done = int(answer.headers.get("Content-Length") or 0), 0
-            while block := answer.read(2**18):
-                done += file.write(block)
-                progress(f"{path.name}: {done / 1e6:.1f} of {size / 1e6:.1f} MB")
-    except (OSError, http.client.HTTPException) as error:
-        raise UserError(f"cannot download {url} ({error}): {by_hand}") from None
-    found = hash_of(part, "md5")
-    if found != md5:
-        part.unlink()
-        raise UserError(f"what came from {url} is not the published file (MD5 {found}, expected {md5}): {by_hand}")
-    os.replace(part, path)
-    progress(f"{path.name}: downloaded, checksum as published", end="\n")
+        answer = urllib.request.urlopen(request, timeout=patience)
+    except urllib.error.HTTPError as error:
+        if error.code == 416 and begun:               # nothing is missing; the checksum decides
+            return
+        raise
+    with answer, open(part, "ab" if answer.status == 206 else "wb") as file:
+        done = begun if answer.status == 206 else 0
+        size = done + int(answer.headers.get("Content-Length") or 0)
+        while block := answer.read1(2**18):               # what is there, for a stall must not lose it
+            done += file.write(block)
+            progress(f"{part.stem}: {done / 1e6:.1f} of {size / 1e6:.1f} MB")
+    if done < size:
+        raise OSError(f"the connection closed after {done:,} of {size:,} bytes")
 
 
 def read_archive(path, wanted, largest, url):
