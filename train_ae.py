@@ -18,6 +18,7 @@ import torch
 from minissl import UserError, autoencoder, evaluation, report
 from minissl.datasets import HELD_OUT, TRAIN
 from minissl.images import Batches, load_images, mean_and_deviation
+from minissl.processes import RANK, average_gradients, first_alone, gather, share, share_batch_norm
 from minissl.training import (Muon, Run, at_least, autocast, choose_machine, count_flops, generator, rate_at, read_settings,
                               run_script)
 
@@ -94,7 +95,8 @@ def main():
     run = Run(settings)
     device, precision, peak = choose_machine(settings)
     cast = autocast(device, precision)
-    data = load_images(settings.data, settings.data_dir, settings.limit)
+    with first_alone():
+        data = load_images(settings.data, settings.data_dir, settings.limit)
     pool = data.of(TRAIN).images.to(device)                              # (N, C, H, W) uint8
     B, (C, H, W) = settings.batch_size, pool.shape[1:]
     print(f"data: {settings.data}, {len(pool):,} images of {H} × {W} × {C} to learn from"
@@ -112,7 +114,7 @@ def main():
     optimizers = [Muon([p for p in trained if p.ndim > 1], settings.learning_rate, weight_decay=0.02, precision=precision),
                   torch.optim.AdamW([dict(params=[p for p in trained if p.ndim == 1], times=0.1)], weight_decay=0,
                                     fused=device.type != "mps")]
-    first = run.begin(model, optimizers, f"{len(pool):,} images of {H} × {W} × {C}")
+    first = run.begin(share_batch_norm(model), optimizers, f"{len(pool):,} images of {H} × {W} × {C}")
     look = Look(data, run.folder, corrupt, device)
     chance = float((look.images - look.images.mean(0)).square().mean())   # the error of the mean image
     flops = count_flops(model, lambda: model(torch.zeros(1, C, H, W, device=device)))   # of an image, forward
@@ -122,10 +124,12 @@ def main():
 
     for step in range(first, settings.steps):
         images = pool[batches(step)].float() / 255                       # (B, C, H, W)
+        images, given = share(images), share(corrupt(images, step))      # of several processes, a slice each
         with cast:
-            rebuilt, z = model(corrupt(images, step))
-            loss, error, penalty = autoencoder.autoencoder_loss(images, rebuilt, z, settings.beta, settings.regularizer)
+            rebuilt, z = model(given)
+            loss, error, penalty = autoencoder.autoencoder_loss(images, rebuilt, gather(z), settings.beta, settings.regularizer)
         loss.backward()
+        stopping = average_gradients(trained, run.stopping)
         run.count(B, 3 * flops * B, error, penalty)
 
         rate = rate_at(step, settings.steps, warmup=settings.steps // 20, decay=1)
@@ -135,9 +139,9 @@ def main():
             optimizer.step()
             optimizer.zero_grad()
 
-        done, last, stopping = step + 1, step + 1 == settings.steps, run.stopping
-        looking = last or done % settings.evaluate_every == 0
-        if looking or step == first or done % 50 == 0 or stopping:
+        done, last = step + 1, step + 1 == settings.steps
+        looking = (last or done % settings.evaluate_every == 0) and not RANK
+        if last or done % settings.evaluate_every == 0 or step == first or done % 50 == 0 or stopping:
             with run.pause():
                 result = look(model.eval(), cast) if looking else look.blank
                 model.train()

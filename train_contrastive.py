@@ -19,6 +19,7 @@ import torch
 from minissl import UserError, contrastive, evaluation, report
 from minissl.datasets import HELD_OUT, TRAIN
 from minissl.images import Batches, load_images, mean_and_deviation
+from minissl.processes import RANK, average_gradients, first_alone, gather, share, share_batch_norm
 from minissl.training import (Muon, Run, at_least, autocast, choose_machine, count_flops, generator, rate_at, read_settings,
                               run_script)
 
@@ -80,10 +81,10 @@ class Look:
 
     blank = dict.fromkeys(("alignment", "uniformity", "effective_rank", "knn"), "")
 
-    def __init__(self, data, folder, view, device):
-        self.folder, self.view, self.device = folder, view, device
+    def __init__(self, data, folder, draw, view, device):
+        self.folder, self.device = folder, device
         held_out = data.of(HELD_OUT, 512)
-        self.pair = torch.stack([self.view(held_out.images, "look", n) for n in range(2)])       # (2, B, C, h, w)
+        self.pair = torch.stack([view(held_out.images, draw(len(held_out), "look", n)) for n in range(2)])     # (2, B, C, h, w)
         self.neighbours = evaluation.Neighbours(data, device)
 
     @torch.no_grad()
@@ -103,7 +104,8 @@ def main():
     run = Run(settings)
     device, precision, peak = choose_machine(settings)
     cast = autocast(device, precision)
-    data = load_images(settings.data, settings.data_dir, settings.limit)
+    with first_alone():
+        data = load_images(settings.data, settings.data_dir, settings.limit)
     pool = data.of(TRAIN).images.to(device)                              # (N, C, H, W) uint8
     V, B, (C, H, W) = settings.views, settings.batch_size, pool.shape[1:]
     print(f"data: {settings.data}, {len(pool):,} images of {H} × {W} × {C} to learn from"
@@ -111,9 +113,11 @@ def main():
     batches = Batches(len(pool), B, settings.seed)
     size = [max(8, round(side * (settings.view_size or 0.75 * H) / H / 2) * 2) for side in (H, W)]
 
-    def view(images, purpose, n):
-        numbers = torch.rand(len(images), 12, generator=generator(settings.seed, purpose, n)).to(images.device)
-        return contrastive.augment(images, size, numbers, settings.crop, settings.jitter, settings.hue, settings.grey,
+    def draw(n, purpose, step):
+        return torch.rand(n, 12, generator=generator(settings.seed, purpose, step))
+
+    def view(images, numbers):
+        return contrastive.augment(images, size, numbers.to(images.device), settings.crop, settings.jitter, settings.hue, settings.grey,
                                    not settings.no_flip)
 
     torch.manual_seed(settings.seed)
@@ -124,8 +128,8 @@ def main():
     optimizers = [Muon([p for p in trained if p.ndim > 1], settings.learning_rate, weight_decay=0.02, precision=precision),
                   torch.optim.AdamW([dict(params=[p for p in trained if p.ndim == 1], times=0.1)], weight_decay=0,
                                     fused=device.type != "mps")]
-    first = run.begin(model, optimizers, f"{len(pool):,} images of {H} × {W} × {C}")
-    look = Look(data, run.folder, view, device)
+    first = run.begin(share_batch_norm(model), optimizers, f"{len(pool):,} images of {H} × {W} × {C}")
+    look = Look(data, run.folder, draw, view, device)
     flops = count_flops(model, lambda: model.project(torch.zeros(V, 1, C, *size, device=device)))   # of an image, forward
     if settings.compile:
         model.encoder.compile()
@@ -135,9 +139,9 @@ def main():
           f"{flops / 2e6:,.0f} million multiply-adds an image")
 
     for step in range(first, settings.steps):
-        images = pool[batches(step)]                                     # (B, C, H, W)
-        views = torch.stack([view(images, f"view {n}", step) for n in range(V)])                 # (V, B, C, h, w)
-        if step == 0:
+        images = pool[share(batches(step))]                              # (B, C, H, W): of several processes, a slice
+        views = torch.stack([view(images, share(draw(B, f"view {n}", step))) for n in range(V)])               # (V, B, C, h, w)
+        if step == 0 and not RANK:
             report.write_png(run.folder / "views.png", report.grid([v[:12].cpu() for v in views]))
         with cast:
             projections = model.project(views)                           # (V, B, D)
@@ -145,8 +149,9 @@ def main():
                 targets = model.project_by_target(views).roll(1, 0)
                 loss = contrastive.byol_loss(model.predict(projections).flatten(0, 1), targets.flatten(0, 1))
             else:
-                loss = contrastive.info_nce(projections, settings.temperature, settings.similarity)
+                loss = contrastive.info_nce(gather(projections, 1), settings.temperature, settings.similarity)
         loss.backward()
+        stopping = average_gradients(trained, run.stopping)
         run.count(B, 3 * flops * B, loss)
 
         rate = rate_at(step, settings.steps, warmup=settings.steps // 20, decay=1)
@@ -158,9 +163,9 @@ def main():
         if byol:
             model.update_target(1 - (1 - settings.target_rate) * (1 + math.cos(math.pi * step / settings.steps)) / 2)
 
-        done, last, stopping = step + 1, step + 1 == settings.steps, run.stopping
-        looking = last or done % settings.evaluate_every == 0
-        if looking or step == first or done % 50 == 0 or stopping:
+        done, last = step + 1, step + 1 == settings.steps
+        looking = (last or done % settings.evaluate_every == 0) and not RANK
+        if last or done % settings.evaluate_every == 0 or step == first or done % 50 == 0 or stopping:
             with run.pause():
                 result = look(model.eval(), cast) if looking else look.blank
                 model.train()

@@ -20,6 +20,7 @@ import torch
 
 from minissl import UserError, evaluation, transformer
 from minissl.datasets import TRAIN, Documents, Windows, frequent_pairs, load_texts
+from minissl.processes import RANK, WORLD, average_gradients, first_alone, sum_over
 from minissl.tokenizer import MASK, Tokenizer
 from minissl.training import (Muon, Run, at_least, autocast, choose_machine, generator, rate_at, read_settings,
                               run_script)
@@ -127,8 +128,9 @@ def main():
     run = Run(settings)
     device, precision, peak = choose_machine(settings)
     cast = autocast(device, precision)
-    texts = load_texts(settings.data, settings.data_dir, settings.vocabulary_size, settings.limit,
-                       Tokenizer.from_json(run.checkpoint["tokenizer"]) if run.checkpoint else None)
+    with first_alone():
+        texts = load_texts(settings.data, settings.data_dir, settings.vocabulary_size, settings.limit,
+                           Tokenizer.from_json(run.checkpoint["tokenizer"]) if run.checkpoint else None)
     V, D, k = len(texts.tokenizer), settings.width, settings.gradient_accumulation
     pool = texts.select(texts.split == TRAIN).cut(1024)                  # a book is not one document
     print(f"data: {settings.data}, {len(pool):,} texts to learn from, {pool.lengths.sum():,} tokens, vocabulary {V:,}"
@@ -158,13 +160,16 @@ def main():
     for step in range(first, settings.steps):
         if step < settings.embedding_steps:                              # First stage: the embeddings alone, whole texts
             read, unread, owner, B = documents(step)
-            read, unread, owner = read.to(device), unread.to(device), owner.to(device)
+            low, high = RANK * B // WORLD, (RANK + 1) * B // WORLD       # of several processes, some documents each
+            mine, B = (owner >= low) & (owner < high), high - low
+            tokens, read, unread, owner = len(read), read[mine].to(device), unread[mine].to(device), owner[mine].to(device) - low
             z = transformer.norm(model.mean_of_embeddings(model.count_terms(read, owner, B)))     # (B, d)
             bag = model.count_terms(unread, owner, B) * weights                                   # (B, V + N)
-            masked, document = nothing, transformer.document_loss(model.term_logits(z), bag)
+            filled = sum_over((bag.sum(1) > 0).sum()).clamp(min=1)
+            masked, document = nothing, transformer.document_loss(model.term_logits(z), bag, filled / WORLD)
             document.backward()
             rate = rate_at(step, settings.embedding_steps, warmup=20, decay=1)
-            run.count(len(read), 0, masked, document)
+            run.count(tokens, 0, masked, document)
         else:                                                            # Second stage: the transformer, windows
             tokens, lengths, rest, owner = windows(step - settings.embedding_steps)
             (B, T), real = tokens.shape, int(lengths.sum())
@@ -172,7 +177,10 @@ def main():
                                                                  generator(settings.seed, "mask", step))
             bag = model.count_terms(rest.to(device), owner.to(device), B) * weights               # (B, V + N)
             filled = (bag.sum(1) > 0).sum().clamp(min=1)
-            for rows in torch.arange(B).chunk(k):                        # one part, unless gradients are accumulated
+            # One part, unless gradients are accumulated or other processes have theirs: the mean of all is the whole.
+            for rows in torch.arange(B).tensor_split(k * WORLD)[RANK::WORLD]:
+                if not len(rows):
+                    continue
                 part, low = slice(rows[0], rows[-1] + 1), rows[0] * T
                 here = (positions >= low) & (positions < low + len(rows) * T)
                 size = lengths[part].to(device)
@@ -180,15 +188,16 @@ def main():
                     x = model(inputs[part].to(device), None if lengths[part].min() == T else size)              # (b, T, D)
                     hidden = x.flatten(0, 1)[(positions[here] - low).to(device)]                  # (m, D)
                     masked = transformer.masked_language_model_loss(model.token_logits(hidden), targets[here].to(device),
-                                                                    len(targets)) if settings.masked_weight else nothing
+                                                                    len(targets) / WORLD) if settings.masked_weight else nothing
                     z = transformer.norm(model.mean(x, size))                                     # (b, d)
                     document = transformer.document_loss(model.term_logits(z), bag[part],
-                                                         filled) if settings.document_weight else nothing
+                                                         filled / WORLD) if settings.document_weight else nothing
                 (settings.masked_weight * masked + settings.document_weight * document).backward()
                 run.count(0, 0, masked, document)
             rate = rate_at(step - settings.embedding_steps, settings.steps - settings.embedding_steps, warmup=100)
             run.count(real, 6 * (blocks * real + V * D * len(positions) + 2 * settings.layers * D * int((lengths**2).sum())))
 
+        stopping = average_gradients(model.parameters(), run.stopping)
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 times = 0.5 if step < settings.embedding_steps else group.get("times", 1)
@@ -196,9 +205,10 @@ def main():
             optimizer.step()
             optimizer.zero_grad()
 
-        done, last, stopping = step + 1, step + 1 == settings.steps, run.stopping
-        look = last or done % settings.evaluate_every == 0 or done == settings.embedding_steps
-        if look or step == first or done % 100 == 0 or stopping:
+        done, last = step + 1, step + 1 == settings.steps
+        time_to_look = last or done % settings.evaluate_every == 0 or done == settings.embedding_steps
+        look = time_to_look and not RANK
+        if time_to_look or step == first or done % 100 == 0 or stopping:
             with run.pause():
                 result, sentences = evaluate(model.eval(), cast) if look else (evaluate.blank, None)
                 model.train()

@@ -82,7 +82,8 @@ def byol_loss(prediction, target):
 
     prediction q, target z: both (B, D). Returns a scalar from 0 to 4. Source: Grill et al. 2020, equation 2.
     """
-    return (2 - 2 * F.cosine_similarity(prediction.float(), target.detach().float(), dim=-1)).mean()
+    q, z = (t if t.dtype == torch.float64 else t.float() for t in (prediction, target.detach()))
+    return (2 - 2 * F.cosine_similarity(q, z, dim=-1)).mean()
 
 
 # ---------------------------------------------------------------- what the loss does not show

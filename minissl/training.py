@@ -29,7 +29,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from minissl import UserError, report
+from minissl import UserError, processes, report
 from minissl.files import CHECKPOINT_FORMAT, load_checkpoint, write_atomically
 
 
@@ -76,12 +76,18 @@ def run_script(main):
         stream.reconfigure(errors="replace")          # a terminal that cannot show a character is no reason to stop
     try:
         main()
-    except UserError as error:
-        sys.exit(_say(f"{Path(sys.argv[0]).name}: {error}", 2))
+    except UserError as error:                        # of several processes, one says it
+        sys.exit(_say(f"{Path(sys.argv[0]).name}: {error}", 2) if not processes.RANK else 2)
     except OSError as error:                          # no space, no permission, a folder gone: the system's own words
         sys.exit(_say(f"{Path(sys.argv[0]).name}: {error}", 1))
     except KeyboardInterrupt as stop:
-        sys.exit(_say(str(stop) or "interrupted", 130))
+        sys.exit(_say(str(stop) or "interrupted", 130) if not processes.RANK else 130)
+    except RuntimeError as error:
+        if not processes.lost(error):
+            raise
+        sys.exit(_say(f"{Path(sys.argv[0]).name}: another process is gone, so this one ends, too; --resume goes on", 1))
+    finally:
+        processes.leave()
 
 
 def _say(sentence, code):
@@ -165,10 +171,11 @@ def count_flops(model, run):
 def choose_machine(settings):
     """-> (torch.device, dtype of the forward pass, FLOP/s of a large matrix product in it), each printed with its reason."""
     device, reason = choose_device(settings.device)
-    print(f"device: {device} ({reason})")
+    device = processes.join(device)
+    print(f"device: {device} ({reason})" + f", {processes.WORLD} processes" * (processes.WORLD > 1))
     if device.type == "cpu":
         keep_freed_memory()
-    precision, peak, reason = choose_precision(settings.precision, device)
+    precision, peak, reason = processes.agree(choose_precision(settings.precision, device))
     print(f"precision: {str(precision)[6:]} ({reason})")
     settings.precision = str(precision)[6:]           # goes into the checkpoint: a resumed run does not measure again
     return device, precision, peak
@@ -279,7 +286,8 @@ class Run:
             config = dict(settings=asdict(self.settings), command=shlex.join(["python", *sys.argv]),
                           python=sys.version.split()[0], torch=torch.__version__, numpy=np.__version__,
                           started=time.strftime("%Y-%m-%d %H:%M:%S"))
-            write_atomically(self.folder / "config.json", json.dumps(config, indent=2).encode())
+            if not processes.RANK:
+                write_atomically(self.folder / "config.json", json.dumps(config, indent=2).encode())
         self.saved = self.logged = time.perf_counter()
         self.started = self.logged - (float(self.rows[-1]["seconds"]) if self.rows else 0)
         self.logged_step = step
@@ -290,8 +298,9 @@ class Run:
 
     def _stop(self, number, frame):
         self.stopping = True
-        print("\nstopping after this step; once more ends it at once", file=sys.stderr)
-        signal.signal(number, signal.SIG_DFL)
+        if processes.WORLD == 1:                      # torchrun sends a second signal behind the first
+            print("\nstopping after this step; once more ends it at once", file=sys.stderr)
+            signal.signal(number, signal.SIG_DFL)
 
     def _compare(self, old):
         for name, value in asdict(self.settings).items():
@@ -312,12 +321,13 @@ class Run:
         """Write a row of metrics.csv and a line on the terminal: the losses since the last row, each beside its chance
         level, if it has one, then `more`. A loss that is not finite ends the run."""
         seconds, steps = time.perf_counter() - self.logged, max(step - self.logged_step, 1)
-        losses = {name: round(float(total) / steps, 5) or "" for name, total in zip(chance, self.losses)}     # "": is off
+        totals = processes.sum_over(torch.stack([total.float() for total in self.losses])) / processes.WORLD
+        losses = {name: round(total / steps, 5) or "" for name, total in zip(chance, totals.tolist())}        # "": is off
         if not all(math.isfinite(value or 0) for value in losses.values()):
             raise UserError(f"the loss is {losses} at step {step}: try a lower --learning-rate; the last good checkpoint, "
                             f"if there is one, is {self.folder / 'checkpoint.pt'}")
         more = dict(rate_per_second=round(self.items / seconds),
-                    share_of_peak=round(self.flops / seconds / peak, 3) if self.flops else "", **more)
+                    share_of_peak=round(self.flops / seconds / peak / processes.WORLD, 3) if self.flops else "", **more)
         self.rows.append(dict(step=step, seconds=round(time.perf_counter() - self.started, 1), **losses, **more))
         self._write_rows()
         shown = [f"{name.replace('_', ' ')} {value:.4g}" + (f" (chance {chance[name]:.4g})" if chance[name] else "")
@@ -336,6 +346,8 @@ class Run:
         report.write_page(self.folder)
 
     def _write_rows(self):
+        if processes.RANK:
+            return
         text = io.StringIO()
         writer = csv.DictWriter(text, list(self.rows[0]), lineterminator="\n")
         writer.writeheader()
@@ -354,7 +366,10 @@ class Run:
         return time.perf_counter() - self.saved > 30
 
     def save(self, step, model, optimizers, **more):
-        """Everything that a resumed run needs. A state that is not finite never replaces a good one."""
+        """Everything that a resumed run needs; of several processes the first saves. A state that is not finite never replaces
+        a good one."""
+        if processes.RANK:
+            return
         if not all(bool(p.isfinite().all()) for p in model.parameters()):
             raise UserError(f"the weights are not finite at step {step}: try a lower --learning-rate; {self.folder} keeps "
                             f"its last good checkpoint")
