@@ -12,6 +12,7 @@ A model that learns from unlabelled data needs few labels afterwards. Here is th
     finetuning.py    the columns of the table: from scratch, linear probe, fine-tuned, ...        <- finetune.py
     training.py      plumbing: settings, device, randomness, optimizers, the run's folder
     files.py         plumbing: archives, downloads, checkpoints, writing that is whole or not at all
+    processes.py     plumbing: several processes that make the step of one
     report.py        the run's page and its pictures
 
 The three model files need torch alone: each can be copied out and used on its own. The scripts at the top level hold

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from minissl import UserError, autoencoder, contrastive, report, transformer
 from minissl.datasets import HELD_OUT, TRAIN, texts_of
 from minissl.tokenizer import MASK, Tokenizer
-from minissl.files import load_checkpoint
+from minissl.files import MISFITS, load_checkpoint, misfit
 from minissl.training import generator
 
 
@@ -239,7 +239,10 @@ MODELS = dict(mlm=transformer, autoencoder=autoencoder, contrastive=contrastive)
 def load_run(run):
     """-> (model in evaluation mode, on the CPU; checkpoint) of the folder of any run."""
     checkpoint = load_checkpoint(run)
-    return MODELS[checkpoint["method"]].from_checkpoint(checkpoint), checkpoint
+    try:
+        return MODELS[checkpoint["method"]].from_checkpoint(checkpoint), checkpoint
+    except MISFITS as error:
+        raise misfit(run, error) from None
 
 
 def new_model(checkpoint, seed):

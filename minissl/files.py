@@ -20,6 +20,11 @@ import torch
 
 from minissl import UserError
 
+try:
+    import fcntl
+except ImportError:                     # Windows
+    fcntl = None
+
 CHECKPOINT_FORMAT = "minissl checkpoint 1"
 
 
@@ -109,6 +114,24 @@ def read_archive(path, wanted, largest, url):
                         f"from {url}") from None
 
 
+_held = None
+
+
+def lock(folder):
+    """Keep other processes from training into the folder as long as this one lives, or until it locks another.
+    (By the system's own lock, which ends with the process however that ends; where there is none, nothing is locked.)"""
+    global _held
+    if fcntl is None:
+        return
+    if _held:
+        _held.close()
+    _held = open(folder / "lock", "w", encoding="utf-8")
+    try:
+        fcntl.flock(_held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise UserError(f"another process is training into {folder}: wait for its end, or give another --run") from None
+
+
 def write_atomically(path, data):
     """To a temporary file, flushed, renamed: after a crash the path holds the old bytes or the new, never a part."""
     temporary = path.with_name(path.name + ".tmp")
@@ -126,6 +149,16 @@ def write_atomically(path, data):
 def load_checkpoint(folder):
     """The checkpoint of a run's folder; see read_checkpoint."""
     return read_checkpoint(Path(folder) / "checkpoint.pt", CHECKPOINT_FORMAT)
+
+
+MISFITS = (KeyError, TypeError, ValueError, IndexError, AttributeError, RuntimeError)
+
+
+def misfit(folder, error):
+    """The sentence for a checkpoint that is whole, says that it is ours, and holds something else (one of MISFITS)."""
+    reason = " ".join(str(error).split())[:100] or type(error).__name__
+    return UserError(f"{Path(folder) / 'checkpoint.pt'} does not hold what it should ({reason}): it is another program's or has been "
+                     f"changed; start another run")
 
 
 def read_checkpoint(path, format):

@@ -30,7 +30,7 @@ import numpy as np
 import torch
 
 from minissl import UserError, processes, report
-from minissl.files import CHECKPOINT_FORMAT, load_checkpoint, write_atomically
+from minissl.files import CHECKPOINT_FORMAT, MISFITS, load_checkpoint, lock, misfit, write_atomically
 
 
 # ---------------------------------------------------------------- from the command line to settings, and out again
@@ -82,7 +82,9 @@ def run_script(main):
         sys.exit(_say(f"{Path(sys.argv[0]).name}: {error}", 1))
     except KeyboardInterrupt as stop:
         sys.exit(_say(str(stop) or "interrupted", 130) if not processes.RANK else 130)
-    except RuntimeError as error:
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error):
+            sys.exit(_say(f"{Path(sys.argv[0]).name}: too little memory: try a lower --batch-size, or --limit", 1))
         if not processes.lost(error):
             raise
         sys.exit(_say(f"{Path(sys.argv[0]).name}: another process is gone, so this one ends, too; --resume goes on", 1))
@@ -273,16 +275,21 @@ class Run:
         """Open the folder; put the checkpoint's state, if there is one, into the model and the optimizers.
         data: what tells this data from other data, in words. -> the step to go on with."""
         step, self.data = 0, data
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if not processes.RANK:
+            lock(self.folder)
         if self.checkpoint:
-            step = self.checkpoint["step"]
             if self.checkpoint["data"] != data:
                 raise UserError(f"{self.folder} learned from {self.checkpoint['data']}, and now there is {data}: give it the "
                                 f"same data, or start another run")
-            model.load_state_dict(self.checkpoint["model"])
-            for optimizer, state in zip(optimizers, self.checkpoint["optimizers"]):
-                optimizer.load_state_dict(state)
+            try:
+                step = self.checkpoint["step"] + 0
+                model.load_state_dict(self.checkpoint["model"])
+                for optimizer, state in zip(optimizers, self.checkpoint["optimizers"], strict=True):
+                    optimizer.load_state_dict(state)
+            except MISFITS as error:
+                raise misfit(self.folder, error) from None
         else:
-            self.folder.mkdir(parents=True, exist_ok=True)
             config = dict(settings=asdict(self.settings), command=shlex.join(["python", *sys.argv]),
                           python=sys.version.split()[0], torch=torch.__version__, numpy=np.__version__,
                           started=time.strftime("%Y-%m-%d %H:%M:%S"))

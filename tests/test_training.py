@@ -115,3 +115,40 @@ def test_the_matrix_product_rate_is_positive_and_the_choice_of_precision_gives_i
     assert dtype in (torch.float32, torch.bfloat16) and "measured" in reason
     with pytest.raises(UserError, match="finds no such device" if not torch.cuda.is_available() else "mps"):
         training.choose_device("cuda" if not torch.cuda.is_available() else "mps")
+
+
+def test_two_processes_cannot_train_into_one_folder(run_script, tmp_path):
+    import fcntl
+
+    import train_ae
+    flags = ["--run", tmp_path / "run", *"--limit 40 --batch-size 16 --width 8 --device cpu --precision float32".split()]
+    code, printed = run_script(train_ae, *flags, "--steps", 1)
+    assert code == 0
+    with open(tmp_path / "run" / "lock", "w", encoding="utf-8") as other:
+        files.lock(tmp_path)                                                       # this process lets go of its own
+        fcntl.flock(other, fcntl.LOCK_EX)
+        code, printed = run_script(train_ae, *flags, "--resume", "--steps", 2)
+        assert code == 2 and "another process is training into" in printed
+    code, printed = run_script(train_ae, *flags, "--resume", "--steps", 2)
+    assert code == 0
+
+
+@pytest.mark.parametrize("change", [lambda c: c.pop("method"), lambda c: c["model"].pop("mean"), lambda c: c["model_settings"].update(code="x"),
+                                    lambda c: c["model"].update({"mean": torch.zeros(5, 1, 1)}), lambda c: c.update(model=[1, 2]),
+                                    lambda c: c["model_settings"].update(more=1)])
+def test_a_checkpoint_that_holds_something_else_gets_a_sentence(change, run_script, tmp_path):
+    import finetune
+    import train_ae
+    code, printed = run_script(train_ae, "--run", tmp_path / "run", *"--limit 40 --steps 1 --batch-size 16 --width 8 --device cpu".split())
+    checkpoint = files.load_checkpoint(tmp_path / "run")
+    change(checkpoint)
+    torch.save(checkpoint, tmp_path / "run" / "checkpoint.pt")
+    code, printed = run_script(finetune, tmp_path / "run")
+    assert code == 2 and "does not hold what it should" in printed and "Traceback" not in printed
+
+
+def test_too_little_memory_is_said(run_script, tmp_path, monkeypatch):
+    import train_ae
+    monkeypatch.setattr(train_ae, "load_images", lambda *arguments: torch.empty(10**15))
+    code, printed = run_script(train_ae, "--run", tmp_path / "run")
+    assert code == 1 and "too little memory" in printed.splitlines()[-1]
