@@ -46,6 +46,7 @@ class Settings:
     noise: float = 0.0  # deviation of Gaussian noise on the input, in units of white: a denoising autoencoder
     masked: float = 0.0  # share of 8 × 8 patches cut out of the input
     evaluate_every: int = 200  # steps
+    save_every: float = 30  # seconds; a run that is killed loses no more
 
     def check(self):
         at_least(1, steps=self.steps, width=self.width, evaluate_every=self.evaluate_every)

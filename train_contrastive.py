@@ -58,6 +58,7 @@ class Settings:
     grey: float = -1  # share of views without colour
     no_flip: bool = False  # for pictures whose mirror image means something else: digits, letters
     evaluate_every: int = 200  # steps
+    save_every: float = 30  # seconds; a run that is killed loses no more
 
     def check(self):
         at_least(1, steps=self.steps, width=self.width, evaluate_every=self.evaluate_every)

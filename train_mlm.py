@@ -54,6 +54,7 @@ class Settings:
     masked_weight: float = 1.0  # of the masked loss; 0 turns it off
     document_weight: float = 4.0  # of the document term (1: a point less at 100 labels); 0 turns it and the first stage off
     evaluate_every: int = 500  # steps
+    save_every: float = 30  # seconds; a run that is killed loses no more
     fill: str = ""  # instead of training: what the run in --run puts for each [MASK] of this text
 
     def check(self):

@@ -62,6 +62,11 @@ def logistic_regression(x, labels, classes, strength, start=None, tolerance=1e-5
     x (N, D) float32, dense or sparse CSR; labels (N,) int64. Convex: L-BFGS finds the one minimum from any `start`
     (D + 1, C), to where no slope is above `tolerance`.
     """
+    if x.layout == torch.strided and x.shape[1] > x.shape[0]:
+        basis, _ = torch.linalg.qr(x.T)                                       # (D, N): the penalty keeps W in the examples' span
+        start = None if start is None else torch.cat([basis.T @ start[:-1], start[-1:]])
+        inside = logistic_regression(x @ basis, labels, classes, strength, start, tolerance)
+        return torch.cat([basis @ inside[:-1], inside[-1:]])
     if x.layout != torch.strided:      # a term that none of these texts holds gets weight 0: leave it out of the search
         used, column = x.col_indices().unique(return_inverse=True)
         x, columns = csr(x.crow_indices(), column, x.values(), (x.shape[0], len(used))), x.shape[1]

@@ -140,7 +140,11 @@ def label_table(path):
 def write_page(folder):
     """Write folder/report.html from what lies in the folder."""
     folder = Path(folder)
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    try:
+        found = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = {name: str(found[name]) for name in ("command", "started", "python", "torch")} | dict(settings=dict(found["settings"]))
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):        # damaged: it says nothing that is needed
+        config = dict(command="config.json cannot be read", started="?", python="?", torch="?", settings={})
     body = [f"<h1>{html.escape(folder.name)}</h1><p><code>{html.escape(config['command'])}</code><br>"
             f"started {config['started']}, Python {config['python']}, torch {config['torch']}</p>"]
     if (folder / "finetune.csv").exists():

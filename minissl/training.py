@@ -246,7 +246,7 @@ def orthogonalise(matrix, precision=torch.float32):
 
 # ---------------------------------------------------------------- the run's folder
 
-MAY_CHANGE = {"steps", "device", "resume", "run", "data_dir", "fill", "evaluate_every"}      # when a run is resumed
+MAY_CHANGE = {"steps", "device", "resume", "run", "data_dir", "fill", "evaluate_every", "save_every"}      # when a run is resumed
 
 
 class Run:
@@ -295,7 +295,7 @@ class Run:
                           started=time.strftime("%Y-%m-%d %H:%M:%S"))
             if not processes.RANK:
                 write_atomically(self.folder / "config.json", json.dumps(config, indent=2).encode())
-        self.saved = self.logged = time.perf_counter()
+        self.saved, self.logged = -math.inf, time.perf_counter()         # the first step is saved: from there on --resume works
         self.started = self.logged - (float(self.rows[-1]["seconds"]) if self.rows else 0)
         self.logged_step = step
         self.items, self.flops, self.losses = 0, 0, []
@@ -369,8 +369,8 @@ class Run:
         self.logged += time.perf_counter() - start
 
     def due(self):
-        """Is it time to save? By the clock, every 30 seconds, which costs under 1 %; nothing else depends on it."""
-        return time.perf_counter() - self.saved > 30
+        """Is it time to save? By the clock, every --save-every seconds, which costs under 1 %; nothing else depends on it."""
+        return time.perf_counter() - self.saved > self.settings.save_every
 
     def save(self, step, model, optimizers, **more):
         """Everything that a resumed run needs; of several processes the first saves. A state that is not finite never replaces

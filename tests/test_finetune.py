@@ -103,6 +103,10 @@ def test_logistic_regression_finds_the_minimum_and_sparse_equals_dense():
     owner, term = x.nonzero(as_tuple=True)
     sparse = evaluation.csr(F.pad(torch.bincount(owner, minlength=60).cumsum(0), (1, 0)), term, x[owner, term], x.shape)
     torch.testing.assert_close(evaluation.logistic_regression(sparse, labels, 3, 0.1), found.detach().float(), atol=1e-3, rtol=1e-3)
+    wide, few = torch.randn(8, 30), labels[:8]                    # more features than examples: solved in the examples' span
+    found = evaluation.logistic_regression(wide, few, 3, 0.1).double().requires_grad_()
+    (F.cross_entropy(wide.double() @ found[:-1] + found[-1], few) + 0.05 * found[:-1].square().sum()).backward()
+    assert found.grad.abs().max() < 1e-4
     chosen = torch.tensor([5, 0, 59])
     assert torch.equal(evaluation.rows(sparse, chosen).to_dense(), x[chosen])
 
