@@ -28,6 +28,7 @@ from minissl import contrastive
 from minissl.images import draw_shapes
 from minissl.training import Muon, autocast, choose_precision, count_flops, generator, keep_freed_memory
 
+WARM_UP = 5       # steps of each round that are not counted: memory is taken, and the workers' first batches lie ready
 missing = ""
 try:
     try:                                # a torchvision built for CUDA imports over a CPU torch if its operators have names
@@ -78,7 +79,7 @@ def main(o):
     cast = autocast(torch.device("cpu"), precision)
     print(missing or "lightly is there", f"torch {torch.__version__}, {torch.get_num_threads()} threads",
           f"{str(precision)[6:]} ({reason})", sep="\n")
-    images, _ = draw_shapes(o.batch * (o.steps + 1), generator(0, "benchmark", 0))
+    images, _ = draw_shapes(o.batch * (o.steps + WARM_UP), generator(0, "benchmark", 0))
     models = [contrastive.ContrastiveModel(torch.full((3,), 0.5), torch.full((3,), 0.25), width=o.width)
               .to(memory_format=torch.channels_last) for _ in range(2)]
     flops = 3 * count_flops(models[0], lambda: models[0].project(torch.zeros(2, 1, 3, o.view, o.view)))        # an image
@@ -88,7 +89,7 @@ def main(o):
     augmenting = []
 
     def our_steps():
-        for step in range(o.steps + 1):
+        for step in range(o.steps + WARM_UP):
             begin = time.perf_counter()
             batch = images[step * o.batch:(step + 1) * o.batch]
             views = torch.stack([contrastive.augment(batch, (o.view, o.view), torch.rand(o.batch, 12), jitter=0.4, hue=0.1,
@@ -120,7 +121,8 @@ def main(o):
             if name == "lightly" and missing:
                 continue
             running = steps()
-            next(running)                                        # not counted: workers start, memory is taken
+            for _ in range(WARM_UP):
+                next(running)
             begin = time.perf_counter()
             for _ in running:
                 pass
