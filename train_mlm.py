@@ -21,7 +21,7 @@ import torch
 from minissl import UserError, evaluation, transformer
 from minissl.datasets import TRAIN, Documents, Windows, frequent_pairs, load_texts
 from minissl.processes import RANK, WORLD, average_gradients, first_alone, sum_over
-from minissl.tokenizer import MASK, Tokenizer
+from minissl.tokenizer import MASK
 from minissl.training import (Muon, Run, at_least, autocast, choose_machine, generator, rate_at, read_settings,
                               run_script)
 
@@ -131,7 +131,7 @@ def main():
     cast = autocast(device, precision)
     with first_alone():
         texts = load_texts(settings.data, settings.data_dir, settings.vocabulary_size, settings.limit,
-                           Tokenizer.from_json(run.checkpoint["tokenizer"]) if run.checkpoint else None)
+                           evaluation.tokenizer_of(run.checkpoint) if run.checkpoint else None)
     V, D, k = len(texts.tokenizer), settings.width, settings.gradient_accumulation
     pool = texts.select(texts.split == TRAIN).cut(1024)                  # a book is not one document
     print(f"data: {settings.data}, {len(pool):,} texts to learn from, {pool.lengths.sum():,} tokens, vocabulary {V:,}"

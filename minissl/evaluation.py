@@ -257,7 +257,10 @@ def new_model(checkpoint, seed):
 
 
 def tokenizer_of(checkpoint):
-    return Tokenizer.from_json(checkpoint["tokenizer"])
+    try:
+        return Tokenizer.from_json(checkpoint["tokenizer"])
+    except MISFITS as error:
+        raise misfit(checkpoint["settings"]["run"], error) from None
 
 
 def encoder_of(model):

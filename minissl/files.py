@@ -13,6 +13,7 @@ import tarfile
 import time
 import urllib.error
 import urllib.request
+import zipfile
 import zlib
 from pathlib import Path
 
@@ -170,6 +171,9 @@ def read_checkpoint(path, format):
         raise UserError(f"{path}: there is no such file; " + ("give the folder of a run that a training script has made"
                         if path.name == "checkpoint.pt" else "finetune.py makes it when it prints its table"))
     try:
+        with zipfile.ZipFile(path) as archive:      # torch.load does not look at the checksums: a flipped bit would pass
+            if broken := archive.testzip():
+                raise ValueError(f"the checksum of {broken} is wrong")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:              # a damaged pickle can fail in any way: IndexError, UnicodeDecodeError, ...
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__

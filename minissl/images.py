@@ -308,5 +308,5 @@ def _load_array(path):
         raise UserError(f"{path}: there is no such file")
     try:
         return np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, OSError, EOFError, OverflowError, SyntaxError) as error:
+    except Exception as error:              # a damaged header can fail in any way: TokenError, OverflowError, ...
         raise UserError(f"{path} cannot be read as a NumPy array ({str(error)[:100]})") from None

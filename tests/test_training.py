@@ -152,3 +152,14 @@ def test_too_little_memory_is_said(run_script, tmp_path, monkeypatch):
     monkeypatch.setattr(train_ae, "load_images", lambda *arguments: torch.empty(10**15))
     code, printed = run_script(train_ae, "--run", tmp_path / "run")
     assert code == 1 and "too little memory" in printed.splitlines()[-1]
+
+
+def test_a_flipped_bit_anywhere_in_a_checkpoint_is_seen(tmp_path):
+    """torch.load itself does not look: the weight would be another one, and nobody would know."""
+    torch.save(dict(format=files.CHECKPOINT_FORMAT, model={"w": torch.ones(1000)}), tmp_path / "checkpoint.pt")
+    good = (tmp_path / "checkpoint.pt").read_bytes()
+    place = good.index(torch.ones(10).numpy().tobytes())
+    for at in (place, place + 2001, place + 3999):
+        (tmp_path / "checkpoint.pt").write_bytes(good[:at] + bytes([good[at] ^ 4]) + good[at + 1:])
+        with pytest.raises(UserError, match="damaged"):
+            files.load_checkpoint(tmp_path)
