@@ -17,10 +17,10 @@ import torch
 
 from minissl import UserError, autoencoder, evaluation, report
 from minissl.datasets import HELD_OUT, TRAIN
-from minissl.images import Batches, load_images, mean_and_deviation
+from minissl.images import load_images, mean_and_deviation
 from minissl.processes import RANK, average_gradients, first_alone, gather, share, share_batch_norm
-from minissl.training import (Muon, Run, at_least, autocast, choose_machine, count_flops, generator, rate_at, read_settings,
-                              run_script)
+from minissl.training import (Batches, Muon, Run, at_least, autocast, choose_machine, count_flops, generator, rate_at,
+                              read_settings, run_script)
 
 
 # ---------------------------------------------------------------- Settings
@@ -102,7 +102,7 @@ def main():
     B, (C, H, W) = settings.batch_size, pool.shape[1:]
     print(f"data: {settings.data}, {len(pool):,} images of {H} × {W} × {C} to learn from"
           + "".join(f"; {note}" for note in data.notes))
-    batches = Batches(len(pool), B, settings.seed)
+    batches = Batches(len(pool), B, settings.seed, "image order")
 
     def corrupt(images, step):
         return autoencoder.corrupt(images, settings.noise, settings.masked,
@@ -141,8 +141,9 @@ def main():
             optimizer.zero_grad()
 
         done, last = step + 1, step + 1 == settings.steps
-        looking = (last or done % settings.evaluate_every == 0) and not RANK
-        if last or done % settings.evaluate_every == 0 or step == first or done % 50 == 0 or stopping:
+        time_to_look = last or done % settings.evaluate_every == 0
+        looking = time_to_look and not RANK
+        if time_to_look or step == first or done % 50 == 0 or stopping:
             with run.pause():
                 result = look(model.eval(), cast) if looking else look.blank
                 model.train()

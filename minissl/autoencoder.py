@@ -166,8 +166,8 @@ def encode(model, images):
     """Features of images: not the code z but the map before the last, averaged over its four quadrants.
 
     z keeps what rebuilding needs, where each blob is and its colour, and mixes all of it in every column. The maps on the
-    way there say which patterns occur; averaged, without where. (Probe at 50 / 500 labels a class on CIFAR-10: z 32 / 41,
-    this 36 / 48; EXPERIMENTS.md.)
+    way there say which patterns occur; averaged, without where. (A prototype's probe at 50 / 500 labels a
+    class on CIFAR-10: z 32 / 41, this 36 / 48; but an encoder with random weights has most of that, EXPERIMENTS.md.)
 
     images (B, C, H, W) uint8. Returns (B, 512). Put the model in evaluation mode first, or batch norm moves.
     """

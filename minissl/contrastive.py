@@ -22,7 +22,7 @@ as a second network sees it, the target, a slow moving average of the first, whi
     L = mean ‖q/‖q‖ − z'/‖z'‖‖²    q = predictor(z),  z' of the target;    target ← r · target + (1 − r) · encoder
 
 Nothing in the loss forbids that all z be alike. That it does not happen is due to predictor, stop-gradient and average
-together: without the predictor the effective rank of the projections falls, and the loss with it (EXPERIMENTS.md).
+together: in a prototype without the predictor the effective rank of the projections fell, and the loss with it.
 
     Chen et al. 2020, "SimCLR", arXiv 2002.05709           two views, projection head, NT-Xent
     van den Oord et al. 2018, arXiv 1807.03748             InfoNCE

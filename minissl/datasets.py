@@ -40,7 +40,7 @@ import torch
 from minissl import UserError
 from minissl.files import download, hash_of, progress, read_archive
 from minissl.tokenizer import PAD, Tokenizer, train
-from minissl.training import generator
+from minissl.training import Batches, generator
 
 TRAIN, HELD_OUT, TEST = 0, 1, 2
 SAMPLE_BYTES = 2**28      # the tokenizer learns from this much text: more changes no merge that matters
@@ -49,6 +49,15 @@ CACHE_FORMAT = 1          # part of every cache's key: raise it when what is sto
 
 
 # ---------------------------------------------------------------- what every loader returns
+
+def evenly(n, most):
+    """Indices of at most this many of n, evenly spaced.
+
+    >>> evenly(10, 4).tolist(), evenly(2, 4).tolist()
+    ([0, 3, 6, 9], [0, 1])
+    """
+    return np.linspace(0, n - 1, min(most, n)).astype(int)
+
 
 @dataclass
 class Texts:
@@ -75,7 +84,7 @@ class Texts:
 
     def spaced(self, most):
         """At most this many of the texts, evenly spaced."""
-        return self.select(np.linspace(0, len(self) - 1, min(most, len(self))).astype(int))
+        return self.select(evenly(len(self), most))
 
     def padded(self, which, offsets=0, lengths=None):
         """Slices of the texts `which` (B,) as (B, T) int64 with PAD behind each end, and their lengths (B,). Whole texts,
@@ -136,7 +145,7 @@ def load_texts(data, data_dir="data", vocabulary_size=8192, limit=0, tokenizer=N
         texts = _read_cache(cache)
     if limit:
         index = [np.flatnonzero(texts.split == s) for s in (TRAIN, HELD_OUT, TEST)]
-        index = [where[np.linspace(0, len(where) - 1, min(limit, len(where))).astype(int)] for where in index]
+        index = [where[evenly(len(where), limit)] for where in index]
         texts = texts.select(np.sort(np.concatenate(index)))
     return texts
 
@@ -241,13 +250,11 @@ class Documents:
 
     def __init__(self, texts, size, seed):
         self.texts, self.size, self.seed = texts, min(size, len(texts)), seed
-        self.batches = len(texts) // self.size                                  # an epoch
+        self.batches = Batches(len(texts), self.size, seed, "document order")
 
     def __call__(self, step):
         """-> read (n,), unread (n,) with PAD for what the other has; owner (n,); how many documents."""
-        epoch, batch = divmod(step, self.batches)
-        order = torch.randperm(len(self.texts), generator=generator(self.seed, "document order", epoch)).numpy()
-        tokens, owner = map(torch.from_numpy, self.texts.flat(order[batch * self.size:(batch + 1) * self.size]))
+        tokens, owner = map(torch.from_numpy, self.texts.flat(self.batches(step).numpy()))
         coin = torch.rand(len(tokens), generator=generator(self.seed, "coin", step)) < 0.5
         return tokens.masked_fill(coin, PAD), tokens.masked_fill(~coin, PAD), owner, self.size
 

@@ -102,7 +102,8 @@ def predict(x, weights):
 def probe(x, labels, classes, strengths):
     """Logistic regression whose strength five-fold cross-validation chooses, by its loss, inside these labels.
 
-    strengths: from strong to weak. -> (weights (D + 1, C), the strength). Above 5,000 labels one fold decides: there the choice is not close.
+    strengths: from strong to weak. -> (weights (D + 1, C), the strength). Above 5,000 labels one fold decides: there
+    the choice is not close.
     """
     labels = np.asarray(labels)
     order, fold = np.random.default_rng(0).permutation(len(labels)), np.empty(len(labels), int)

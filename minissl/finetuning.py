@@ -9,7 +9,7 @@ a word belongs; the blocks' part is computed once and stays. Moving the blocks, 
 From scratch the blocks' last matrices are zero, so there the model is its embeddings.
 
 An image encoder is fine-tuned whole. With few labels its batch norm stays as pretraining left it: a hundred images say
-little about means and deviations, and to let them move cost 3 points.
+little about means and deviations (a prototype lost 3 points when they moved).
 """
 
 from copy import copy, deepcopy
@@ -23,9 +23,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from minissl import contrastive, evaluation, transformer
-from minissl.datasets import HELD_OUT, TEST, TRAIN
+from minissl.datasets import HELD_OUT, TEST, TRAIN, evenly
 from minissl.files import progress
-from minissl.training import Muon, autocast, generator
+from minissl.training import Batches, Muon, autocast, generator
 
 
 @dataclass
@@ -65,23 +65,39 @@ def standardised(x, pool):
     return (x - mean) / deviation, mean, deviation
 
 
-# ---------------------------------------------------------------- texts
+class Classifier(nn.Module):
+    """What the classifiers of texts and images share: features (B, D) standardised, a linear layer that starts at zero."""
 
-class TextClassifier(nn.Module):
-    """Counts of words and pairs (B, V + N), and the blocks' part of the document vector (B, d) -> logits (B, C)."""
-
-    def __init__(self, table, mean, deviation, classes):
+    def __init__(self, mean, deviation, classes):
         super().__init__()
-        self.table = nn.Parameter(table.clone())                              # (V + N, d), the embeddings
-        self.register_buffer("mean", mean)                                    # (d,) of the unlabelled pool, as is
-        self.register_buffer("deviation", deviation)                          # (d,)
+        self.register_buffer("mean", mean)                                    # (D,) of the unlabelled pool's features
+        self.register_buffer("deviation", deviation)                          # (D,)
         self.head = nn.Linear(len(mean), classes)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
 
+    @torch.no_grad()
+    def start_from(self, weights):
+        """weights (D + 1, C) of a probe into the linear layer."""
+        self.head.weight.copy_(weights[:-1].T)
+        self.head.bias.copy_(weights[-1])
+
+    def classify(self, features):
+        return self.head((features - self.mean) / self.deviation)             # (B, C)
+
+
+# ---------------------------------------------------------------- texts
+
+class TextClassifier(Classifier):
+    """Counts of words and pairs (B, V + N), and the blocks' part of the document vector (B, d) -> logits (B, C)."""
+
+    def __init__(self, table, mean, deviation, classes):
+        super().__init__(mean, deviation, classes)
+        self.table = nn.Parameter(table.clone())                              # (V + N, d), the embeddings
+
     def forward(self, counts, context, words):
         h = counts @ self.table / words + context                             # (B, d)
-        return self.head((transformer.norm(h) - self.mean) / self.deviation)
+        return self.classify(transformer.norm(h))
 
 
 def train_text_classifier(model, data, which, rate, unit, epochs, strength, seed):
@@ -95,10 +111,9 @@ def train_text_classifier(model, data, which, rate, unit, epochs, strength, seed
     optimizer = torch.optim.Adam([dict(params=[model.table], lr=rate * unit),
                                   dict(params=model.head.parameters(), lr=min(0.3 * rate, 0.01))], betas=(0.9, 0.99))
     peaks = [group["lr"] for group in optimizer.param_groups]
+    batches = Batches(len(which), size, seed, "fine-tuning order")
     for step in range(steps):
-        epoch, batch = divmod(step, len(which) // size)
-        order = torch.randperm(len(which), generator=generator(seed, "fine-tuning order", epoch)).numpy()
-        chosen = which[order[batch * size:(batch + 1) * size]]
+        chosen = which[batches(step).numpy()]
         logits = model(evaluation.rows(data.counts, chosen).to_dense(), data.context[chosen], data.words[chosen])
         loss = F.cross_entropy(logits, data.labels[chosen]) + strength / 2 * model.head.weight.square().sum()
         optimizer.zero_grad()
@@ -162,7 +177,7 @@ class TextTask:
     def fit_fine_tuned(self, which, option, seed):
         weights, strength = self.probe.fit(which)
         classifier = TextClassifier(self.table, self.mean, self.deviation, len(self.classes))
-        set_head(classifier.head, weights)
+        classifier.start_from(weights)
         return train_text_classifier(classifier, self, which, option[0], self.spread, option[1], strength, seed)
 
     def without_blocks(self):
@@ -183,29 +198,17 @@ def rates_and_epochs(rates):
     return options
 
 
-@torch.no_grad()
-def set_head(head, weights):
-    """weights (D + 1, C) of a probe into a linear layer."""
-    head.weight.copy_(weights[:-1].T)
-    head.bias.copy_(weights[-1])
-
-
 # ---------------------------------------------------------------- images
 
-class ImageClassifier(nn.Module):
+class ImageClassifier(Classifier):
     """Images (B, C, H, W), floats in [0, 1] -> logits (B, K): an encoder, its features standardised, a linear layer."""
 
     def __init__(self, body, mean, deviation, classes):
-        super().__init__()
+        super().__init__(mean, deviation, classes)
         self.body = body
-        self.register_buffer("mean", mean)                                    # (D,) of the unlabelled pool's features
-        self.register_buffer("deviation", deviation)                          # (D,)
-        self.head = nn.Linear(len(mean), classes)
-        nn.init.zeros_(self.head.weight)
-        nn.init.zeros_(self.head.bias)
 
     def forward(self, x):
-        return self.head((self.body.features(x) - self.mean) / self.deviation)
+        return self.classify(self.body.features(x))
 
 
 class ImageTask:
@@ -228,7 +231,7 @@ class ImageTask:
     def columns(self):
         """{name: Column}, in the table's order."""
         classes, columns = len(self.classes), {}
-        some = self.train[np.linspace(0, len(self.train) - 1, min(len(self.train), 10_000)).astype(int)]
+        some = self.train[evenly(len(self.train), 10_000)]
         sample = self.images[some].cpu().flatten(1).float()
         mean, deviation = sample.mean(0), sample.std(0, correction=0).clamp(min=1)
         pixels = lambda which: (self.images[which].cpu().flatten(1).float() - mean) / deviation
@@ -262,7 +265,7 @@ class ImageTask:
 
     def fit_fine_tuned(self, which, option, seed):
         classifier = ImageClassifier(deepcopy(self.model), self.mean, self.deviation, len(self.classes))
-        set_head(classifier.head, self.probe.fit(which)[0])
+        classifier.start_from(self.probe.fit(which)[0])
         return self.train_classifier(classifier, which, option, seed, smoothing=0.0, frozen_norm=len(which) <= 5000)
 
     def train_classifier(self, model, which, option, seed, smoothing, frozen_norm, images_seen=9600):
@@ -277,10 +280,9 @@ class ImageTask:
         optimizers = [Muon(kernels, rate, precision=self.precision),
                       torch.optim.AdamW(vectors, 0.1 * rate, weight_decay=0)]
         model.train(not frozen_norm)
+        batches = Batches(n, B, seed, "fine-tuning order")
         for step in range(steps):
-            epoch, batch = divmod(step, n // B)
-            order = torch.randperm(n, generator=generator(seed, "fine-tuning order", epoch)).numpy()
-            chosen = which[order[batch * B:(batch + 1) * B]]
+            chosen = which[batches(step).numpy()]
             numbers = torch.rand(B, 12, generator=generator(seed, "fine-tuning views", step)).to(self.device)
             x = contrastive.augment(self.images[chosen], self.images.shape[2:], numbers, crop, 0.2, 0.05, 0.0, self.flip)
             with self.cast:

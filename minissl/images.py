@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from minissl import UserError
-from minissl.datasets import HELD_OUT, TEST, TRAIN, split_blocks, without_twins
+from minissl.datasets import HELD_OUT, TEST, TRAIN, evenly, split_blocks, without_twins
 from minissl.files import download, progress, read_archive
 from minissl.training import generator
 
@@ -41,7 +41,7 @@ class Images:
     def of(self, split, most=None):
         """The images of one split; at most this many, evenly spaced."""
         where = np.flatnonzero(self.split == split)
-        return self.select(where if most is None else where[np.linspace(0, len(where) - 1, min(most, len(where))).astype(int)])
+        return self.select(where if most is None else where[evenly(len(where), most)])
 
 
 def load_images(data, data_dir="data", limit=0, keep_all=False):
@@ -63,22 +63,6 @@ def load_images(data, data_dir="data", limit=0, keep_all=False):
     return found
 
 
-class Batches:
-    """Which images step s takes, as a function of (seed, s): each epoch in an order of its own."""
-
-    def __init__(self, n, size, seed):
-        if n < size:
-            raise UserError(f"--batch-size {size}: there are only {n:,} images to learn from; give more or a lower --batch-size")
-        self.n, self.size, self.seed, self.epoch = n, size, seed, None
-
-    def __call__(self, step):
-        """-> (size,) int64"""
-        epoch, batch = divmod(step, self.n // self.size)
-        if epoch != self.epoch:
-            self.order, self.epoch = torch.randperm(self.n, generator=generator(self.seed, "image order", epoch)), epoch
-        return self.order[batch * self.size:(batch + 1) * self.size]
-
-
 def mean_and_deviation(images):
     """Of each channel of up to 10,000 of the images (N, C, H, W) uint8, in [0, 1]: two (C,)."""
     some = images[torch.linspace(0, len(images) - 1, min(len(images), 10_000)).long()].float() / 255
@@ -94,7 +78,7 @@ def shapes(limit=0):
     """45,000 + 5,000 + 10,000 images of 32 × 32 in colour, always the same; or `limit` of each split, drawn alone.
 
     Place, size, rotation, colours, the background and what else lies in the picture vary freely, so the pixels do not
-    give the class away: logistic regression on them is right in 17 % (chance 10 %).
+    give the class away: logistic regression on them stays under 35 % (tested; chance 10 %).
     """
     sizes = [min(limit or n, n) for n in (45_000, 5_000, 10_000)]
     images, labels = [], []

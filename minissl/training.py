@@ -196,6 +196,22 @@ def generator(seed, purpose, step):
     return torch.Generator().manual_seed(int.from_bytes(digest, "little"))
 
 
+class Batches:
+    """Which of n examples step s takes, as a function of (seed, purpose, s): each epoch in an order of its own."""
+
+    def __init__(self, n, size, seed, purpose):
+        if n < size:
+            raise UserError(f"--batch-size {size}: there are only {n:,} images to learn from; give more or a lower --batch-size")
+        self.n, self.size, self.seed, self.purpose, self.epoch = n, size, seed, purpose, None
+
+    def __call__(self, step):
+        """-> (size,) int64"""
+        epoch, batch = divmod(step, self.n // self.size)
+        if epoch != self.epoch:
+            self.order, self.epoch = torch.randperm(self.n, generator=generator(self.seed, self.purpose, epoch)), epoch
+        return self.order[batch * self.size:(batch + 1) * self.size]
+
+
 def rate_at(step, steps, warmup, decay=0.5):
     """The share of the peak learning rate at a step: linear up over `warmup` steps, flat, linear to 0 over the last
     `decay` part.

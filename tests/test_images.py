@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from minissl import UserError, evaluation, images, report
+from minissl import UserError, evaluation, images, report, training
 from minissl.datasets import HELD_OUT, TEST, TRAIN
 
 
@@ -50,13 +50,13 @@ def test_pixels_do_not_give_the_shape_away():
 
 
 def test_batches_are_a_function_of_the_step_and_each_epoch_sees_every_image_once():
-    a, b = images.Batches(12, 4, seed=0), images.Batches(12, 4, seed=0)
+    a, b = training.Batches(12, 4, seed=0, purpose="order"), training.Batches(12, 4, seed=0, purpose="order")
     steps = [a(s) for s in range(6)]
     assert torch.equal(b(4), steps[4]) and torch.equal(b(1), steps[1])             # in any order
     assert sorted(torch.cat(steps[:3]).tolist()) == sorted(torch.cat(steps[3:]).tolist()) == list(range(12))
     assert not torch.equal(torch.cat(steps[:3]), torch.cat(steps[3:]))
     with pytest.raises(UserError, match="--batch-size 13: there are only 12 images"):
-        images.Batches(12, 13, 0)
+        training.Batches(12, 13, 0, "order")
 
 
 # ---------------------------------------------------------------- CIFAR-10, in small files of the same form
