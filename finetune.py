@@ -172,7 +172,7 @@ def label_texts(settings, checkpoint, model, cast, device):
 
 def label_images(settings, checkpoint, model, cast, device):
     """Print label, probability and index for each image of a .npy."""
-    images = own_images(Path(settings.predict), keep_all=True).images
+    images = own_images(Path(settings.predict), keep_all=True)
     evaluation.check_images(images, model, settings.predict)
     state, classes = read_classifier(settings, checkpoint)
     classifier = ImageClassifier(model, state["mean"], state["deviation"], len(classes))
@@ -196,12 +196,12 @@ def main():
         data = load_texts(name, data_dir, trained["vocabulary_size"], settings.limit, evaluation.tokenizer_of(checkpoint))
     else:
         data = load_images(name, data_dir, settings.limit, keep_all=bool(settings.features))
-        evaluation.check_images(data.images, model, name)
+        evaluation.check_images(data, model, name)
     if settings.features:
         if of_text:
             features = evaluation.text_features(partial(transformer.encode, model.to(device)), data, cast, device, progress=progress)
         else:
-            features = evaluation.image_features(evaluation.encoder_of(model.to(device)), data.images, cast, device,
+            features = evaluation.image_features(evaluation.encoder_of(model.to(device)), data, cast, device,
                                                  progress=progress)
         with open(settings.features, "wb") as file:
             np.save(file, features.numpy())

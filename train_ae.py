@@ -68,7 +68,7 @@ class Look:
 
     def __init__(self, data, folder, corrupt, device):
         self.folder, self.device = folder, device
-        self.images = data.of(HELD_OUT, 512).images.to(device).float() / 255                     # (B, C, H, W)
+        self.images = data.of(HELD_OUT, 512)[:].to(device).float() / 255                     # (B, C, H, W)
         self.given = corrupt(self.images, "look")
         self.neighbours = evaluation.Neighbours(data, device)
 
@@ -98,7 +98,7 @@ def main():
     cast = autocast(device, precision)
     with first_alone():
         data = load_images(settings.data, settings.data_dir, settings.limit)
-    pool = data.of(TRAIN).images.to(device)                              # (N, C, H, W) uint8
+    pool = data.of(TRAIN).to(device)                                     # N images (C, H, W) uint8
     B, (C, H, W) = settings.batch_size, pool.shape[1:]
     print(f"data: {settings.data}, {len(pool):,} images of {H} × {W} × {C} to learn from"
           + "".join(f"; {note}" for note in data.notes))
@@ -124,7 +124,7 @@ def main():
     print(f"model: {sum(p.numel() for p in trained):,} parameters, {flops / 2e6:,.0f} million multiply-adds an image")
 
     for step in range(first, settings.steps):
-        images = pool[batches(step)].float() / 255                       # (B, C, H, W)
+        images = pool[batches(step)].to(device).float() / 255            # (B, C, H, W)
         images, given = share(images), share(corrupt(images, step))      # of several processes, a slice each
         with cast:
             rebuilt, z = model(given)
@@ -143,7 +143,7 @@ def main():
         done, last = step + 1, step + 1 == settings.steps
         time_to_look = last or done % settings.evaluate_every == 0
         looking = time_to_look and not RANK
-        if time_to_look or step == first or done % 50 == 0 or stopping:
+        if time_to_look or step == 0 or done % 50 == 0:
             with run.pause():
                 result = look(model.eval(), cast) if looking else look.blank
                 model.train()

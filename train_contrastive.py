@@ -85,7 +85,7 @@ class Look:
     def __init__(self, data, folder, draw, view, device):
         self.folder, self.device = folder, device
         held_out = data.of(HELD_OUT, 512)
-        self.pair = torch.stack([view(held_out.images, draw(len(held_out), "look", n)) for n in range(2)])     # (2, B, C, h, w)
+        self.pair = torch.stack([view(held_out[:], draw(len(held_out), "look", n)) for n in range(2)])     # (2, B, C, h, w)
         self.neighbours = evaluation.Neighbours(data, device)
 
     @torch.no_grad()
@@ -107,7 +107,7 @@ def main():
     cast = autocast(device, precision)
     with first_alone():
         data = load_images(settings.data, settings.data_dir, settings.limit)
-    pool = data.of(TRAIN).images.to(device)                              # (N, C, H, W) uint8
+    pool = data.of(TRAIN).to(device)                                     # N images (C, H, W) uint8
     V, B, (C, H, W) = settings.views, settings.batch_size, pool.shape[1:]
     print(f"data: {settings.data}, {len(pool):,} images of {H} × {W} × {C} to learn from"
           + "".join(f"; {note}" for note in data.notes))
@@ -140,7 +140,7 @@ def main():
           f"{flops / 2e6:,.0f} million multiply-adds an image")
 
     for step in range(first, settings.steps):
-        images = pool[share(batches(step))]                              # (B, C, H, W): of several processes, a slice
+        images = pool[share(batches(step))].to(device)                   # (B, C, H, W): of several processes, a slice
         views = torch.stack([view(images, share(draw(B, f"view {n}", step))) for n in range(V)])               # (V, B, C, h, w)
         if step == 0 and not RANK:
             report.write_png(run.folder / "views.png", report.grid([v[:12].cpu() for v in views]))
@@ -167,7 +167,7 @@ def main():
         done, last = step + 1, step + 1 == settings.steps
         time_to_look = last or done % settings.evaluate_every == 0
         looking = time_to_look and not RANK
-        if time_to_look or step == first or done % 50 == 0 or stopping:
+        if time_to_look or step == 0 or done % 50 == 0:
             with run.pause():
                 result = look(model.eval(), cast) if looking else look.blank
                 model.train()

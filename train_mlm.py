@@ -194,7 +194,7 @@ def main():
                     document = transformer.document_loss(model.term_logits(z), bag[part],
                                                          filled / WORLD) if settings.document_weight else nothing
                 (settings.masked_weight * masked + settings.document_weight * document).backward()
-                run.count(0, 0, masked, document)
+                run.count(0, 0, masked, document, steps=0)
             rate = rate_at(step - settings.embedding_steps, settings.steps - settings.embedding_steps, warmup=100)
             run.count(real, 6 * (blocks * real + V * D * len(positions) + 2 * settings.layers * D * int((lengths**2).sum())))
 
@@ -209,7 +209,7 @@ def main():
         done, last = step + 1, step + 1 == settings.steps
         time_to_look = last or done % settings.evaluate_every == 0 or done == settings.embedding_steps
         look = time_to_look and not RANK
-        if time_to_look or step == first or done % 100 == 0 or stopping:
+        if time_to_look or step == 0 or done % 100 == 0:
             with run.pause():
                 result, sentences = evaluate(model.eval(), cast) if look else (evaluate.blank, None)
                 model.train()

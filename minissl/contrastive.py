@@ -166,12 +166,34 @@ def recolour(x, numbers, jitter, hue, grey):
 
 # ---------------------------------------------------------------- the encoder
 
+class Convolution(nn.Conv2d):
+    """3 × 3, with a margin of one zero; batch norm, which follows, has the bias.
+
+    In bfloat16 on a CPU the images of a batch are laid side by side in a few wide ones, with zeros between them. The sums
+    are the same; but the library takes the weights' gradient image by image, and with maps of 3 × 3 that alone was half
+    of a step.
+    """
+
+    def __init__(self, d_in, d_out, stride=1):
+        super().__init__(d_in, d_out, 3, stride=stride, padding=1, bias=False)
+
+    def forward(self, x):
+        if x.dtype != torch.bfloat16 or x.device.type != "cpu":
+            return super().forward(x)
+        (B, _, _, W), stride = x.shape, self.stride[0]
+        x = F.pad(x, (0, stride - W % stride)).permute(0, 2, 3, 1)            # (B, H, W + 1, C), or + 2 to keep the stride
+        x = x.unflatten(0, (math.gcd(B, 8), -1)).transpose(1, 2)              # (8, H, B/8, W + 1, C)
+        y = super().forward(x.flatten(2, 3).permute(0, 3, 1, 2))              # (8, C', H', B/8 (W + 1))
+        y = y.permute(0, 2, 3, 1).unflatten(2, (x.shape[2], -1)).transpose(1, 2)[:, :, :, :-(-W // stride)]
+        return y.flatten(0, 1).permute(0, 3, 1, 2)                            # (B, C', H', W')
+
+
 class ResidualBlock(nn.Module):
     def __init__(self, width):
         super().__init__()
-        self.conv1 = nn.Conv2d(width, width, 3, padding=1, bias=False)        # batch norm has the bias
+        self.conv1 = Convolution(width, width)
         self.norm1 = nn.BatchNorm2d(width)
-        self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.conv2 = Convolution(width, width)
         self.norm2 = nn.BatchNorm2d(width)
         nn.init.zeros_(self.norm2.weight)                                     # at first the block does nothing
 
@@ -193,8 +215,8 @@ class ImageEncoder(nn.Module):
         self.register_buffer("deviation", torch.as_tensor(deviation).float().view(-1, 1, 1))
         layers, channels = [], 4 * self.mean.shape[0]
         for n, width in enumerate((width, 2 * width, 4 * width)):
-            layers += [nn.Conv2d(channels, width, 3, stride=1 if n == 0 else 2, padding=1, bias=False), nn.BatchNorm2d(width),
-                       nn.ReLU()] + [ResidualBlock(width)] * (n > 0)
+            layers += [Convolution(channels, width, stride=1 if n == 0 else 2), nn.BatchNorm2d(width), nn.ReLU()]
+            layers += [ResidualBlock(width)] * (n > 0)
             channels = width
         self.layers = nn.Sequential(*layers)
 

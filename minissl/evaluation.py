@@ -208,12 +208,12 @@ def text_features(encode, texts, cast, device="cpu", tokens_a_batch=16384, progr
 
 @torch.no_grad()
 def image_features(encode, images, cast, device="cpu", batch=250, progress=lambda line: None):
-    """encode(images (B, C, H, W) uint8) over all images, in batches -> (N, D) float32, on the CPU."""
+    """encode(images (B, C, H, W) uint8) over all images, a tensor or Images, in batches -> (N, D) float32, on the CPU."""
     features = []
-    for n, part in enumerate(images.split(batch)):
+    for begin in range(0, len(images), batch):
         with cast:
-            features.append(encode(part.to(device)).float().cpu())
-        progress(f"encoding: {n * batch + len(part):,} of {len(images):,} images")
+            features.append(encode(images[begin:begin + batch].to(device)).float().cpu())
+        progress(f"encoding: {min(begin + batch, len(images)):,} of {len(images):,} images")
     return torch.cat(features)
 
 
@@ -225,11 +225,11 @@ class Neighbours:
         self.device, self.known, self.asked = device, data.of(TRAIN, 2000), data.of(HELD_OUT, 500)
 
     def __call__(self, encode, cast, folder):
-        known, asked = (image_features(encode, part.images, cast, self.device) for part in (self.known, self.asked))
+        known, asked = (image_features(encode, part, cast, self.device) for part in (self.known, self.asked))
         near, far = (F.normalize(part - known.mean(0), dim=1) for part in (asked, known))
         nearest = (near[:10] @ far.T).topk(8).indices                                                       # (10, 8)
         report.write_png(folder / "neighbours.png", report.grid([
-            torch.cat([image[None], self.known.images[row]]) for image, row in zip(self.asked.images, nearest)]))
+            torch.cat([image[None], self.known[row]]) for image, row in zip(self.asked[:10], nearest)]))
         points = near @ torch.linalg.svd(near, full_matrices=False)[2][:2].T                                # (Q, 2)
         report.write_png(folder / "map.png", report.scatter(points.numpy(), self.asked.labels))
         if min(self.known.labels.min(), self.asked.labels.min()) < 0:

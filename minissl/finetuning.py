@@ -220,7 +220,7 @@ class ImageTask:
     def __init__(self, data, model, new_model, settings, device, precision):
         self.data, self.model, self.new_model, self.settings = data, model.to(device), new_model, settings
         self.device, self.precision, self.cast = device, precision, autocast(device, precision)
-        self.images, self.labels = data.images.to(device), torch.from_numpy(data.labels)
+        self.images, self.labels = data.to(device), torch.from_numpy(data.labels)
         self.classes, self.flip = data.classes, not settings.get("no_flip", False)
         self.train, self.held_out, self.test = (np.flatnonzero(data.split == s) for s in (TRAIN, HELD_OUT, TEST))
 
@@ -247,7 +247,7 @@ class ImageTask:
             if isinstance(module, nn.BatchNorm2d):
                 module.momentum = None
         with torch.no_grad():
-            untrained.train().features(self.images[some[:1000]].float() / 255)
+            untrained.train().features(self.images[some[:1000]].to(self.device).float() / 255)
         untrained = standardised(self.features(untrained), self.train)[0]
         columns["untrained"] = Linear(untrained.__getitem__, self.labels, classes).column()
         z, self.mean, self.deviation = standardised(self.features(self.model), self.train)
@@ -284,7 +284,7 @@ class ImageTask:
         for step in range(steps):
             chosen = which[batches(step).numpy()]
             numbers = torch.rand(B, 12, generator=generator(seed, "fine-tuning views", step)).to(self.device)
-            x = contrastive.augment(self.images[chosen], self.images.shape[2:], numbers, crop, 0.2, 0.05, 0.0, self.flip)
+            x = contrastive.augment(self.images[chosen].to(self.device), self.images.shape[2:], numbers, crop, 0.2, 0.05, 0.0, self.flip)
             with self.cast:
                 logits = model(x)
             loss = F.cross_entropy(logits.float(), self.labels[chosen].to(self.device), label_smoothing=smoothing)

@@ -1,7 +1,8 @@
 """Images to learn from: drawn by our own code, a published data set, or the reader's own array.
 
-All are uint8 (N, C, H, W) in memory, few enough to move to the device once; a batch is an index operation. HELD_OUT
-makes every choice (learning rates, epochs), TEST only the final figures, as for texts in datasets.py.
+All are uint8 (N, C, H, W); a batch is an index operation. What fits moves to the device once; the reader's own array
+stays on the disk, mapped, so it may be larger than memory. HELD_OUT makes every choice (learning rates, epochs), TEST
+only the final figures, as for texts in datasets.py.
 
 Read next: contrastive.py.
 """
@@ -25,18 +26,35 @@ from minissl.training import generator
 
 @dataclass
 class Images:
-    images: torch.Tensor             # (N, C, H, W) uint8
+    """N images as rows of one array: to select some copies no pixel."""
+    pixels: torch.Tensor             # (M, C, H, W) uint8: in memory, on a device, or mapped from the disk
+    rows: torch.Tensor               # (N,) int64: which of them
     labels: np.ndarray               # (N,) int64, -1 where there is none
     split: np.ndarray                # (N,) uint8: TRAIN, HELD_OUT or TEST
     classes: list                    # label number -> name
     notes: list = field(default_factory=list)   # sentences on what was found and what was passed over
 
     def __len__(self):
-        return len(self.images)
+        return len(self.rows)
+
+    def __getitem__(self, which):
+        """(n, C, H, W) uint8, for a slice or an index array."""
+        return self.pixels[self.rows[which]]
+
+    @property
+    def shape(self):
+        return len(self), *self.pixels.shape[1:]                                  # (N, C, H, W)
+
+    def to(self, device):
+        """The same on a GPU, if they take at most half of its free memory; else they stay, and each batch must move."""
+        room = dict(cpu=0, cuda=torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else 0).get(device.type, 2**32)
+        if math.prod(self.shape) > room:
+            return self
+        return replace(self, pixels=self[:].to(device), rows=torch.arange(len(self)))
 
     def select(self, which):
         """The images that a boolean mask or an index array picks."""
-        return replace(self, images=self.images[torch.as_tensor(which)], labels=self.labels[which], split=self.split[which])
+        return replace(self, rows=self.rows[torch.as_tensor(which)], labels=self.labels[which], split=self.split[which])
 
     def of(self, split, most=None):
         """The images of one split; at most this many, evenly spaced."""
@@ -57,15 +75,15 @@ def load_images(data, data_dir="data", limit=0, keep_all=False):
     else:
         found = own_images(Path(data), keep_all)
     if limit:
-        parts = [found.of(split, limit) for split in (TRAIN, HELD_OUT, TEST)]
-        found = replace(found, images=torch.cat([p.images for p in parts]), **{
-            name: np.concatenate([getattr(p, name) for p in parts]) for name in ("labels", "split")})
+        parts = [np.flatnonzero(found.split == split) for split in (TRAIN, HELD_OUT, TEST)]
+        found = found.select(np.concatenate([part[evenly(len(part), limit)] for part in parts]))
     return found
 
 
 def mean_and_deviation(images):
-    """Of each channel of up to 10,000 of the images (N, C, H, W) uint8, in [0, 1]: two (C,)."""
-    some = images[torch.linspace(0, len(images) - 1, min(len(images), 10_000)).long()].float() / 255
+    """Of each channel of up to 10,000 of the images (N, C, H, W) uint8, of large ones fewer, in [0, 1]: two (C,)."""
+    some = min(len(images), 10_000, max(100, 2**26 // math.prod(images.shape[1:])))
+    some = images[torch.linspace(0, len(images) - 1, some).long()].float() / 255
     return some.mean((0, 2, 3)), some.std((0, 2, 3), correction=0).clamp(min=1e-3)
 
 
@@ -88,7 +106,7 @@ def shapes(limit=0):
             drawn = draw_shapes(min(1000, n - begin), generator(0, f"shapes {split}", begin))
             images.append(drawn[0])
             labels.append(drawn[1])
-    return Images(torch.cat(images), torch.cat(labels).numpy(), np.repeat(np.uint8([TRAIN, HELD_OUT, TEST]), sizes), SHAPES)
+    return Images(torch.cat(images), torch.arange(sum(sizes)), torch.cat(labels).numpy(), np.repeat(np.uint8([TRAIN, HELD_OUT, TEST]), sizes), SHAPES)
 
 
 def distance(shape, x, y):
@@ -198,7 +216,7 @@ def _cifar10(files, where):
         images.append(pixels.reshape(-1, 3, 32, 32))
         labels.append(label.astype(np.int64))
     split = np.repeat(np.uint8([TRAIN, HELD_OUT, TEST]), [45_000, 5_000, 10_000])
-    return Images(torch.from_numpy(np.concatenate(images)), np.concatenate(labels), split, CIFAR10)
+    return Images(torch.from_numpy(np.concatenate(images)), torch.arange(60_000), np.concatenate(labels), split, CIFAR10)
 
 
 def read_cifar_pickle(data):
@@ -282,15 +300,15 @@ def own_images(path, keep_all=False):
         labels = np.where(given >= 0, np.searchsorted(values, given), -1).astype(np.int64)
     split, hashes = split_blocks(labels), np.array([hash(image.tobytes()) for image in array])
     keep = without_twins(hashes, split, labels) | keep_all
-    images = torch.from_numpy(np.array(array[keep])).reshape(int(keep.sum()), *array.shape[1:3], -1).permute(0, 3, 1, 2)
+    pixels = torch.from_numpy(array).view(*array.shape[:3], -1).permute(0, 3, 1, 2)
     notes = [f"{(~keep).sum():,} images dropped that stand elsewhere in the data, too"] * (not keep.all())
-    return Images(images.contiguous(), labels[keep], split[keep], classes, notes)
+    return Images(pixels, torch.arange(len(array)), labels, split, classes, notes).select(keep)
 
 
 def _load_array(path):
     if not path.exists():
         raise UserError(f"{path}: there is no such file")
     try:
-        return np.load(path, mmap_mode="r", allow_pickle=False)
+        return np.load(path, mmap_mode="c", allow_pickle=False)     # mapped: what is not asked for is not read
     except Exception as error:              # a damaged header can fail in any way: TokenError, OverflowError, ...
         raise UserError(f"{path} cannot be read as a NumPy array ({str(error)[:100]})") from None

@@ -256,7 +256,7 @@ def orthogonalise(matrix, precision=torch.float32):
     x = x / (x.norm() + 1e-7)
     for _ in range(5):
         a = x @ x.T
-        x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
+        x = torch.addmm(x, torch.addmm(a, a, a, beta=-4.7750, alpha=2.0315), x, beta=3.4445)        # 3.4445 x + (… a + … a²) x
     return (x.T if matrix.shape[0] > matrix.shape[1] else x).to(matrix.dtype)
 
 
@@ -279,9 +279,7 @@ class Run:
         if settings.resume:
             self.checkpoint = load_checkpoint(self.folder)
             self._compare(self.checkpoint["settings"])
-            with open(self.folder / "metrics.csv", encoding="utf-8", newline="") as file:
-                self.rows = [row for row in csv.DictReader(file)
-                             if None not in row.values() and int(row["step"]) <= self.checkpoint["step"]]
+            self.rows = self._read_rows()
         elif self.folder.exists() and any(self.folder.iterdir()):
             what = "a run" if (self.folder / "config.json").exists() else "something else"
             raise UserError(f"{self.folder} holds {what} already: --resume goes on with a run, --run with another name "
@@ -290,7 +288,7 @@ class Run:
     def begin(self, model, optimizers, data):
         """Open the folder; put the checkpoint's state, if there is one, into the model and the optimizers.
         data: what tells this data from other data, in words. -> the step to go on with."""
-        step, self.data = 0, data
+        step, self.data, self.counted, self.losses = 0, data, 0, []
         self.folder.mkdir(parents=True, exist_ok=True)
         if not processes.RANK:
             lock(self.folder)
@@ -299,12 +297,14 @@ class Run:
                 raise UserError(f"{self.folder} learned from {self.checkpoint['data']}, and now there is {data}: give it the "
                                 f"same data, or start another run")
             try:
-                step = self.checkpoint["step"] + 0
+                step, (counted, losses) = self.checkpoint["step"] + 0, self.checkpoint["unlogged"]
+                self.counted, self.losses = counted + 0, [torch.tensor(float(loss)) for loss in losses]
                 model.load_state_dict(self.checkpoint["model"])
                 for optimizer, state in zip(optimizers, self.checkpoint["optimizers"], strict=True):
                     optimizer.load_state_dict(state)
             except MISFITS as error:
                 raise misfit(self.folder, error) from None
+            print(f"resuming: {step:,} of {self.settings.steps:,} steps are made")
         else:
             config = dict(settings=asdict(self.settings), command=shlex.join(["python", *sys.argv]),
                           python=sys.version.split()[0], torch=torch.__version__, numpy=np.__version__,
@@ -313,8 +313,7 @@ class Run:
                 write_atomically(self.folder / "config.json", json.dumps(config, indent=2).encode())
         self.saved, self.logged = -math.inf, time.perf_counter()         # the first step is saved: from there on --resume works
         self.started = self.logged - (float(self.rows[-1]["seconds"]) if self.rows else 0)
-        self.logged_step = step
-        self.items, self.flops, self.losses = 0, 0, []
+        self.logged_step, self.items, self.flops = step, 0, 0
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._stop)
         return step
@@ -333,19 +332,20 @@ class Run:
         if self.settings.steps < self.checkpoint["step"]:
             raise UserError(f"--steps {self.settings.steps}: the run in {self.folder} has made {self.checkpoint['step']}")
 
-    def count(self, items, flops, *losses):
-        """Add a step, or a part of one, to the log's next row. Losses stay on the device: no waiting for it here."""
+    def count(self, items, flops, *losses, steps=1):
+        """Add a step, or a part of one (steps=0), to the log's next row. Losses stay on the device: no waiting for it here."""
         self.items += items
         self.flops += flops
+        self.counted += steps
         if losses:
             self.losses = [a + b.detach() for a, b in zip(self.losses or [0.0] * len(losses), losses)]
 
     def log(self, step, chance, peak, more):
         """Write a row of metrics.csv and a line on the terminal: the losses since the last row, each beside its chance
         level, if it has one, then `more`. A loss that is not finite ends the run."""
-        seconds, steps = time.perf_counter() - self.logged, max(step - self.logged_step, 1)
+        seconds = time.perf_counter() - self.logged
         totals = processes.sum_over(torch.stack([total.float() for total in self.losses])) / processes.WORLD
-        losses = {name: round(total / steps, 5) or "" for name, total in zip(chance, totals.tolist())}        # "": is off
+        losses = {name: round(total / self.counted, 5) or "" for name, total in zip(chance, totals.tolist())}        # "": is off
         if not all(math.isfinite(value or 0) for value in losses.values()):
             raise UserError(f"the loss is {losses} at step {step}: try a lower --learning-rate; the last good checkpoint, "
                             f"if there is one, is {self.folder / 'checkpoint.pt'}")
@@ -356,9 +356,9 @@ class Run:
         shown = [f"{name.replace('_', ' ')} {value:.4g}" + (f" (chance {chance[name]:.4g})" if chance[name] else "")
                  for name, value in losses.items() if value]
         shown += [f"{name.replace('_', ' ')} {value:,}" for name, value in more.items() if value != ""]
-        left = seconds / steps * (self.settings.steps - step) / 60
+        left = seconds / max(step - self.logged_step, 1) * (self.settings.steps - step) / 60
         print(f"step {step:,}/{self.settings.steps:,}  " + "  ".join(shown) + f"  {left:.1f} min left", flush=True)
-        self.items, self.flops, self.losses = 0, 0, []
+        self.items, self.flops, self.counted, self.losses = 0, 0, 0, []
         self.logged, self.logged_step = time.perf_counter(), step
 
     def show(self, passages):
@@ -367,6 +367,22 @@ class Run:
             print(f"    {text}\n    wanted {', '.join(wanted)} | got {', '.join(got)}", flush=True)
         write_atomically(self.folder / "sentences.json", json.dumps(passages).encode())
         report.write_page(self.folder)
+
+    def _read_rows(self):
+        """The rows of metrics.csv up to the checkpoint's step; what came after it is trained, and written, again."""
+        path = self.folder / "metrics.csv"
+        if not path.exists():
+            return []
+        try:
+            with open(path, encoding="utf-8", newline="") as file:
+                rows = list(csv.DictReader(file))
+            steps, seconds = [int(row["step"]) for row in rows], [float(row["seconds"]) for row in rows]
+            if steps != sorted(set(steps)) or seconds != sorted(seconds) or any(None in (*row, *row.values()) for row in rows):
+                raise ValueError("a line that is torn, doubled or out of order")
+        except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
+            raise UserError(f"{path} is not as the run has left it ({error}); the checkpoint beside it is whole: mend the file, "
+                            f"or delete it and go on with a log that begins here") from None
+        return [row for row, step in zip(rows, steps) if step <= self.checkpoint["step"]]
 
     def _write_rows(self):
         if processes.RANK:
@@ -397,7 +413,8 @@ class Run:
             raise UserError(f"the weights are not finite at step {step}: try a lower --learning-rate; {self.folder} keeps "
                             f"its last good checkpoint")
         state = dict(format=CHECKPOINT_FORMAT, step=step, data=self.data, settings=asdict(self.settings), model=model.state_dict(),
-                     optimizers=[optimizer.state_dict() for optimizer in optimizers], **more)
+                     optimizers=[optimizer.state_dict() for optimizer in optimizers],
+                     unlogged=[self.counted, [float(loss) for loss in self.losses]], **more)
         data = io.BytesIO()
         torch.save(state, data)
         write_atomically(self.folder / "checkpoint.pt", data.getbuffer())

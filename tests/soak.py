@@ -5,7 +5,7 @@
     python tests/soak.py --plant skip-checksum                  with a defect planted: the table must show it as wrong
 
 Kills: each training script runs once undisturbed; then again with SIGKILL at random moments and --resume after each, until
-it ends. The last checkpoint must be equal bit for bit, and metrics.csv must have the same steps and losses.
+it ends. The last checkpoint must be equal bit for bit, and metrics.csv the same, but for what the clock says.
 
 Damage: files of each kind are truncated, flipped in some bits, spliced from their own parts, or written with a crafted
 mistake, and then read by the function that the scripts use, under a limit of memory. Outcomes:
@@ -101,11 +101,7 @@ def same_run(a, b):
         with open(run / "metrics.csv", encoding="utf-8", newline="") as file:
             rows.append([{k: v for k, v in row.items() if k not in ("seconds", "rate_per_second", "share_of_peak")}
                          for row in csv.DictReader(file)])
-    shared = {row["step"] for row in rows[0]} & {row["step"] for row in rows[1]}
-    steps = [[row["step"] for row in side] for side in rows]
-    held = [[row for row in side if int(row["step"]) % 50 == 0] for side in rows]                 # a resumed run logs its first step, too
-    return (equal(one["model"], other["model"]) and equal(one["optimizers"], other["optimizers"]) and len(shared) == len(rows[1])
-            and all(len(side) == len(set(side)) for side in steps) and [r["step"] for r in held[0]] == [r["step"] for r in held[1]])
+    return rows[0] == rows[1] and equal(one["model"], other["model"]) and equal(one["optimizers"], other["optimizers"])
 
 
 def equal(a, b):
@@ -164,7 +160,7 @@ def kinds(folder):
 
     def pixels():
         found = images.own_images(folder / "a.npy", keep_all=True)
-        assert found.images.dtype == torch.uint8 and found.images.shape[1] in (1, 3)
+        assert found[:].dtype == torch.uint8 and found[:].shape[1] in (1, 3)
         return None                                                            # pixels carry no checksum: any are as good
 
     def page():

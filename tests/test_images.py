@@ -3,9 +3,11 @@
 import gzip
 import io
 import pickle
+import re
 import struct
 import tarfile
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,10 +21,10 @@ from minissl.datasets import HELD_OUT, TEST, TRAIN
 
 def test_shapes_are_the_same_each_time_and_all_different():
     a, b = images.load_images("shapes", limit=40), images.load_images("shapes", limit=40)
-    assert torch.equal(a.images, b.images) and (a.labels == b.labels).all()
-    assert a.images.shape == (120, 3, 32, 32) and a.images.dtype == torch.uint8
+    assert torch.equal(a[:], b[:]) and (a.labels == b.labels).all()
+    assert a[:].shape == (120, 3, 32, 32) and a[:].dtype == torch.uint8
     assert [int((a.split == s).sum()) for s in (TRAIN, HELD_OUT, TEST)] == [40, 40, 40]
-    assert len({image.numpy().tobytes() for image in a.images}) == 120
+    assert len({image.numpy().tobytes() for image in a[:]}) == 120
     assert set(a.labels) == set(range(10))
 
 
@@ -42,7 +44,7 @@ def test_the_distance_is_negative_inside_and_its_outline_is_where_geometry_has_i
 
 def test_pixels_do_not_give_the_shape_away():
     data = images.load_images("shapes", limit=1500)
-    x = data.images.flatten(1).float() / 255 - 0.5
+    x = data[:].flatten(1).float() / 255 - 0.5
     train, test = np.flatnonzero(data.split == TRAIN), np.flatnonzero(data.split == TEST)
     weights = evaluation.logistic_regression(x[train], data.labels[train], 10, 0.3)
     found = evaluation.accuracy(evaluation.predict(x[test], weights).argmax(1), data.labels[test])
@@ -99,10 +101,10 @@ def test_cifar10_is_read_packed_and_unpacked(version, cifar, tmp_path):
     pack(tmp_path / "packed" / f"cifar-10-{version}.tar.gz", folder, files)
     for place in ("unpacked", "packed"):
         data = images.load_images("cifar10", tmp_path / place)
-        assert data.images.shape == (60_000, 3, 32, 32) and [int((data.split == s).sum()) for s in (0, 1, 2)] == [45_000, 5_000, 10_000]
+        assert data[:].shape == (60_000, 3, 32, 32) and [int((data.split == s).sum()) for s in (0, 1, 2)] == [45_000, 5_000, 10_000]
         for n, (pixels, labels) in enumerate(cifar.values()):
             assert (data.labels[10_000 * n:10_000 * (n + 1)] == labels).all()
-            assert (data.images[10_000 * n:10_000 * (n + 1)].flatten(1).numpy() == pixels).all()
+            assert (data[:][10_000 * n:10_000 * (n + 1)].flatten(1).numpy() == pixels).all()
     whole = (tmp_path / "packed" / f"cifar-10-{version}.tar.gz").read_bytes()
     for size in (0, 1, 100, len(whole) // 2, len(whole) - 1):
         (tmp_path / "packed" / f"cifar-10-{version}.tar.gz").write_bytes(whole[:size])
@@ -136,12 +138,26 @@ def test_own_images_come_back_as_they_are(shape, tmp_path):
     np.save(tmp_path / "a.labels.npy", labels)
     data = images.load_images(str(tmp_path / "a.npy"))
     C = 1 if len(shape) == 3 else shape[3]
-    assert data.images.shape == (60, C, *shape[1:3]) and data.classes == ["3", "7"]
-    assert (data.images.permute(0, 2, 3, 1).numpy().reshape(shape) == array).all() and (data.labels == (labels == 7)).all()
+    assert data[:].shape == (60, C, *shape[1:3]) and data.classes == ["3", "7"]
+    assert (data[:].permute(0, 2, 3, 1).numpy().reshape(shape) == array).all() and (data.labels == (labels == 7)).all()
     assert [int(((data.split == s) & (data.labels == 0)).sum()) for s in (TRAIN, HELD_OUT, TEST)] == [21, 3, 6]
     np.save(tmp_path / "a.npy", np.concatenate([array[:30], array[:30]]))         # each image twice
     assert len(images.load_images(str(tmp_path / "a.npy"))) < 60
     assert len(images.load_images(str(tmp_path / "a.npy"), keep_all=True)) == 60
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux says what of a process's memory is mapped files")
+def test_an_own_array_stays_on_the_disk_and_only_what_a_batch_takes_is_in_memory(tmp_path):
+    array = np.lib.format.open_memmap(tmp_path / "a.npy", mode="w+", dtype=np.uint8, shape=(20_000, 100, 100))     # 200 MB
+    for n in range(0, 20_000, 1000):
+        array[n:n + 1000] = np.random.default_rng(n).integers(0, 256, (1000, 100, 100), np.uint8)
+    own = lambda: int(re.search(r"RssAnon:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) / 1000
+    before = own()
+    pool = images.load_images(str(tmp_path / "a.npy")).of(TRAIN).to(torch.device("cpu"))
+    which = torch.tensor([0, 17_000, 5])
+    assert torch.equal(pool[which], torch.from_numpy(array[which.numpy()])[:, None])
+    images.mean_and_deviation(pool.select(np.arange(100)))
+    assert len(pool) == 18_000 and own() - before < 60            # MB
 
 
 @pytest.mark.parametrize("array, sentence", [
@@ -156,7 +172,6 @@ def test_an_array_of_the_wrong_kind_is_refused_with_the_way_to_mend_it(array, se
     np.save(tmp_path / "a.npy", array)
     with pytest.raises(UserError) as caught:
         images.load_images(str(tmp_path / "a.npy"))
-    import re
     assert re.search(sentence.replace("(20", r"\(20").replace("8);", r"8\);"), str(caught.value)), caught.value
 
 

@@ -147,6 +147,21 @@ def test_a_checkpoint_that_holds_something_else_gets_a_sentence(change, run_scri
     assert code == 2 and "does not hold what it should" in printed and "Traceback" not in printed
 
 
+@pytest.mark.parametrize("change", [lambda text: text[:-9], lambda text: text + text.splitlines(True)[-1], lambda text: "\0" + text,
+                                    lambda text: text.replace("1,", "x,", 1), lambda text: "\n".join(text.splitlines()[::-1])])
+def test_a_log_that_is_not_as_the_run_left_it_stops_a_resumption_before_anything_is_lost(change, run_script, tmp_path):
+    import train_ae
+    flags = ["--run", tmp_path / "run", *"--limit 40 --batch-size 16 --width 8 --device cpu --precision float32".split()]
+    assert run_script(train_ae, *flags, "--steps", 2)[0] == 0
+    path = tmp_path / "run" / "metrics.csv"
+    good = path.read_text(encoding="utf-8")
+    path.write_text(change(good), encoding="utf-8")
+    code, printed = run_script(train_ae, *flags, "--resume", "--steps", 3)
+    assert code == 2 and "is not as the run has left it" in printed and path.read_text(encoding="utf-8") == change(good), printed
+    path.unlink()                                                                  # as the sentence says
+    assert run_script(train_ae, *flags, "--resume", "--steps", 3)[0] == 0
+
+
 def test_too_little_memory_is_said(run_script, tmp_path, monkeypatch):
     import train_ae
     monkeypatch.setattr(train_ae, "load_images", lambda *arguments: torch.empty(10**15))
