@@ -19,7 +19,7 @@ from typing import Literal
 import torch
 
 from minissl import UserError, evaluation, transformer
-from minissl.datasets import TRAIN, Documents, Windows, frequent_pairs, load_texts
+from minissl.datasets import SAMPLE_TEXTS, TRAIN, Documents, Windows, frequent_pairs, load_texts
 from minissl.processes import RANK, WORLD, average_gradients, first_alone, sum_over
 from minissl.tokenizer import MASK
 from minissl.training import (Muon, Run, at_least, autocast, choose_machine, generator, rate_at, read_settings,
@@ -106,11 +106,11 @@ def fill(settings):
 def new_model(settings, texts):
     """The encoder with its output layers at the frequencies of the texts, and the weight of each term in a bag."""
     torch.manual_seed(settings.seed)
-    V, slices = len(texts.tokenizer), texts.slices(4096)
+    V, texts = len(texts.tokenizer), texts.spaced(SAMPLE_TEXTS)
     columns = min(64, settings.width) if settings.document_weight else settings.width
     model = transformer.TextEncoder(V, frequent_pairs(texts, V, settings.pairs), settings.width, settings.layers,
                                     settings.heads, settings.window, columns)
-    counts = sum(model.count_terms(torch.from_numpy(texts.flat(which)[0]), 0, 1)[0] for which in slices)      # (V + N,)
+    counts = sum(model.count_terms(torch.from_numpy(texts.flat(which)[0]), 0, 1)[0] for which in texts.slices(4096))      # (V + N,)
     weights = transformer.term_weights(counts, V)
     with torch.no_grad():                                                # what needs no context is known from the start
         model.token_bias.copy_(((counts[:V] + 1) / (counts[:V] + 1).sum()).log())

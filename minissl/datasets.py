@@ -30,6 +30,7 @@ import sys
 import sysconfig
 import tempfile
 import warnings
+from array import array
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -45,6 +46,7 @@ from minissl.training import Batches, generator
 TRAIN, HELD_OUT, TEST = 0, 1, 2
 SAMPLE_BYTES = 2**28      # the tokenizer learns from this much text: more changes no merge that matters
 TEXT_BYTES = 2**20        # a longer paragraph or line of a file is read as several texts
+SAMPLE_TEXTS = 100_000    # word frequencies and frequent pairs are counted in at most this many
 CACHE_FORMAT = 1          # part of every cache's key: raise it when what is stored changes its meaning
 
 
@@ -170,19 +172,20 @@ def _encode(documents, split, cache, vocabulary_size, tokenizer):
         sample, size = [], 0
         for document in documents:
             sample.append(document)
-            size += len(document[0])
+            size += sys.getsizeof(document[0])
             if size > SAMPLE_BYTES:
                 break
         tokenizer = train((text for text, _, part in sample if part != TEST), vocabulary_size,
                           report=lambda done, wanted: progress(f"tokenizer: {done:,} of {wanted:,} merges"))
         if len(tokenizer) < vocabulary_size:
             notes.append(f"the text has pairs for a vocabulary of {len(tokenizer):,} only, not {vocabulary_size:,}")
-        documents = itertools.chain(sample, documents)
+        documents = itertools.chain(_emptied(sample), documents)
 
     cache.parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(dir=cache.parent, prefix=cache.name + "."))
     try:
-        lengths, names, parts, hashes, digest = [], [], [], [], hashlib.sha256()
+        names, parts, digest = [], [], hashlib.sha256()
+        lengths, hashes = array("q"), array("Q")     # lists would take four times the memory
         with open(folder / "tokens.bin", "wb") as file:
             for n, (text, name, part) in enumerate(documents):
                 ids = tokenizer.encode(text)
@@ -196,7 +199,7 @@ def _encode(documents, split, cache, vocabulary_size, tokenizer):
                 if n % 2000 == 0:
                     progress(f"encoding: {n:,} texts")
         progress(f"encoding: {len(lengths):,} texts, {sum(lengths):,} tokens, vocabulary {len(tokenizer):,}", end="\n")
-        if not lengths:
+        if not names:
             raise UserError("the data holds no text at all: every file is empty; give at least a few sentences")
         lengths = np.array(lengths, np.int64)
         classes = sorted({name for name in names if name is not None})
@@ -213,6 +216,13 @@ def _encode(documents, split, cache, vocabulary_size, tokenizer):
         os.replace(folder, cache)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _emptied(items):
+    """The items of a list, each let go when the next is asked for."""
+    items.reverse()
+    while items:
+        yield items.pop()
 
 
 def without_twins(hashes, parts, labels):
@@ -296,7 +306,7 @@ class Windows:
 
 def frequent_pairs(texts, vocabulary_size, most):
     """The pairs of neighbouring tokens seen most often (and 20 times), sorted: (N,) int64, left · V + right."""
-    kinds, counts = [], []
+    texts, kinds, counts = texts.spaced(SAMPLE_TEXTS), [], []
     for which in texts.slices(4096):
         tokens, _ = texts.flat(which)
         both = (tokens[:-1] != PAD) & (tokens[1:] != PAD)
@@ -408,7 +418,9 @@ def _own_texts(path):
             raise UserError(f"--data {path}: a text file must end in .txt")
         if path.stat().st_size == 0:
             raise UserError(f"--data {path}: the file is empty")
-        return _digest([path], path.parent), lambda: ((text, None, None) for text in read_texts(path)), split_blocks
+        least = 2048 if path.stat().st_size > SAMPLE_BYTES else 0              # millions of lines are no millions of documents
+        return (f"{least} {_digest([path], path.parent)}", lambda: ((text, None, None) for text in read_texts(path, least)),
+                split_blocks)
     files, passed_over = [], Counter()
     for file in sorted(path.rglob("*")):
         if any(part.startswith(".") for part in file.relative_to(path).parts):
@@ -429,8 +441,8 @@ def _own_texts(path):
     names = [parts[0] if len(parts) > 1 else None for parts in inside]          # the sub-folder is the class
     number = {name: n for n, name in enumerate(sorted({*names} - {None}))}
     split = split_blocks(np.array([number.get(name, -1) for name in names]))
-    return _digest(files, path), lambda: (("\n".join(read_texts(file)), name, part)
-                                          for file, name, part in zip(files, names, split)), None
+    return _digest(files, path), lambda: ((text, name, part) for file, name, part in zip(files, names, split)
+                                          for text in read_texts(file, least=4 * TEXT_BYTES)), None
 
 
 def split_blocks(labels):
@@ -445,11 +457,11 @@ def split_blocks(labels):
     return split
 
 
-def read_texts(path):
+def read_texts(path, least=0):
     """The texts of one UTF-8 file: its paragraphs, or its lines where no blank line separates paragraphs.
 
-    Yields str, none longer than about TEXT_BYTES, however long the lines. Raises UserError at bytes that are not
-    UTF-8, with their offset.
+    Yields str, none longer than about TEXT_BYTES, however long the lines; with `least` neighbours are joined to texts of
+    at least so many characters. Raises UserError at bytes that are not UTF-8, with their offset.
     """
     with open(path, "rb") as file:
         start = file.read(TEXT_BYTES)
@@ -468,7 +480,7 @@ def read_texts(path):
             offset += len(line or b"")
             paragraph.append(text)
             size += len(text)
-            if line is None or size > TEXT_BYTES or not by_paragraph or not text.strip():
+            if line is None or size > max(TEXT_BYTES, least) or size >= least and (not by_paragraph or not text.strip()):
                 whole, paragraph, size = "".join(paragraph), [], 0
                 if whole.strip():
                     yield whole

@@ -96,6 +96,8 @@ def train(texts, vocabulary_size, minimum_count=2, report=None):
     counted = Counter()
     for text in texts:
         counted.update(split_pieces(text))
+        if len(counted) > 2**20:                      # words without end: keep the frequent ones, and memory stays bounded
+            counted = Counter(dict(counted.most_common(2**19)))
     pieces = [[FIRST_BYTE + byte for byte in piece.encode()] for piece in counted]
     counts = list(counted.values())
 

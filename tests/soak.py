@@ -1,8 +1,8 @@
 """Kill it, and feed it damaged files, many times; count what happens.
 
-    python tests/soak.py                                        30 kills a script, 2,000 damaged files a kind: an hour or two
+    python tests/soak.py                                        30 kills a script, 2,000 damaged files a kind
     python tests/soak.py --kills 2 --damage 50                  a few minutes
-    python tests/soak.py --plant skip-checksum                  with a defect planted: the table must show it as wrong
+    python tests/soak.py --kills 3 --damage 100 --plant torn-save            with a defect planted: it must be found
 
 Kills: each training script runs once undisturbed; then again with SIGKILL at random moments and --resume after each, until
 it ends. The last checkpoint must be equal bit for bit, and metrics.csv the same, but for what the clock says.
@@ -23,6 +23,7 @@ import contextlib
 import csv
 import io
 import json
+import pickle
 import random
 import resource
 import signal
@@ -32,6 +33,7 @@ import tarfile
 import tempfile
 import time
 from collections import Counter
+from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
@@ -39,7 +41,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from minissl import UserError, datasets, evaluation, files, images, report
+from minissl import UserError, datasets, evaluation, files, images, report, training
 from minissl.tokenizer import Tokenizer
 
 TINY = "--device cpu --precision float32 --save-every 0.1".split()
@@ -60,13 +62,16 @@ def write_texts(folder):
 
 # ---------------------------------------------------------------- kills
 
-def kills(folder, count, draw):
+def kills(folder, count, draw, planted=""):
     """-> Counter of how many runs ended equal, how many wrong, and the kills that met a running training."""
+    planting = f"import runpy, sys; sys.path[:0] = {[str(ROOT / 'tests'), str(ROOT)]}; import soak; soak.plant({planted!r}); " \
+               "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
+    python = [sys.executable, "-c", planting] if planted else [sys.executable]
     outcomes = Counter()
     for script, flags in SCRIPTS.items():
         flags = [*flags, *TINY] + (["--data", str(folder / "texts"), "--data-dir", str(folder)] if "mlm" in script else [])
         start = time.time()
-        subprocess.run([sys.executable, ROOT / script, "--run", folder / script / "whole", *flags], check=True, capture_output=True)
+        subprocess.run([*python, ROOT / script, "--run", folder / script / "whole", *flags], check=True, capture_output=True)
         length = time.time() - start
         done, attempt = 0, 0
         while done < count:
@@ -77,7 +82,7 @@ def kills(folder, count, draw):
                 if run.exists() and not resume:                        # killed before its first step: nothing was there to lose
                     for path in run.iterdir():
                         path.unlink()
-                process = subprocess.Popen([sys.executable, ROOT / script, "--run", run, *flags, *resume], stdout=subprocess.PIPE,
+                process = subprocess.Popen([*python, ROOT / script, "--run", run, *flags, *resume], stdout=subprocess.PIPE,
                                            stderr=subprocess.STDOUT, text=True)
                 try:
                     printed = process.communicate(timeout=draw.uniform(0.3, 1) * length if done < count else None)[0]
@@ -133,11 +138,11 @@ def damaged(data, draw):
     return bytes(data)
 
 
-def kinds(folder):
-    """{kind: (path of a good file, read() -> what to compare, crafted bytes)}"""
+def readers(folder):
+    """{kind: (path of a good file, read() -> what to compare, crafted bytes)}; folder holds texts/ and two finished runs."""
     ae, mlm = folder / "train_ae.py" / "whole", folder / "train_mlm.py" / "whole"
     archive = folder / "imdb" / "aclImdb_v1.tar.gz"
-    archive.parent.mkdir()
+    archive.parent.mkdir(exist_ok=True)
     with tarfile.open(archive, "w:gz") as tar:
         for part, label in (("train", "pos"), ("train", "neg"), ("train", "unsup"), ("test", "pos"), ("test", "neg")):
             for n in range(12):
@@ -163,6 +168,14 @@ def kinds(folder):
         assert found[:].dtype == torch.uint8 and found[:].shape[1] in (1, 3)
         return None                                                            # pixels carry no checksum: any are as good
 
+    def pickled():
+        try:
+            pixels, labels = images.read_cifar_pickle((folder / "data_batch_1").read_bytes())
+        except ValueError as error:                        # as documented; where it is used it becomes the sentence
+            raise UserError(str(error)) from None
+        assert pixels.dtype == np.uint8 and labels.shape == pixels.shape[:1] and not (folder / "ran").exists()
+        return None
+
     def page():
         report.write_page(ae)
         return None
@@ -171,6 +184,14 @@ def kinds(folder):
         model, checkpoint = evaluation.load_run(run)
         return model.state_dict(), checkpoint["settings"], checkpoint["optimizers"]
 
+    class Evil:
+        def __reduce__(self):
+            return (open, (str(folder / "ran"), "w"))
+
+    def batch(data):
+        return pickle.dumps({b"data": data, b"labels": [1] * 20, b"filenames": [b"a.png"] * 20}, protocol=2)
+    (folder / "data_batch_1").write_bytes(batch(np.random.default_rng(0).integers(0, 256, (20, 3072)).astype(np.uint8)))
+
     return {"checkpoint": (ae / "checkpoint.pt", lambda: state(ae), [b"", b"PK\x03\x04", b"\x80\x02}q\x00."]),
             "tokenizer": (tokenizer, lambda: check_tokenizer(tokenizer), [b"", b"{}", b"[]", b"null", b'{"merges": [[9, 9]]}', b"[" * 100_000]),
             "cache tokens": (cache / "tokens.bin", lambda: texts(str(folder / "texts"), folder / "caches"), [b""]),
@@ -178,6 +199,7 @@ def kinds(folder):
             "archive": (archive, archive_texts, [b"", b"\x1f\x8b"]),
             "npy": (folder / "a.npy", pixels, [b"", npy_header("(99999999999999, 9, 9)"), npy_header("(-1, 9, 9)"), npy_header("(2, 9"),
                                                npy_header("(40, 9, 9)", "|O")]),
+            "pickle": (folder / "data_batch_1", pickled, [b"", batch(Evil()), batch(np.array([Evil()], object)), batch([1])]),
             "config": (ae / "config.json", page, [b"", b"{}", b"[]", b'{"settings": 3}', b"[" * 100_000, b"\xff\xfe"])}
 
 
@@ -207,13 +229,15 @@ class TooLong(Exception):
     pass
 
 
-def damage(folder, count, draw):
-    """-> Counter of (kind, outcome)."""
+def damage(folder, count, draw, only=None):
+    """-> Counter of (kind, outcome). only: the kinds, if not all."""
     def alarm(*_):
         raise TooLong("more than 20 seconds")
     signal.signal(signal.SIGALRM, alarm)
     outcomes = Counter()
-    for kind, (path, read, crafted) in kinds(folder).items():
+    for kind, (path, read, crafted) in readers(folder).items():
+        if only and kind not in only:
+            continue
         good, expected = path.read_bytes(), read()
         for n in range(count):
             path.write_bytes(crafted[n] if n < len(crafted) else damaged(good, draw))
@@ -242,14 +266,36 @@ def damage(folder, count, draw):
 
 # ---------------------------------------------------------------- planted defects
 
-def plant(defect):
-    if defect == "skip-checksum":                      # a cache is trusted as it lies
-        datasets.hash_of = lambda path, algorithm="sha256": json.loads(bytes(np.load(Path(path).with_name("index.npz"))["meta"]))["sha256"] \
-            if Path(path).name == "tokens.bin" else files.hash_of(path, algorithm)
+def plant(defect, patch=setattr):
+    """Make minissl wrong in one place."""
+    if defect == "trust-cache":                        # read as it lies, whatever its checksum
+        patch(datasets, "hash_of", lambda path, algorithm="sha256": json.loads(bytes(np.load(Path(path).with_name("index.npz"))["meta"]))[
+            "sha256"] if Path(path).name == "tokens.bin" else files.hash_of(path, algorithm))
+    elif defect == "trust-checkpoint":                 # as torch.load does
+        patch(files.zipfile.ZipFile, "testzip", lambda archive: None)
     elif defect == "no-sentence":                      # whatever torch says of a damaged file comes through
-        files.UserError = ValueError
+        patch(files, "UserError", ValueError)
+    elif defect == "trust-pickle":                     # anything may be called
+        patch(images, "read_cifar_pickle", lambda data: itemgetter(b"data", b"labels")(pickle.loads(data, encoding="bytes")))
+    elif defect == "torn-save":                        # in place, half and half
+        def write(path, data):
+            data = bytes(data)
+            with open(path, "wb") as file:
+                file.write(data[:len(data) // 2])
+                file.flush()
+                time.sleep(0.02)
+                file.write(data[len(data) // 2:])
+        patch(training, "write_atomically", write)
+    elif defect == "forget-optimizer":                 # weights and step alone go on
+        patch(torch.optim.Optimizer, "load_state_dict", lambda self, state: None)
+    elif defect == "running-stream":                   # draws follow one another instead of the step
+        stream = torch.Generator().manual_seed(0)
+        patch(training, "generator", lambda seed, purpose, step: stream)
     elif defect:
-        raise SystemExit(f"--plant {defect}: skip-checksum or no-sentence")
+        raise SystemExit(f"--plant {defect}: {', '.join(DEFECTS)}")
+
+
+DEFECTS = "trust-cache trust-checkpoint no-sentence trust-pickle torn-save forget-optimizer running-stream".split()
 
 
 def main(o):
@@ -258,7 +304,8 @@ def main(o):
     draw, outcomes = random.Random(o.seed), Counter()
     folder = Path(tempfile.mkdtemp(prefix="soak "))
     write_texts(folder / "texts")
-    outcomes += kills(folder, o.kills, draw)
+    begin = time.time()
+    outcomes += kills(folder, o.kills, draw, o.plant)
     plant(o.plant)
     outcomes += damage(folder, o.damage, draw)
     names = ["kills", "equal", "refused", "harmless", "wrong"]
@@ -266,7 +313,7 @@ def main(o):
     for row in dict.fromkeys(row for row, _ in outcomes):
         print(f"{row:<22}" + "".join(f"{outcomes[row, name] or '':>10}" for name in names))
     wrong = sum(n for (_, name), n in outcomes.items() if name == "wrong")
-    print(f"wrong: {wrong}")
+    print(f"wrong: {wrong}; {time.time() - begin:,.0f} s")
     return 1 if wrong else 0
 
 
@@ -275,5 +322,5 @@ if __name__ == "__main__":
     parser.add_argument("--kills", type=int, default=30)
     parser.add_argument("--damage", type=int, default=2000)
     parser.add_argument("--seed", type=int, default=random.randrange(10**6))
-    parser.add_argument("--plant", default="", help="skip-checksum or no-sentence")
+    parser.add_argument("--plant", default="", help=" or ".join(DEFECTS))
     sys.exit(main(parser.parse_args()))

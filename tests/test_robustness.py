@@ -1,0 +1,137 @@
+"""Nothing is lost: what becomes of a run when the machine it runs on fails it. tests/soak.py asks the same at random."""
+
+import importlib
+import os
+import random
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import soak
+import torch
+
+from minissl import datasets, files, training
+
+SCRIPTS = ["train_mlm", "train_ae", "train_contrastive"]
+
+
+@pytest.fixture
+def command(corpus, tmp_path):
+    """command(script) -> (its module, the flags of a run of 12 steps that saves after each)"""
+    def of(script):
+        flags = ["--run", tmp_path / "run", "--steps", 12, "--save-every", 0, *"--device cpu --precision float32 --evaluate-every 6".split()]
+        if script == "train_mlm":
+            flags += ["--data", corpus, "--data-dir", tmp_path / "data", *("--embedding-steps 4 --batch-size 8 --window 32 --width 32 --heads 2 "
+                                                                       "--layers 1 --vocabulary-size 400 --pairs 100").split()]
+        else:
+            flags += "--limit 64 --batch-size 16 --width 8".split()
+        return importlib.import_module(script), flags
+    return of
+
+
+def full(descriptor):
+    raise OSError(28, "No space left on device")
+
+
+FAULTS = {"the disk is full": (1, "No space left on device"), "the folder is deleted": (1, "No such file or directory"),
+          "a loss is not finite": (2, "the loss is {'"), "the weights are not finite": (2, "the weights are not finite at step 7")}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_fault_in_the_seventh_step_is_one_sentence_and_costs_no_step_that_was_saved(script, fault, command, run_script, tmp_path, monkeypatch):
+    module, flags = command(script)
+    save, log, run = training.Run.save, training.Run.log, tmp_path / "run"
+
+    def faulty_save(self, step, model, optimizers, **more):
+        if step == 7 and fault == "the disk is full":
+            monkeypatch.setattr(os, "fsync", full)
+        if step == 7 and fault == "the folder is deleted":
+            shutil.rmtree(self.folder)
+        if step == 7 and fault == "the weights are not finite":
+            next(model.parameters()).data.fill_(float("inf"))
+        if step == 7 and fault == "a loss is not finite":
+            self.losses = [total * float("nan") for total in self.losses]
+            log(self, step, dict(loss=None), 1.0, {})
+        save(self, step, model, optimizers, **more)
+
+    monkeypatch.setattr(training.Run, "save", faulty_save)
+    code, printed = run_script(module, *flags)
+    assert (code, printed.count("Traceback")) == (FAULTS[fault][0], 0) and FAULTS[fault][1] in printed.splitlines()[-1], printed
+    monkeypatch.undo()
+    if fault == "the folder is deleted":
+        return
+    assert not list(run.glob("*.tmp")) and files.load_checkpoint(run)["step"] == 6
+    monkeypatch.setattr(sys, "argv", ["x"])
+    code, printed = run_script(module, "--run", run, "--resume")
+    assert code == 0 and "done:" in printed, printed
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_place_where_nothing_can_be_written_is_one_sentence(script, command, run_script, tmp_path):
+    module, flags = command(script)
+    (tmp_path / "file").write_text("not a folder", encoding="utf-8")
+    code, printed = run_script(module, *flags, "--run", tmp_path / "file" / "run")
+    assert code == 1 and "Not a directory" in printed.splitlines()[-1] and "Traceback" not in printed
+    if os.geteuid():                                                   # to root everything is writable
+        (tmp_path / "locked").mkdir(mode=0o555)
+        code, printed = run_script(module, *flags, "--run", tmp_path / "locked" / "run")
+        assert code == 1 and "Permission denied" in printed.splitlines()[-1] and not list((tmp_path / "locked").iterdir())
+
+
+KILLER = """
+import os, runpy, signal, sys
+from minissl import files
+write, moment, count = files.os.replace, sys.argv[1], [0]
+def replace(temporary, path):
+    count[0] += str(path).endswith("checkpoint.pt")
+    if count[0] == 5:
+        if moment == "half written":
+            os.truncate(temporary, os.path.getsize(temporary) // 2)
+        if moment == "renamed":
+            write(temporary, path)
+        os.kill(os.getpid(), signal.SIGKILL)
+    write(temporary, path)
+files.os.replace = replace
+sys.argv = sys.argv[2:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("script, moment", [("train_mlm", "half written"), ("train_ae", "written"), ("train_contrastive", "renamed")])
+def test_a_run_that_is_killed_while_it_saves_goes_on_to_the_same_bytes(script, moment, command, run_script, tmp_path):
+    module, flags = command(script)
+    assert run_script(module, *flags, "--run", tmp_path / "whole")[0] == 0
+    killed = subprocess.run([sys.executable, "-c", KILLER, moment, module.__file__, *map(str, flags)], capture_output=True,
+                            cwd=Path(module.__file__).parent)
+    assert killed.returncode == -9, killed.stderr.decode()
+    assert files.load_checkpoint(tmp_path / "run")["step"] == (5 if moment == "renamed" else 4)
+    code, printed = run_script(module, "--run", tmp_path / "run", "--resume")
+    assert code == 0 and soak.same_run(tmp_path / "run", tmp_path / "whole"), printed
+
+
+# ---------------------------------------------------------------- a small part of the soak program
+
+@pytest.fixture
+def damaged(command, run_script, tmp_path):
+    """damaged() -> what a few dozen damaged files of each kind came to"""
+    for script in ("train_mlm", "train_ae"):
+        module, flags = command(script)
+        assert run_script(module, *flags, "--run", tmp_path / (script + ".py") / "whole")[0] == 0
+    soak.write_texts(tmp_path / "texts")
+    return lambda count, kinds=None: soak.damage(tmp_path, count, random.Random(0), kinds)
+
+
+def test_damaged_files_are_refused_or_harmless(damaged):
+    outcomes = damaged(20)
+    assert len({kind for kind, _ in outcomes}) == 8 and not any(outcome == "wrong" for _, outcome in outcomes), outcomes
+    assert sum(outcomes.values()) == 160 and sum(n for (_, outcome), n in outcomes.items() if outcome == "refused") > 50
+
+
+def test_the_soak_program_finds_a_planted_defect(damaged, monkeypatch):
+    soak.plant("trust-cache", monkeypatch.setattr)
+    soak.plant("trust-checkpoint", monkeypatch.setattr)
+    outcomes = damaged(20, ["checkpoint", "cache tokens"])
+    assert outcomes["checkpoint", "wrong"] and outcomes["cache tokens", "wrong"], outcomes
