@@ -16,7 +16,7 @@ from typing import Literal
 import torch
 
 from minissl import UserError, autoencoder, evaluation, report
-from minissl.datasets import HELD_OUT, TRAIN
+from minissl.datasets import HELD_OUT, TRAIN, fingerprint
 from minissl.images import load_images, mean_and_deviation
 from minissl.processes import RANK, average_gradients, first_alone, gather, share, share_batch_norm
 from minissl.training import (Batches, Muon, Run, at_least, autocast, choose_machine, count_flops, generator, rate_at,
@@ -76,7 +76,7 @@ class Look:
     def __call__(self, model, cast):
         with cast:
             rebuilt, z = model(self.given)
-            start, end = z[:8].float(), z[8:16].float()
+            start, end = z[:8].float(), z.roll(1, 0)[:8].float()
             walks = [model.decode(start.lerp(end, step / 7)) for step in range(8)]               # 8 × (8, C, H, W)
         rows = [self.images[:12], self.given[:12], rebuilt[:12]]
         report.write_png(self.folder / "reconstructions.png", report.grid(
@@ -115,7 +115,7 @@ def main():
     optimizers = [Muon([p for p in trained if p.ndim > 1], settings.learning_rate, weight_decay=0.02, precision=precision),
                   torch.optim.AdamW([dict(params=[p for p in trained if p.ndim == 1], times=0.1)], weight_decay=0,
                                     fused=device.type != "mps")]
-    first = run.begin(share_batch_norm(model), optimizers, f"{len(pool):,} images of {H} × {W} × {C}")
+    first = run.begin(share_batch_norm(model), optimizers, f"{len(pool):,} images of {H} × {W} × {C}, checksum {fingerprint(data)}")
     look = Look(data, run.folder, corrupt, device)
     chance = float((look.images - look.images.mean(0)).square().mean())   # the error of the mean image
     flops = count_flops(model, lambda: model(torch.zeros(1, C, H, W, device=device)))   # of an image, forward

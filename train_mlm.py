@@ -19,7 +19,7 @@ from typing import Literal
 import torch
 
 from minissl import UserError, evaluation, transformer
-from minissl.datasets import SAMPLE_TEXTS, TRAIN, Documents, Windows, frequent_pairs, load_texts
+from minissl.datasets import SAMPLE_TEXTS, TRAIN, Documents, Windows, fingerprint, frequent_pairs, load_texts
 from minissl.processes import RANK, WORLD, average_gradients, first_alone, sum_over
 from minissl.tokenizer import MASK
 from minissl.training import (Muon, Run, at_least, autocast, choose_machine, generator, rate_at, read_settings,
@@ -151,7 +151,8 @@ def main():
                                             model.token_bias], times=0.15)],
                               betas=(0.9, 0.99), weight_decay=0, fused=device.type != "mps")
     optimizers = [adamw] + ([Muon(matrices, settings.learning_rate, precision=precision)] if matrices else [])
-    first = run.begin(model, optimizers, f"{len(pool):,} texts of {pool.lengths.sum():,} tokens, {len(model.pairs):,} pairs")
+    first = run.begin(model, optimizers, f"{len(pool):,} texts of {pool.lengths.sum():,} tokens, {len(model.pairs):,} pairs, "
+                      f"checksum {fingerprint(texts)}")
     if settings.compile:
         model.compile()
     blocks = sum(p.numel() for p in matrices)

@@ -23,6 +23,7 @@ import hashlib
 import importlib.util
 import itertools
 import json
+import mmap
 import os
 import re
 import shutil
@@ -30,6 +31,7 @@ import sys
 import sysconfig
 import tempfile
 import warnings
+import zlib
 from array import array
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field, replace
@@ -59,6 +61,14 @@ def evenly(n, most):
     ([0, 3, 6, 9], [0, 1])
     """
     return np.linspace(0, n - 1, min(most, n)).astype(int)
+
+
+def fingerprint(data, most=1000):
+    """Eight hex digits from up to so many of the examples, evenly spaced: of other data they are others."""
+    checksum = 0
+    for i in evenly(len(data), most):
+        checksum = zlib.crc32(np.ascontiguousarray(data[int(i)]), checksum)
+    return f"{checksum:08x}"
 
 
 @dataclass
@@ -94,8 +104,7 @@ class Texts:
         lengths = self.lengths[which] if lengths is None else lengths
         where = np.arange(lengths.max())
         index = (self.starts[which] + offsets)[:, None] + np.minimum(where, lengths[:, None] - 1)
-        tokens = np.where(where < lengths[:, None], self.tokens[index], PAD).astype(np.int64)
-        return tokens, lengths
+        return np.where(where < lengths[:, None], self._read(index), PAD).astype(np.int64), lengths
 
     def flat(self, which):
         """The texts `which` one behind the other, a PAD after each: tokens (n,) int64 and owner (n,), the row in `which`."""
@@ -104,9 +113,17 @@ class Texts:
         last = np.cumsum(size) - 1
         index = self.starts[which][owner] + np.arange(size.sum()) - np.repeat(last + 1 - size, size)
         index[last] -= 1                                                        # it may lie beyond the last text
-        tokens = self.tokens[index].astype(np.int64)
+        tokens = self._read(index).astype(np.int64)
         tokens[last] = PAD
         return tokens, owner
+
+    def _read(self, index):
+        """The tokens at `index`. Pages of a mapped file that were read count as this process's memory until others need
+        it; given back at once, a corpus of any size costs none."""
+        tokens, mapped = self.tokens[index], getattr(self.tokens, "_mmap", None)
+        if hasattr(mapped, "madvise"):
+            mapped.madvise(mmap.MADV_DONTNEED)
+        return np.asarray(tokens)
 
     def slices(self, size):
         """All indices in slices of about `size`, for what is done piece by piece."""
@@ -306,17 +323,25 @@ class Windows:
 
 def frequent_pairs(texts, vocabulary_size, most):
     """The pairs of neighbouring tokens seen most often (and 20 times), sorted: (N,) int64, left · V + right."""
-    texts, kinds, counts = texts.spaced(SAMPLE_TEXTS), [], []
-    for which in texts.slices(4096):
+    texts, found = texts.spaced(SAMPLE_TEXTS), [np.zeros(0, np.int64)]
+    for which in texts.slices(4096):                 # a pair and its count in one number, so that one sort brings like to like
         tokens, _ = texts.flat(which)
         both = (tokens[:-1] != PAD) & (tokens[1:] != PAD)
-        found = np.unique(tokens[:-1][both] * vocabulary_size + tokens[1:][both], return_counts=True)
-        kinds.append(found[0])
-        counts.append(found[1])
-    kinds, number = np.unique(np.concatenate(kinds), return_inverse=True)
-    counts = np.bincount(number, np.concatenate(counts), len(kinds))
+        kinds, counts = np.unique(tokens[:-1][both] * vocabulary_size + tokens[1:][both], return_counts=True)
+        found.append(kinds << 24 | counts)
+        if sum(map(len, found[1:])) > len(found[0]) + 2**20:
+            found = [_together(found)]
+    found = _together(found)
+    kinds, counts = found >> 24, found & 2**24 - 1
     best = np.argsort(-counts, kind="stable")[:most]
     return torch.from_numpy(np.sort(kinds[best[counts[best] >= 20]]))
+
+
+def _together(found):
+    """Arrays of pair · 2²⁴ + count -> one, sorted, in which each pair stands once."""
+    found = np.sort(np.concatenate(found))
+    first = np.flatnonzero(np.diff(found >> 24, prepend=-1))
+    return (found[first] & -2**24) + np.add.reduceat(found & 2**24 - 1, first) if len(found) else found
 
 
 # ---------------------------------------------------------------- pydocs: the docstrings of the running Python

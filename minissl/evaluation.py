@@ -227,7 +227,7 @@ class Neighbours:
     def __call__(self, encode, cast, folder):
         known, asked = (image_features(encode, part, cast, self.device) for part in (self.known, self.asked))
         near, far = (F.normalize(part - known.mean(0), dim=1) for part in (asked, known))
-        nearest = (near[:10] @ far.T).topk(8).indices                                                       # (10, 8)
+        nearest = (near[:10] @ far.T).topk(min(8, len(far))).indices                                        # (10, 8)
         report.write_png(folder / "neighbours.png", report.grid([
             torch.cat([image[None], self.known[row]]) for image, row in zip(self.asked[:10], nearest)]))
         points = near @ torch.linalg.svd(near, full_matrices=False)[2][:2].T                                # (Q, 2)

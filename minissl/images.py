@@ -64,7 +64,7 @@ class Images:
 
 def load_images(data, data_dir="data", limit=0, keep_all=False):
     """Images by name ("shapes", "cifar10") or from NAME.npy; limit keeps this many of each split (0: all);
-    keep_all, also images of NAME.npy that occur twice, so that a row of features is a row of the array.
+    keep_all, also images of NAME.npy that occur twice, however few, so that a row of features is a row of the array.
 
     Raises UserError with one sentence for anything the user can mend.
     """
@@ -287,8 +287,8 @@ def own_images(path, keep_all=False):
         raise UserError(f"{found}; {wanted}")
     if min(array.shape[1:3]) < SMALLEST:
         raise UserError(f"{found}: an image must be at least {SMALLEST} pixels high and wide; enlarge them")
-    if len(array) < 10:
-        raise UserError(f"{found}: {len(array)} images are too few to learn from; give at least 10")
+    if len(array) < (1 if keep_all else 20):
+        raise UserError(f"{found}: {len(array)} images are too few" + " to learn from; give at least 20" * (not keep_all))
     labels, label_path, classes = np.full(len(array), -1), path.with_name(path.stem + ".labels.npy"), []
     if label_path.exists():
         given = _load_array(label_path)
@@ -300,6 +300,8 @@ def own_images(path, keep_all=False):
         labels = np.where(given >= 0, np.searchsorted(values, given), -1).astype(np.int64)
     split, hashes = split_blocks(labels), np.array([hash(image.tobytes()) for image in array])
     keep = without_twins(hashes, split, labels) | keep_all
+    if not keep_all and (split[keep] == HELD_OUT).sum() < 2:
+        raise UserError(f"{found}: no two images are left to be held out; give at least 20 that differ, 10 of each class")
     pixels = torch.from_numpy(array).view(*array.shape[:3], -1).permute(0, 3, 1, 2)
     notes = [f"{(~keep).sum():,} images dropped that stand elsewhere in the data, too"] * (not keep.all())
     return Images(pixels, torch.arange(len(array)), labels, split, classes, notes).select(keep)

@@ -4,6 +4,7 @@ import gzip
 import hashlib
 import io
 import tarfile
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -75,6 +76,26 @@ def test_a_line_of_megabytes_is_read_in_pieces_without_losing_a_character(tmp_pa
     (tmp_path / "long.txt").write_text(text, encoding="utf-8")
     pieces = list(datasets.read_texts(tmp_path / "long.txt"))
     assert "".join(pieces) == text and len(pieces) > 3 and max(map(len, pieces)) <= 2 * datasets.TEXT_BYTES
+
+
+def test_the_lines_of_a_very_large_file_are_read_together(tmp_path, monkeypatch):
+    (tmp_path / "l.txt").write_text("".join(f"line {n}\n" for n in range(100)), encoding="utf-8")
+    pieces = list(datasets.read_texts(tmp_path / "l.txt", least=50))
+    assert "".join(pieces) == (tmp_path / "l.txt").read_text(encoding="utf-8") and all(50 <= len(p) < 60 for p in pieces[:-1])
+    assert len(load_texts(str(tmp_path / "l.txt"), tmp_path / "data", 300)) == 100
+    monkeypatch.setattr(datasets, "SAMPLE_BYTES", 200)
+    texts = load_texts(str(tmp_path / "l.txt"), tmp_path / "data", 300)
+    assert len(texts) == 1 and strings(texts)[0].startswith("line 0 line 1 ")
+
+
+def test_pairs_are_counted_as_a_loop_does_however_often_they_are_put_together(corpus, tmp_path, monkeypatch):
+    texts = load_texts(str(corpus), tmp_path, 300)
+    counts = Counter(pair for i in range(len(texts)) for pair in zip(texts[i].tolist(), texts[i].tolist()[1:]))
+    wanted = sorted(a * 300 + b for (a, b), n in counts.items() if n >= 20)
+    monkeypatch.setattr(datasets.Texts, "slices", lambda self, size: np.array_split(np.arange(len(self)), 7))
+    assert datasets.frequent_pairs(texts, 300, 10**6).tolist() == wanted
+    found = [np.sort(np.random.default_rng(n).integers(0, 99, 50) << 24 | 1) for n in range(3)]
+    assert datasets._together(found).tolist() == [pair << 24 | n for pair, n in sorted(Counter(int(x) >> 24 for part in found for x in part).items())]
 
 
 @pytest.mark.parametrize("name, content, sentence", [

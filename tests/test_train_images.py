@@ -68,6 +68,15 @@ def test_same_seed_same_bytes_and_a_stopped_run_goes_on_as_if_it_had_not(name, r
     assert not equal(states(tmp_path / "other"), states(runs / name))
 
 
+def test_a_run_does_not_go_on_with_other_images_of_the_same_number_and_size(run_script, tmp_path):
+    flags = ["--data", tmp_path / "a.npy", "--run", tmp_path / "run", *TINY]
+    np.save(tmp_path / "a.npy", np.random.default_rng(0).integers(0, 256, (20, 16, 16), np.uint8))           # of two held out, pictures, too
+    assert run_script(train_ae, *flags, "--steps", 1)[0] == 0
+    np.save(tmp_path / "a.npy", np.random.default_rng(1).integers(0, 256, (20, 16, 16), np.uint8))
+    code, printed = run_script(train_ae, *flags, "--resume", "--steps", 2)
+    assert code == 2 and "the same data" in printed, printed
+
+
 @pytest.mark.parametrize("name", ["simclr", "ae"])
 def test_evaluation_does_not_change_training(name, runs, run_script, tmp_path):
     script, flags = SCRIPTS[name]
@@ -152,6 +161,9 @@ def test_predictions_and_features_of_new_images(runs, run_script, tmp_path, monk
     features = np.load(tmp_path / "out.npy")
     assert code == 0 and features.shape == (120, 64)
     np.testing.assert_allclose(evaluation.load_encoder(runs / "ae")(array[:7]), features[:7], atol=1e-4)
+    np.save(tmp_path / "one.npy", array[:1])
+    code, one = run_script(finetune, runs / "ae", "--predict", tmp_path / "one.npy")
+    assert code == 0 and "\t".join(lines[0][:1]) in one and one.count("\t") == 2
     np.save(tmp_path / "grey.npy", array[..., 0])
     code, printed = run_script(finetune, runs / "ae", "--features", tmp_path / "out.npy", "--data", tmp_path / "grey.npy")
     assert code == 2 and "images of 32 × 32 × 1; the run learned from 32 × 32 × 3" in printed
