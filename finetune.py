@@ -133,7 +133,7 @@ def write_results(settings, checkpoint, name, results, chance, classifier, class
         for method, (accuracies, seconds) in found.items():
             writer.writerows([row, method, n, round(a, 2), round(s, 1), name] for n, (a, s) in enumerate(zip(accuracies, seconds)))
     folder, state = Path(settings.run), io.BytesIO()
-    write_atomically(folder / "finetune.csv", text.getvalue().encode())
+    write_atomically(folder / "finetune.csv", text.getvalue().encode("utf-8", "replace"))
     torch.save(dict(format=CLASSIFIER_FORMAT, step=checkpoint["step"], classes=classes, model=classifier.state_dict()), state)
     write_atomically(folder / "classifier.pt", state.getbuffer())
     print(f"\ntest accuracy in %, mean ± standard deviation over draws (chance {chance:.1f}); in brackets seconds a draw")

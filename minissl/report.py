@@ -138,41 +138,59 @@ def label_table(path):
 
 
 def write_page(folder):
-    """Write folder/report.html from what lies in the folder."""
-    folder = Path(folder)
-    try:
-        found = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        config = {name: str(found[name]) for name in ("command", "started", "python", "torch")} | dict(settings=dict(found["settings"]))
-    except (OSError, ValueError, TypeError, KeyError, RecursionError):        # damaged: it says nothing that is needed
-        config = dict(command="config.json cannot be read", started="?", python="?", torch="?", settings={})
-    body = [f"<h1>{html.escape(folder.name)}</h1><p><code>{html.escape(config['command'])}</code><br>"
-            f"started {config['started']}, Python {config['python']}, torch {config['torch']}</p>"]
-    if (folder / "finetune.csv").exists():
-        head, *lines = label_table(folder / "finetune.csv")
-        cells = "".join("<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in line) + "</tr>" for line in lines)
-        body.append("<h2>What it is worth</h2><p>Test accuracy in %, mean ± standard deviation over draws of labels.</p>"
-                    '<div class="wide"><table><tr>' + "".join(f"<th>{html.escape(c)}</th>" for c in head)
-                    + f"</tr>{cells}</table></div>")
-    if (folder / "sentences.json").exists():
-        sentences = json.loads((folder / "sentences.json").read_text(encoding="utf-8"))
-        body.append("<h2>Filling in held-out text</h2><p>Of the tokens that were to be guessed, the model's guess; where it "
-                    "differs, what stood there is struck through.</p>" + "".join(filled_in(*s) for s in sentences))
-    for name, caption in PICTURES.items():
-        if (folder / name).exists():
-            data = base64.b64encode((folder / name).read_bytes()).decode()
-            body.append(f'<h2>{html.escape(name[:-4].capitalize())}</h2><p>{html.escape(caption)}</p><div class="wide">'
-                        f'<img alt="{html.escape(name)}" src="data:image/png;base64,{data}"></div>')
-    with open(folder / "metrics.csv", encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file))
-    body.append('<h2>Learning</h2><div class="curves">')
-    for name in rows[0]:
-        points = [(int(row["step"]), float(row[name])) for row in rows if row[name] not in ("", None)]
-        if name not in ("step", "seconds") and len(points) > 1:
-            body.append(f"<figure>{curve(*zip(*points))}<figcaption><b>{html.escape(name.replace('_', ' '))}</b> "
-                        f"now {short(points[-1][1])}</figcaption></figure>")
-    body.append("</div><h2>Settings</h2><p>" + " ".join(f"<code>{html.escape(f'{k}={v}')}</code>"
-                                                          for k, v in config["settings"].items()) + "</p>")
+    """Write folder/report.html from what lies in the folder. A file that is damaged is said to be, on the page."""
+    folder, body = Path(folder), [f"<h1>{html.escape(Path(folder).name)}</h1>"]
+    for name, part in [("config.json", origin), ("finetune.csv", worth), ("sentences.json", sentences),
+                       *((name, picture) for name in PICTURES), ("metrics.csv", curves), ("config.json", settings)]:
+        try:
+            body.append(part(folder / name) if (folder / name).exists() else "")
+        except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError, csv.Error):
+            body.append(f"<p>{name} cannot be read.</p>")
     page = ('<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width, '
             f'initial-scale=1"><title>{html.escape(folder.name)}</title><style>{STYLE}</style>'
             f'<body>{"".join(body)}</body></html>\n')
-    (folder / "report.html").write_text(page, encoding="utf-8")
+    write_atomically(folder / "report.html", page.encode("utf-8", "replace"))
+
+
+def origin(path):
+    """config.json -> who made the run, with what."""
+    found = json.loads(path.read_text(encoding="utf-8"))
+    return "<p><code>{}</code><br>started {}, Python {}, torch {}</p>".format(
+        *(html.escape(str(found[name])) for name in ("command", "started", "python", "torch")))
+
+
+def settings(path):
+    found = json.loads(path.read_text(encoding="utf-8"))["settings"]
+    return "<h2>Settings</h2><p>" + " ".join(f"<code>{html.escape(f'{k}={v}')}</code>" for k, v in found.items()) + "</p>"
+
+
+def worth(path):
+    """finetune.csv -> the table."""
+    head, *lines = label_table(path)
+    cells = "".join("<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in line) + "</tr>" for line in lines)
+    return ("<h2>What it is worth</h2><p>Test accuracy in %, mean ± standard deviation over draws of labels.</p>"
+            f'<div class="wide"><table><tr>{"".join(f"<th>{html.escape(c)}</th>" for c in head)}</tr>{cells}</table></div>')
+
+
+def sentences(path):
+    found = json.loads(path.read_text(encoding="utf-8"))
+    return ("<h2>Filling in held-out text</h2><p>Of the tokens that were to be guessed, the model's guess; where it differs, "
+            "what stood there is struck through.</p>" + "".join(filled_in(*s) for s in found))
+
+
+def picture(path):
+    data = base64.b64encode(path.read_bytes()).decode()
+    return (f'<h2>{html.escape(path.stem.capitalize())}</h2><p>{html.escape(PICTURES[path.name])}</p><div class="wide">'
+            f'<img alt="{html.escape(path.name)}" src="data:image/png;base64,{data}"></div>')
+
+
+def curves(path):
+    """metrics.csv -> a curve for each of its columns."""
+    with open(path, encoding="utf-8", newline="") as file:
+        rows, figures = list(csv.DictReader(file)), []
+    for name in rows[0]:
+        points = [(int(row["step"]), float(row[name])) for row in rows if row[name] not in ("", None)]
+        if name not in ("step", "seconds") and len(points) > 1:
+            figures.append(f"<figure>{curve(*zip(*points))}<figcaption><b>{html.escape(name.replace('_', ' '))}</b> "
+                           f"now {short(points[-1][1])}</figcaption></figure>")
+    return f'<h2>Learning</h2><div class="curves">{"".join(figures)}</div>'

@@ -200,7 +200,10 @@ def readers(folder):
             "npy": (folder / "a.npy", pixels, [b"", npy_header("(99999999999999, 9, 9)"), npy_header("(-1, 9, 9)"), npy_header("(2, 9"),
                                                npy_header("(40, 9, 9)", "|O")]),
             "pickle": (folder / "data_batch_1", pickled, [b"", batch(Evil()), batch(np.array([Evil()], object)), batch([1])]),
-            "config": (ae / "config.json", page, [b"", b"{}", b"[]", b'{"settings": 3}', b"[" * 100_000, b"\xff\xfe"])}
+            "config": (ae / "config.json", page, [b"", b"{}", b"[]", b'{"settings": 3}', b"[" * 100_000, b"\xff\xfe", b'{"command": "\\ud800", "started": 1, '
+                                          b'"python": 2, "torch": 3, "settings": {"data": "\\ud800"}}']),
+            "log": (ae / "metrics.csv", page, [b"", b"step\n", b"step,seconds\n1,nan\n2,inf\n", b"step,a\n1,1e400\n2,-1e400\n"]),
+            "sentences": (mlm / "sentences.json", lambda: report.write_page(mlm), [b"", b"{}", b"[]", b"[[1, 2, 3]]", b'[["a", [1], [2]]]'])}
 
 
 def check_tokenizer(path):

@@ -126,8 +126,8 @@ def damaged(command, run_script, tmp_path):
 
 def test_damaged_files_are_refused_or_harmless(damaged):
     outcomes = damaged(20)
-    assert len({kind for kind, _ in outcomes}) == 8 and not any(outcome == "wrong" for _, outcome in outcomes), outcomes
-    assert sum(outcomes.values()) == 160 and sum(n for (_, outcome), n in outcomes.items() if outcome == "refused") > 50
+    assert len({kind for kind, _ in outcomes}) == 10 and not any(outcome == "wrong" for _, outcome in outcomes), outcomes
+    assert sum(outcomes.values()) == 200 and sum(n for (_, outcome), n in outcomes.items() if outcome == "refused") > 50
 
 
 def test_the_soak_program_finds_a_planted_defect(damaged, monkeypatch):
