@@ -33,6 +33,13 @@ def test_permuting_the_test_labels_changes_no_choice_and_no_weight(trained, run_
     def keep(settings, checkpoint, name, results, chance, classifier, classes):
         made.append({k: v.clone() for k, v in classifier.state_dict().items()})
     monkeypatch.setattr(finetune, "write_results", keep)
+    choose, accuracy, seen = finetune.choose, evaluation.accuracy, []
+
+    def watched(*arguments):
+        with pytest.MonkeyPatch.context() as patch:                # what the choices rest on
+            patch.setattr(evaluation, "accuracy", lambda *a: seen.append(accuracy(*a)) or seen[-1])
+            return choose(*arguments)
+    monkeypatch.setattr(finetune, "choose", watched)
 
     def permuted(*arguments, **options):
         texts = load(*arguments, **options)
@@ -44,6 +51,7 @@ def test_permuting_the_test_labels_changes_no_choice_and_no_weight(trained, run_
         monkeypatch.setattr(finetune, "load_texts", loader)
         code, printed = run_script(finetune, trained, "--labels", 2, "--seeds", 1, "--data-dir", trained.parent / "data")
         assert code == 0, printed
+    assert len(seen) > 10 and seen[:len(seen) // 2] == seen[len(seen) // 2:]
     assert made[0].keys() == made[1].keys() and all(torch.equal(made[0][k], made[1][k]) for k in made[0])
 
 

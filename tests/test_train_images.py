@@ -1,6 +1,7 @@
 """The two image scripts and finetune.py on their runs, from the command line to the files."""
 
 import csv
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -123,6 +124,13 @@ def test_a_probe_moves_neither_parameters_nor_buffers_of_the_encoder(runs):
     still = columns["fine-tuned"].fit(which, (0.0, 0.5), 0)                        # rate 0 is the probe itself
     probe = columns["linear probe"]
     assert (columns["fine-tuned"].answers(still, task.test) == probe.answers(probe.fit(which, None, 0), task.test)).all()
+
+
+@pytest.mark.parametrize("batch", [1, 7, 60, 61, 100])
+def test_every_image_is_counted_whatever_the_batch(batch):
+    images = torch.randint(0, 256, (61, 1, 8, 8), dtype=torch.uint8)
+    features = evaluation.image_features(lambda x: x.flatten(1).float(), images, nullcontext(), batch=batch)
+    assert torch.equal(features, images.flatten(1).float())
 
 
 def test_permuting_the_test_labels_changes_no_choice_and_no_weight(runs, run_script, monkeypatch):

@@ -74,6 +74,14 @@ def test_muon_remembers_with_nesterov_momentum():
         parameter.grad = torch.eye(2)
         optimizer.step()
     assert optimizer.state[parameter]["momentum"].tolist() == [[1.75, 0], [0, 1.75]]
+    row = torch.nn.Parameter(torch.zeros(1, 2))                   # of a single row only the direction counts
+    optimizer = training.Muon([row], lr=1.0, momentum=0.5)
+    for gradient in ([1.0, 0.0], [0.0, 1.0]):
+        before = row.detach().clone()
+        row.grad = torch.tensor([gradient])
+        optimizer.step()
+    moved = before - row.detach()                                 # the gradient (0, 1) + half of the momentum (1/2, 1)
+    assert float(moved[0, 0] / moved[0, 1]) == pytest.approx(0.25 / 1.5, rel=1e-4)
 
 
 def test_a_write_that_fails_leaves_the_old_file_whole(tmp_path, monkeypatch):

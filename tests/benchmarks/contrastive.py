@@ -21,7 +21,6 @@ from pathlib import Path
 from statistics import median
 
 import torch
-import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from minissl import contrastive
@@ -62,15 +61,14 @@ class Pictures(torch.utils.data.Dataset):
 
 def convolution_rate(o, precision, seconds=2.0):
     """FLOP/s of the 128-channel convolution, forward and backward: the best."""
-    x = torch.randn(2 * o.batch, 2 * o.width, o.view // 4, o.view // 4).to(memory_format=torch.channels_last).requires_grad_()
-    w = torch.randn(2 * o.width, 2 * o.width, 3, 3).to(memory_format=torch.channels_last).requires_grad_()
-    best, end = 1e9, time.perf_counter() + seconds
-    with autocast(torch.device("cpu"), precision):
-        while time.perf_counter() < end:
-            start = time.perf_counter()
-            F.conv2d(x, w, padding=1).sum().backward()
-            best = min(best, time.perf_counter() - start)
-    return 3 * 2 * w.numel() * x[:, 0].numel() / best
+    x = torch.randn(2 * o.batch, 2 * o.width, o.view // 4, o.view // 4, dtype=precision).to(memory_format=torch.channels_last)
+    layer = contrastive.Convolution(2 * o.width, 2 * o.width).to(precision, memory_format=torch.channels_last)
+    gradient, best, end = torch.randn_like(layer(x.requires_grad_())), 1e9, time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        start = time.perf_counter()
+        layer(x).backward(gradient)
+        best = min(best, time.perf_counter() - start)
+    return 3 * 2 * layer.weight.numel() * x[:, 0].numel() / best
 
 
 def main(o):

@@ -1,0 +1,105 @@
+"""Would the tests notice? Plant one fault at a time in a copy of the code and run the test that should see it.
+
+    python tests/planted_faults.py                              all of them, a few minutes
+    python tests/planted_faults.py bias norm                    those whose name contains one of the words
+
+A fault is a place in a file, what stands there, and what a tired programmer could have written; beside it the test that
+must fail. Printed: each fault with the test that caught it, and the score. The exit code is 1 if one went unseen.
+"""
+
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+T, A, C, E, F, R, D, P = ("minissl/transformer.py", "minissl/autoencoder.py", "minissl/contrastive.py", "minissl/evaluation.py",
+                          "minissl/finetuning.py", "minissl/training.py", "minissl/datasets.py", "minissl/processes.py")
+
+FAULTS = [      # (what is wrong, file, what stands there, what is planted, tests/test_<file>.py::<test>)
+    ("the model sees the unmasked input", T, "hidden = torch.where(kind < 0.8, MASK, torch.where(kind < 0.9, random, targets))",
+     "hidden = targets", "transformer::copying_the_input_solves_the_textbook_trap"),
+    ("padding is masked and scored", T, "draw = draw.masked_fill(where >= lengths[:, None], 2)", "draw = draw",
+     "transformer::exactly_the_share_of_each_sequence_is_masked"),
+    ("a short text has nothing masked", T, ".floor().clamp(min=1)                  #", ".floor()                               #",
+     "transformer::exactly_the_share_of_each_sequence_is_masked"),
+    ("a random replacement can be [MASK] or [PAD]", T, "random = torch.randint(FIRST_ORDINARY, vocabulary_size",
+     "random = torch.randint(0, vocabulary_size", "transformer::of_the_masked_80_percent"),
+    ("the mean of the parts' means is taken for the mean", T, "/ (len(targets) if count is None else count)", "/ len(targets)",
+     "transformer::with_count_the_parts_of_a_step"),
+    ("attention without its scale", T, "score = q * (D // self.heads) ** -0.5 @", "score = q @", "transformer::bfloat16_attention_by_hand"),
+    ("padding is attended to", T, "visible = None if lengths is None else", "visible = None if True else", "transformer::padding_changes_nothing"),
+    ("a pair gives a masked token away", T, "found = torch.where(self.pairs[found] == pair, found, none) if none",
+     "found = found if none", "transformer::counts_of_words_and_pairs"),
+    ("the sign of R", A, "return error + beta * penalty", "return error - beta * penalty", "autoencoder::the_loss_is_the_formula"),
+    ("the squared error is summed over pixels", A, "(x - x_hat).square().mean((1, 2, 3))", "(x - x_hat).square().sum((1, 2, 3))",
+     "autoencoder::beta_means_the_same"),
+    ("the covariance keeps its diagonal", A, "- covariance.diagonal().square().sum()) /", ") /", "autoencoder::the_loss_is_the_formula"),
+    ("each image has the same patches hidden", A, "draw = torch.rand(B, h * w, generator=generator)",
+     "draw = torch.rand(1, h * w, generator=generator).expand(B, -1)", "autoencoder::exactly_the_share_of_patches"),
+    ("the temperature is missing", C, "s = z @ z.T / temperature", "s = z @ z.T", "contrastive::info_nce_is_the_formula"),
+    ("self-similarity has a gradient", C, 's.masked_fill(itself, float("-inf")).logsumexp(1)',
+     "(s.exp().sum(1) - math.exp(1 / temperature)).log()", "contrastive::info_nce_ignores_self_similarity"),
+    ("a view is its own positive", C, "another_view = ~torch.eye(V", "another_view = torch.eye(V", "contrastive::info_nce_is_the_formula"),
+    ("the log-sum-exp overflows", C, '.logsumexp(1).view(V, 1, B)', ".exp().sum(1).log().view(V, 1, B)", "contrastive::low_temperature_and_low_precision"),
+    ("BYOL's target takes gradient", C, "for t in (prediction, target.detach()))", "for t in (prediction, target))", "contrastive::byol_loss_is_the_distance"),
+    ("BYOL's target moves at the other rate", C, "old.lerp_(new, 1 - rate)", "old.lerp_(new, rate)", "contrastive::the_target_takes_no_gradient"),
+    ("the whole batch is cropped alike", C, "area = crop + (1 - crop) * numbers[:, 0]", "numbers = numbers[:1].expand(len(numbers), -1); area = crop + (1 - crop) * numbers[:, 0]",
+     "contrastive::each_image_has_its_own_draw"),
+    ("crops of the area, taken for crops of the side", C, "width, height = (area.sqrt() * ratio)", "width, height = (area * ratio)",
+     "contrastive::crop_and_flip_is_bilinear"),
+    ("images laid side by side touch", C, "x = F.pad(x, (0, stride - W % stride))", "x = F.pad(x, (stride - W % stride, 0))",
+     "contrastive::the_images_of_a_batch_laid_side_by_side"),
+    ("the schedule ends a step late", R, "(steps - step) / max(decay", "(steps - step + 1) / max(decay", "training::the_rate_climbs_rests_and_falls"),
+    ("a draw that forgets its step", R, 'f"{seed} {purpose} {step}"', 'f"{seed} {purpose}"', "training::draws_are_a_function"),
+    ("momentum without Nesterov", R, 'update = gradient.add(state["momentum"], alpha=group["momentum"])', 'update = state["momentum"].clone()',
+     "training::muon_remembers"),
+    ("losses before a save are forgotten", R, "self.counted, self.losses = counted + 0, [", "self.counted, self.losses = 0, [",
+     "train_mlm::a_stopped_and_resumed_run"),
+    ("a checkpoint's checksums are not read", "minissl/files.py", "if broken := archive.testzip():", "if broken := None:",
+     "training::a_flipped_bit"),
+    ("the last test batch is dropped", E, "for begin in range(0, len(images), batch):", "for begin in range(0, max(1, len(images) - batch + 1), batch):",
+     "train_images::every_image_is_counted"),
+    ("neighbours vote from the wrong side", E, "weight, index = similarity.topk(", "weight, index = (-similarity).topk(", "finetune::nearest_neighbours_vote"),
+    ("the penalty is on the bias, too", E, "strength * weights[:-1], error.sum(0, keepdim=True)])",
+     "strength * weights[:-1], error.sum(0, keepdim=True) + strength * weights[-1:]])", "finetune::logistic_regression_finds_the_minimum"),
+    ("the probe trains the encoder", F, "lambda images: model.eval().features(", "lambda images: model.train().features(",
+     "train_images::a_probe_moves_neither"),
+    ("choices are made on the test set", "finetune.py", "task.held_out) for seed, which in enumerate(draws)]\n        scores.append("
+     "np.mean([evaluation.accuracy(answers, task.labels[task.held_out])", "task.test) for seed, which in enumerate(draws)]\n        "
+     "scores.append(np.mean([evaluation.accuracy(answers, task.labels[task.test])", "finetune::permuting_the_test_labels"),
+    ("a test text that stands in training, too, stays there", D, "keep[order[first]] = True", "keep[:] = True", "datasets::a_twin_is_dropped"),
+    ("a window is guessed from itself", D, "rest[(place >= offsets[owner]) & (place < (offsets + sizes)[owner])] = PAD", "rest[:0] = PAD",
+     "datasets::an_epoch_of_windows"),
+    ("a gather that returns 1/N of the gradient", P, "        dist.all_reduce(gradient)\n        return gradient", "        return gradient",
+     "processes::loss_and_gradients_of_n_processes"),
+]
+
+
+def main(words):
+    seen, missed = 0, []
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / "minissl"
+        shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".git", "runs", "data", "__pycache__", ".venv"))
+        for name, file, old, new, test in FAULTS:
+            if words and not any(word in name for word in words):
+                continue
+            source = (ROOT / file).read_text(encoding="utf-8")
+            if source.count(old) != 1:
+                raise SystemExit(f"{name}: {file} has {source.count(old)} of {old!r}; mend this list")
+            (copy / file).write_text(source.replace(old, new), encoding="utf-8")
+            module, test = test.split("::")
+            done = subprocess.run([sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", f"tests/test_{module}.py", "-k", test],
+                                  cwd=copy, capture_output=True, text=True)
+            (copy / file).write_text(source, encoding="utf-8")
+            caught = done.returncode == 1 and "failed" in done.stdout              # 1: tests failed; others: none ran, or an error of pytest's
+            seen += caught
+            missed += [name] * (not caught)
+            print(f"{'caught' if caught else 'UNSEEN'}  {name}  ({module}: {test})", flush=True)
+    print(f"{seen} of {seen + len(missed)} faults were caught")
+    return 1 if missed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
