@@ -2,6 +2,7 @@
 
     python finetune.py runs/mlm                                 the table, on the data that the run learned from
     python finetune.py runs/imdb --labels 10 100 --seeds 10     some rows, more draws
+    python finetune.py runs/cifar --probe                       the linear probe alone: minutes instead of half an hour
     python finetune.py runs/mlm --data my_classes/              your own texts: a folder with a sub-folder per class
     python finetune.py runs/ae --data my_images.npy             your own images, labels in my_images.labels.npy
     python finetune.py runs/imdb --predict new.txt              label new text, or images, with the classifier the table
@@ -52,6 +53,7 @@ class Settings:
     data: str = ""  # other data than the run's, by name or path
     data_dir: str = ""  # where archives and caches lie; as for the run, unless given
     limit: int = 0  # take this many examples of each split only, for a trial; 0: all
+    probe: bool = False  # the linear probe's column alone, into probe.csv
     features: str = ""  # instead of the table: write the features to this .npy
     predict: str = ""  # instead of the table: label the texts of this file, or the images of this .npy
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # for the encoder; the rest is small
@@ -90,7 +92,7 @@ def table(settings, task):
     least = int(torch.bincount(task.labels[task.train], minlength=len(task.classes)).min())
     print(f"{len(task.classes)} classes; labelled: {len(task.train):,} to draw from, {len(task.held_out):,} held out for choices, "
           f"{len(task.test):,} to test on, of which the commonest class is {chance:.1f} %")
-    columns = task.columns()
+    columns = {"linear probe": task.probe.column()} if settings.probe else task.columns()
     for row in settings.labels or task.rows:
         size = None if row == "all" else int(row)
         if size is not None and size > least:
@@ -125,7 +127,7 @@ CLASSIFIER_FORMAT = "minissl classifier 1"
 
 
 def write_results(settings, checkpoint, name, results, chance, classifier, classes):
-    """Print the table; finetune.csv, classifier.pt and the page go into the run's folder. name: of the data."""
+    """Print the table; finetune.csv (or probe.csv), classifier.pt and the page go into the run's folder. name: of the data."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["labels_a_class", "method", "seed", "test_accuracy", "seconds", "data"])
@@ -133,11 +135,13 @@ def write_results(settings, checkpoint, name, results, chance, classifier, class
         for method, (accuracies, seconds) in found.items():
             writer.writerows([row, method, n, round(a, 2), round(s, 1), name] for n, (a, s) in enumerate(zip(accuracies, seconds)))
     folder, state = Path(settings.run), io.BytesIO()
-    write_atomically(folder / "finetune.csv", text.getvalue().encode("utf-8", "replace"))
-    torch.save(dict(format=CLASSIFIER_FORMAT, step=checkpoint["step"], classes=classes, model=classifier.state_dict()), state)
-    write_atomically(folder / "classifier.pt", state.getbuffer())
+    path = folder / ("probe.csv" if settings.probe else "finetune.csv")
+    write_atomically(path, text.getvalue().encode("utf-8", "replace"))
+    if not settings.probe:
+        torch.save(dict(format=CLASSIFIER_FORMAT, step=checkpoint["step"], classes=classes, model=classifier.state_dict()), state)
+        write_atomically(folder / "classifier.pt", state.getbuffer())
     print(f"\ntest accuracy in %, mean ± standard deviation over draws (chance {chance:.1f}); in brackets seconds a draw")
-    lines = report.label_table(folder / "finetune.csv")
+    lines = report.label_table(path)
     for line, (_, found) in zip(lines[1:], results):
         line[1:] = [f"{cell} ({np.mean(seconds):.0f})" for cell, (_, seconds) in zip(line[1:], found.values())]
     widths = [max(map(len, column)) for column in zip(*lines)]

@@ -155,6 +155,7 @@ class TextTask:
         self.texts, self.labels, self.classes = texts, torch.from_numpy(texts.labels), texts.classes
         self.train, self.held_out, self.test = (np.flatnonzero(texts.split == s) for s in (TRAIN, HELD_OUT, TEST))
         self.z, self.mean, self.deviation = standardised(transformer.norm(self.features), self.train)
+        self.probe = Linear(self.z.__getitem__, self.labels, len(self.classes))
         self.spread = float(self.features[self.train].std(0, correction=0).mean())
 
     def columns(self):
@@ -162,7 +163,7 @@ class TextTask:
         known, classes = np.concatenate([self.train, self.held_out]), len(self.classes)
         words = evaluation.tf_idf(evaluation.one_and_two_word_counts(self.texts, known), known)
         baseline = Linear(partial(evaluation.rows, words), self.labels, classes, TF_IDF_STRENGTHS)
-        self.probe, blank = Linear(self.z.__getitem__, self.labels, classes), self.without_blocks()
+        blank = self.without_blocks()
         return {"tf-idf": baseline.column(),
                 "from scratch": Column(blank.fit_from_scratch, partial(text_answers, blank), rates_and_epochs(SCRATCH_RATES)),
                 "linear probe": self.probe.column(),
@@ -223,6 +224,8 @@ class ImageTask:
         self.images, self.labels = data.to(device), torch.from_numpy(data.labels)
         self.classes, self.flip = data.classes, not settings.get("no_flip", False)
         self.train, self.held_out, self.test = (np.flatnonzero(data.split == s) for s in (TRAIN, HELD_OUT, TEST))
+        z, self.mean, self.deviation = standardised(self.features(self.model), self.train)
+        self.probe = Linear(z.__getitem__, self.labels, len(self.classes))
 
     def features(self, model):
         return evaluation.image_features(lambda images: model.eval().features(images.float() / 255), self.images, self.cast,
@@ -250,8 +253,6 @@ class ImageTask:
             untrained.train().features(self.images[some[:1000]].to(self.device).float() / 255)
         untrained = standardised(self.features(untrained), self.train)[0]
         columns["untrained"] = Linear(untrained.__getitem__, self.labels, classes).column()
-        z, self.mean, self.deviation = standardised(self.features(self.model), self.train)
-        self.probe = Linear(z.__getitem__, self.labels, classes)
         columns["from scratch"] = Column(self.fit_from_scratch, self.answers, lambda n: [(0.005, 0.5), (0.02, 0.5), (0.02, 0.2)])
         columns["linear probe"] = self.probe.column()
         columns["fine-tuned"] = Column(self.fit_fine_tuned, self.answers, lambda n: [

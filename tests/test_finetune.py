@@ -27,6 +27,16 @@ def test_the_table_has_every_row_and_column_and_lands_in_csv_and_page(trained, r
     assert code == 0 and [line.split("\t")[0] for line in printed.splitlines()[-2:]] == ["sea", "city"], printed
 
 
+def test_the_probe_can_be_had_alone_and_leaves_the_table_as_it_is(trained, run_script):
+    files = [trained / name for name in ("finetune.csv", "classifier.pt")]
+    before = [path.read_bytes() if path.exists() else None for path in files]
+    code, printed = run_script(finetune, trained, "--probe", "--labels", 2, 5, "--seeds", 2, "--data-dir", trained.parent / "data")
+    assert code == 0 and [path.read_bytes() if path.exists() else None for path in files] == before, printed
+    with open(trained / "probe.csv", encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["labels_a_class"], row["method"]) for row in rows] == [("2", "linear probe")] * 2 + [("5", "linear probe")] * 2
+
+
 def test_permuting_the_test_labels_changes_no_choice_and_no_weight(trained, run_script, monkeypatch):
     made, load = [], datasets.load_texts
 
