@@ -127,7 +127,7 @@ CLASSIFIER_FORMAT = "minissl classifier 1"
 
 
 def write_results(settings, checkpoint, name, results, chance, classifier, classes):
-    """Print the table; finetune.csv (or probe.csv), classifier.pt and the page go into the run's folder. name: of the data."""
+    """Print the table; finetune.csv and .svg (or probe.csv), classifier.pt and the page go into the run's folder. name: of the data."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["labels_a_class", "method", "seed", "test_accuracy", "seconds", "data"])
@@ -138,6 +138,8 @@ def write_results(settings, checkpoint, name, results, chance, classifier, class
     path = folder / ("probe.csv" if settings.probe else "finetune.csv")
     write_atomically(path, text.getvalue().encode("utf-8", "replace"))
     if not settings.probe:
+        figure = report.label_figure(path).replace("<svg", '<svg xmlns="http://www.w3.org/2000/svg"', 1)      # a file of its own
+        write_atomically(folder / "finetune.svg", figure.encode())
         torch.save(dict(format=CLASSIFIER_FORMAT, step=checkpoint["step"], classes=classes, model=classifier.state_dict()), state)
         write_atomically(folder / "classifier.pt", state.getbuffer())
     print(f"\ntest accuracy in %, mean ± standard deviation over draws (chance {chance:.1f}); in brackets seconds a draw")

@@ -9,6 +9,7 @@ import base64
 import csv
 import html
 import json
+import math
 import struct
 import zlib
 from pathlib import Path
@@ -36,7 +37,7 @@ h1 { font-size: 1.5rem; margin: 0 } h2 { font-size: 1.1rem; margin: 2rem 0 .5rem
 code { font: .85rem ui-monospace, monospace; overflow-wrap: anywhere }
 .curves { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 17rem), 1fr)); gap: 1rem }
 figure { margin: 0 } figcaption { font-size: .85rem; color: var(--soft) } figcaption b { color: var(--ink) }
-img { image-rendering: pixelated } svg { width: 100%; height: auto; display: block } svg text { font: 11px system-ui, sans-serif; fill: var(--soft) }
+img { image-rendering: pixelated; max-width: 100%; height: auto } svg { width: 100%; height: auto; display: block } svg text { font: 11px system-ui, sans-serif; fill: var(--soft) }
 .wide { overflow-x: auto } table { border-collapse: collapse; font-variant-numeric: tabular-nums }
 td, th { padding: .3rem .8rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap }
 blockquote { margin: 0 0 1rem; padding-left: .8rem; border-left: 3px solid var(--line); overflow-wrap: anywhere }
@@ -137,6 +138,36 @@ def label_table(path):
         for label in labels]
 
 
+COLOURS = {"tf-idf": "#9aa5b1", "pixels": "#9aa5b1", "pixel PCA": "#c2a878", "untrained": "#b78fc9", "from scratch": "#d9822b",
+           "linear probe": "#1f6feb", "fine-tuned": "#1a7f37"}
+
+
+def label_figure(path, width=640, height=300):
+    """finetune.csv -> SVG: test accuracy over labels a class, a line a method, its spread as a bar."""
+    head, *lines = label_table(path)
+    values = [[tuple(map(float, cell.split(" ± "))) for cell in line[1:]] for line in lines]                  # [label][method]
+    high = math.ceil(max(mean + spread for line in values for mean, spread in line) / 10) * 10
+    low = min(high - 10, math.floor(min(mean - spread for line in values for mean, spread in line) / 10) * 10)
+    x = lambda n: 50 + (width - 210) * (n + 0.5) / len(lines)
+    y = lambda value: 20 + (height - 60) * (high - value) / (high - low)
+    parts = [f'<line x1="50" x2="{width - 160}" y1="{y(v):.0f}" y2="{y(v):.0f}" stroke="#8884"/><text x="44" y="{y(v) + 4:.0f}" '
+             f'text-anchor="end">{v}</text>' for v in range(low, high + 1, 10)]
+    parts += [f'<text x="{x(n):.0f}" y="{height - 22}" text-anchor="middle">{html.escape(line[0])}</text>' for n, line in enumerate(lines)]
+    parts.append(f'<text x="{x((len(lines) - 1) / 2):.0f}" y="{height - 5}" text-anchor="middle">labels a class</text>'
+                 f'<text x="50" y="12">test accuracy, %</text>')
+    ends, place = sorted(range(len(head) - 1), key=lambda m: -values[-1][m][0]), -1e9
+    for m in ends:
+        colour, points = COLOURS.get(head[m + 1], "#69788a"), [(x(n), *line[m]) for n, line in enumerate(values)]
+        place = max(place + 15, y(points[-1][1]) + 4)                          # names must not cover each other
+        parts.append(f'<polyline points="{" ".join(f"{px:.1f},{y(mean):.1f}" for px, mean, _ in points)}" fill="none" stroke="{colour}" '
+                     f'stroke-width="2"/>' + "".join(
+                         f'<line x1="{px:.1f}" x2="{px:.1f}" y1="{y(mean - spread):.1f}" y2="{y(mean + spread):.1f}" stroke="{colour}"/>'
+                         f'<circle cx="{px:.1f}" cy="{y(mean):.1f}" r="3" fill="{colour}"/>' for px, mean, spread in points)
+                     + f'<text x="{width - 150}" y="{place:.0f}" style="fill:{colour}">{html.escape(head[m + 1])} {points[-1][1]:.1f}</text>')
+    return (f'<svg viewBox="0 0 {width} {height}" role="img" font-family="sans-serif" font-size="12" '
+            f'fill="#69788a">{"".join(parts)}</svg>')
+
+
 def write_page(folder):
     """Write folder/report.html from what lies in the folder. A file that is damaged is said to be, on the page."""
     folder, body = Path(folder), [f"<h1>{html.escape(Path(folder).name)}</h1>"]
@@ -169,7 +200,8 @@ def worth(path):
     head, *lines = label_table(path)
     cells = "".join("<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in line) + "</tr>" for line in lines)
     return ("<h2>What it is worth</h2><p>Test accuracy in %, mean ± standard deviation over draws of labels.</p>"
-            f'<div class="wide"><table><tr>{"".join(f"<th>{html.escape(c)}</th>" for c in head)}</tr>{cells}</table></div>')
+            f'<div class="wide"><table><tr>{"".join(f"<th>{html.escape(c)}</th>" for c in head)}</tr>{cells}</table></div>'
+            f"<figure>{label_figure(path)}</figure>")
 
 
 def sentences(path):

@@ -228,3 +228,13 @@ def test_a_grid_enlarges_small_images_and_shows_one_channel_as_grey():
     picture = report.grid(rows, gap=2)
     assert picture.shape == (2 * 64 + 2, 4 * 64 + 3 * 2, 3) and picture.dtype == np.uint8
     assert (picture[66 + 8 * 3, 66 + 8 * 5] == int(rows[1][1, 0, 3, 5])).all()     # image 1 of row 1, pixel (3, 5)
+
+
+def test_the_figure_shows_each_method_at_each_number_of_labels_as_high_as_its_accuracy(tmp_path):
+    (tmp_path / "finetune.csv").write_text("labels_a_class,method,seed,test_accuracy,seconds,data\n10,pixels,0,20,1,x\n10,pixels,1,30,1,x\n"
+                                           "10,fine-tuned,0,50,1,x\nall,pixels,0,40,1,x\nall,fine-tuned,0,60,1,x\n", encoding="utf-8")
+    figure = report.label_figure(tmp_path / "finetune.csv", height=300)
+    heights = [float(y) for y in re.findall(r'<circle cx="[\d.]+" cy="([\d.]+)"', figure)]               # fine-tuned first: it ends higher
+    step = heights[0] - heights[1]                                                                        # 10 points
+    assert step > 10 and heights[2] - heights[0] == pytest.approx(2.5 * step, abs=0.2) and heights[2] - heights[3] == pytest.approx(1.5 * step, abs=0.2)
+    assert all(name in figure for name in ("pixels 40.0", "fine-tuned 60.0", ">10<", ">all<"))
