@@ -138,8 +138,8 @@ def label_table(path):
         for label in labels]
 
 
-COLOURS = {"tf-idf": "#9aa5b1", "pixels": "#9aa5b1", "pixel PCA": "#c2a878", "untrained": "#b78fc9", "from scratch": "#d9822b",
-           "linear probe": "#1f6feb", "fine-tuned": "#1a7f37"}
+METHOD_COLOURS = {"tf-idf": "#9aa5b1", "pixels": "#9aa5b1", "pixel PCA": "#c2a878", "untrained": "#b78fc9", "from scratch": "#d9822b",
+                  "linear probe": "#1f6feb", "fine-tuned": "#1a7f37"}
 
 
 def label_figure(path, width=640, height=300):
@@ -157,7 +157,7 @@ def label_figure(path, width=640, height=300):
                  f'<text x="50" y="12">test accuracy, %</text>')
     ends, place = sorted(range(len(head) - 1), key=lambda m: -values[-1][m][0]), -1e9
     for m in ends:
-        colour, points = COLOURS.get(head[m + 1], "#69788a"), [(x(n), *line[m]) for n, line in enumerate(values)]
+        colour, points = METHOD_COLOURS.get(head[m + 1], "#69788a"), [(x(n), *line[m]) for n, line in enumerate(values)]
         place = max(place + 15, y(points[-1][1]) + 4)                          # names must not cover each other
         parts.append(f'<polyline points="{" ".join(f"{px:.1f},{y(mean):.1f}" for px, mean, _ in points)}" fill="none" stroke="{colour}" '
                      f'stroke-width="2"/>' + "".join(

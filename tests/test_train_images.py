@@ -181,7 +181,7 @@ def test_predictions_and_features_of_new_images(runs, run_script, tmp_path, monk
     (train_contrastive, ["--batch-size", 1], "--batch-size 1: must be at least 2"), (train_contrastive, ["--views", 1], "--views 1"),
     (train_contrastive, ["--temperature", 0], "--temperature 0.0"), (train_contrastive, ["--crop", 2], "must be at most 1"),
     (train_contrastive, ["--batch-size", 500, "--limit", 400], "there are only 400 images"),
-    (train_contrastive, ["--data", "pictures"], "give shapes, cifar10 or a .npy"), (train_contrastive, ["--method", "dino"], "invalid choice"),
+    (train_contrastive, ["--data", "no_such_name"], "give shapes, cifar10 or a .npy"), (train_contrastive, ["--method", "dino"], "invalid choice"),
     (train_ae, ["--beta", -1], "--beta -1.0"), (train_ae, ["--beta", 1], "give both or neither"), (train_ae, ["--masked", 1], "at most 0.95"),
     (train_ae, ["--data", "not_there.npy"], "there is no such file")])
 def test_a_mistake_is_one_sentence_and_leaves_no_folder(script, flags, sentence, run_script, tmp_path):
