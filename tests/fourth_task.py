@@ -1,0 +1,127 @@
+"""A fourth pretext task, whole: which way up is this image? Turned by 0, 90, 180 or 270 degrees, four classes.
+
+    python tests/fourth_task.py --run runs/rotation             shapes; a minute
+
+Gidaris et al. 2018, arXiv 1803.07728. An example to copy, and test_fourth_task.py runs it: the model file's part and the
+script's part stand here in one file; in a fork they would be minissl/rotation.py and train_rotation.py. (On shapes, which
+lie at any angle, there is little to learn from this task but the light; on photographs there is.)
+"""
+
+import math
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from minissl import evaluation
+from minissl.contrastive import ImageEncoder
+from minissl.datasets import TRAIN, fingerprint
+from minissl.images import load_images, mean_and_deviation
+from minissl.training import Batches, Muon, Run, autocast, choose_machine, count_flops, rate_at, read_settings, run_script
+
+
+# ---------------------------------------------------------------- 1. the model file: a model with `features`, its loss, from_checkpoint
+
+class RotationModel(nn.Module):
+    def __init__(self, mean, deviation, width=32):
+        super().__init__()
+        self.channels, self.encoder, self.head = len(mean), ImageEncoder(mean, deviation, width), nn.Linear(4 * width, 4)
+
+    def features(self, x):
+        """Images (B, C, H, W), floats in [0, 1] -> (B, D)."""
+        return self.encoder(x)
+
+
+def rotation_loss(model, x):
+    """Cross-entropy of the four ways up, the mean over 4B images; ln 4 for a guess. x (B, C, H, H)."""
+    turned = torch.cat([x.rot90(k, (2, 3)) for k in range(4)])                    # (4B, C, H, H)
+    ways = torch.arange(4, device=x.device).repeat_interleave(len(x))            # (4B,)
+    return F.cross_entropy(model.head(model.features(turned)).float(), ways)
+
+
+def encode(model, images):
+    """images (B, C, H, W) uint8 -> (B, D)"""
+    return model.features(images.float() / 255)
+
+
+def new_from(checkpoint):
+    mean, deviation = (checkpoint["model"]["encoder." + name].flatten() for name in ("mean", "deviation"))
+    return RotationModel(mean, deviation, **checkpoint["model_settings"])
+
+
+def from_checkpoint(checkpoint):
+    model = new_from(checkpoint)
+    model.load_state_dict(checkpoint["model"])
+    return model.eval()
+
+
+# ---------------------------------------------------------------- 2. evaluation.py learns its name
+
+evaluation.MODELS["rotation"] = sys.modules[__name__]
+
+
+# ---------------------------------------------------------------- 3. the script: settings, data, model, steps
+
+@dataclass
+class Settings:
+    data: str = "shapes"  # shapes, cifar10, or a .npy of square uint8 images
+    data_dir: str = "data"  # where archives lie
+    limit: int = 0  # take this many images of each split only; 0: all
+    run: str = "runs/rotation"  # the run's folder
+    resume: bool = False  # go on with the run in --run
+    steps: int = 300  # optimizer steps
+    batch_size: int = 64  # images a step, each seen four ways up
+    learning_rate: float = 0.02  # Muon's; AdamW's on vectors is a tenth
+    width: int = 32  # of the encoder's first feature map
+    seed: int = 0  # of everything random
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: the best there is
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 where it is measurably faster
+    save_every: float = 30  # seconds
+
+
+def main():
+    settings = read_settings(Settings, __doc__)
+    run = Run(settings)
+    device, precision, peak = choose_machine(settings)
+    cast = autocast(device, precision)
+    data = load_images(settings.data, settings.data_dir, settings.limit)
+    pool, B = data.of(TRAIN).to(device), settings.batch_size
+    batches = Batches(len(pool), B, settings.seed, "image order")
+
+    torch.manual_seed(settings.seed)
+    model = RotationModel(*mean_and_deviation(pool), settings.width).to(device, memory_format=torch.channels_last)
+    optimizers = [Muon([p for p in model.parameters() if p.ndim > 1], settings.learning_rate, precision=precision),
+                  torch.optim.AdamW([dict(params=[p for p in model.parameters() if p.ndim == 1], times=0.1)], weight_decay=0)]
+    first = run.begin(model, optimizers, f"{len(pool):,} images, checksum {fingerprint(data)}")
+    neighbours = evaluation.Neighbours(data, device)
+    flops = count_flops(model, lambda: model.features(torch.zeros(4, *pool.shape[1:], device=device)))
+
+    for step in range(first, settings.steps):
+        with cast:
+            loss = rotation_loss(model, pool[batches(step)].to(device).float() / 255)
+        loss.backward()
+        run.count(B, 3 * flops * B, loss)
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = settings.learning_rate * group.get("times", 1) * rate_at(step, settings.steps, warmup=20, decay=1)
+            optimizer.step()
+            optimizer.zero_grad()
+        done, last = step + 1, step + 1 == settings.steps
+        if last or done % 100 == 0:
+            with run.pause():
+                knn = neighbours(lambda images: encode(model.eval(), images), cast, run.folder)
+                model.train()
+            run.log(done, dict(loss=math.log(4)), peak, dict(knn=knn))
+        if last or run.stopping or run.due():
+            run.save(done, model, optimizers, method="rotation", model_settings=dict(width=settings.width))
+        if run.stopping:
+            raise KeyboardInterrupt(f"stopped at step {done:,} and saved; --resume goes on")
+
+
+if __name__ == "__main__":
+    run_script(main)
