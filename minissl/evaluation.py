@@ -318,8 +318,12 @@ class MaskedText:
         with cast:
             x = torch.cat([model(inputs.to(self.device), lengths.to(self.device))
                            for inputs, lengths in zip(self.inputs.split(64), self.lengths.split(64))])
-            logits = model.token_logits(x.flatten(0, 1)[self.positions.to(self.device)]).float().cpu()           # (M, V)
-        loss, guesses = transformer.masked_language_model_loss(logits, self.targets).item(), logits.argmax(1)
+            loss, guesses = 0.0, []
+            for hidden, targets in zip(x.flatten(0, 1)[self.positions.to(self.device)].split(1024), self.targets.split(1024)):
+                logits = model.token_logits(hidden).float().cpu()             # (m, V): all at once would be a third of a GB
+                loss += transformer.masked_language_model_loss(logits, targets, len(self.targets)).item()
+                guesses.append(logits.argmax(1))
+        guesses = torch.cat(guesses)                                          # (M,)
         result = dict(held_out=round(loss, 4), bits_per_byte=round(loss / math.log(2) * len(guesses) / self.bytes, 4),
                       accuracy=round(accuracy(guesses, self.targets), 2), knn="")
         if self.labelled:
