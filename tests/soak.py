@@ -33,7 +33,6 @@ import tarfile
 import tempfile
 import time
 from collections import Counter
-from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
@@ -279,7 +278,10 @@ def plant(defect, patch=setattr):
     elif defect == "no-sentence":                      # whatever torch says of a damaged file comes through
         patch(files, "UserError", ValueError)
     elif defect == "trust-pickle":                     # anything may be called
-        patch(images, "read_cifar_pickle", lambda data: itemgetter(b"data", b"labels")(pickle.loads(data, encoding="bytes")))
+        def read(data):
+            batch = pickle.loads(data, encoding="bytes")
+            return batch[b"data"], np.array(batch[b"labels"])
+        patch(images, "read_cifar_pickle", read)
     elif defect == "torn-save":                        # in place, half and half
         def write(path, data):
             data = bytes(data)
