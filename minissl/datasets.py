@@ -323,7 +323,7 @@ class Windows:
 
 def frequent_pairs(texts, vocabulary_size, most):
     """The pairs of neighbouring tokens seen most often (and 20 times), sorted: (N,) int64, left · V + right."""
-    texts, found = texts.spaced(SAMPLE_TEXTS), [np.zeros(0, np.int64)]
+    found = [np.zeros(0, np.int64)]
     for which in texts.slices(4096):                 # a pair and its count in one number, so that one sort brings like to like
         tokens, _ = texts.flat(which)
         both = (tokens[:-1] != PAD) & (tokens[1:] != PAD)

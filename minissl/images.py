@@ -47,7 +47,9 @@ class Images:
 
     def to(self, device):
         """The same on a GPU, if they take at most half of its free memory; else they stay, and each batch must move."""
-        room = dict(cpu=0, cuda=torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else 0).get(device.type, 2**32)
+        if device.type == "cpu":
+            return self
+        room = torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else 2**32
         if math.prod(self.shape) > room:
             return self
         return replace(self, pixels=self[:].to(device), rows=torch.arange(len(self)))

@@ -16,7 +16,6 @@ import inspect
 import io
 import json
 import math
-import os
 import re
 import shlex
 import signal

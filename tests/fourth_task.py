@@ -19,7 +19,7 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from minissl import evaluation
-from minissl.contrastive import ImageEncoder
+from minissl.contrastive import ImageEncoder, encode
 from minissl.datasets import TRAIN, fingerprint
 from minissl.images import load_images, mean_and_deviation
 from minissl.training import Batches, Muon, Run, autocast, choose_machine, count_flops, rate_at, read_settings, run_script
@@ -42,11 +42,6 @@ def rotation_loss(model, x):
     turned = torch.cat([x.rot90(k, (2, 3)) for k in range(4)])                    # (4B, C, H, H)
     ways = torch.arange(4, device=x.device).repeat_interleave(len(x))            # (4B,)
     return F.cross_entropy(model.head(model.features(turned)).float(), ways)
-
-
-def encode(model, images):
-    """images (B, C, H, W) uint8 -> (B, D)"""
-    return model.features(images.float() / 255)
 
 
 def new_from(checkpoint):

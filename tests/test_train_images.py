@@ -12,6 +12,7 @@ import train_ae
 import train_contrastive
 from minissl import datasets, evaluation, files, images
 from minissl.finetuning import ImageTask
+from soak import log_of
 
 SCRIPTS = {"simclr": (train_contrastive, ["--method", "simclr"]), "byol": (train_contrastive, ["--method", "byol"]),
            "ae": (train_ae, ["--masked", 0.5, "--regularizer", "decorrelated", "--beta", 0.1])}
@@ -31,12 +32,6 @@ def runs(tmp_path_factory):
 
 def states(folder):
     return files.load_checkpoint(folder)["model"]
-
-
-def log_of(folder):
-    """The rows of metrics.csv without what the clock says."""
-    with open(folder / "metrics.csv", encoding="utf-8", newline="") as file:
-        return [{k: v for k, v in row.items() if k not in ("seconds", "rate_per_second", "share_of_peak")} for row in csv.DictReader(file)]
 
 
 def equal(a, b):

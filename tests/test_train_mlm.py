@@ -10,6 +10,7 @@ import torch
 import train_mlm
 from conftest import TINY
 from minissl import datasets, files, training, transformer
+from soak import log_of
 
 
 def assert_equal_states(a, b):
@@ -38,12 +39,6 @@ def test_two_runs_with_one_seed_are_equal_and_another_seed_is_not(corpus, tmp_pa
 def test_how_often_one_looks_does_not_change_what_is_learned(corpus, tmp_path, run_script, trained):
     run_script(train_mlm, "--data", corpus, "--data-dir", tmp_path, *TINY, "--evaluate-every", 7, "--run", tmp_path / "b")
     assert_equal_states(files.load_checkpoint(trained)["model"], files.load_checkpoint(tmp_path / "b")["model"])
-
-
-def log_of(folder):
-    """The rows of metrics.csv without what the clock says."""
-    with open(folder / "metrics.csv", encoding="utf-8", newline="") as file:
-        return [{k: v for k, v in row.items() if k not in ("seconds", "rate_per_second", "share_of_peak")} for row in csv.DictReader(file)]
 
 
 @pytest.mark.parametrize("at", [20, 60])           # in the first stage, in the second
