@@ -8,10 +8,16 @@ import torch
 import torch.nn.functional as F
 
 import finetune
-from minissl import datasets, evaluation
+from minissl import datasets, evaluation, finetuning
 
 
-def test_the_table_has_every_row_and_column_and_lands_in_csv_and_page(trained, run_script):
+@pytest.fixture
+def few_options(monkeypatch):
+    monkeypatch.setattr(finetuning, "SCRATCH_RATES", (0.03, 0.3))
+    monkeypatch.setattr(finetuning, "TUNED_RATES", (0.0, 0.03))
+
+
+def test_the_table_has_every_row_and_column_and_lands_in_csv_and_page(trained, run_script, few_options):
     code, printed = run_script(finetune, trained, "--labels", 10, "all", "--seeds", 2, "--data-dir", trained.parent / "data")
     assert code == 0, printed
     with open(trained / "finetune.csv", encoding="utf-8", newline="") as file:
@@ -37,7 +43,7 @@ def test_the_probe_can_be_had_alone_and_leaves_the_table_as_it_is(trained, run_s
     assert [(row["labels_a_class"], row["method"]) for row in rows] == [("2", "linear probe")] * 2 + [("5", "linear probe")] * 2
 
 
-def test_permuting_the_test_labels_changes_no_choice_and_no_weight(trained, run_script, monkeypatch):
+def test_permuting_the_test_labels_changes_no_choice_and_no_weight(trained, run_script, few_options, monkeypatch):
     made, load = [], datasets.load_texts
 
     def keep(settings, checkpoint, name, results, chance, classifier, classes):

@@ -101,10 +101,11 @@ def test_cifar10_is_read_packed_and_unpacked(version, cifar, tmp_path):
     pack(tmp_path / "packed" / f"cifar-10-{version}.tar.gz", folder, files)
     for place in ("unpacked", "packed"):
         data = images.load_images("cifar10", tmp_path / place)
-        assert data[:].shape == (60_000, 3, 32, 32) and [int((data.split == s).sum()) for s in (0, 1, 2)] == [45_000, 5_000, 10_000]
+        found = data[:].flatten(1).numpy()
+        assert data.shape == (60_000, 3, 32, 32) and [int((data.split == s).sum()) for s in (0, 1, 2)] == [45_000, 5_000, 10_000]
         for n, (pixels, labels) in enumerate(cifar.values()):
             assert (data.labels[10_000 * n:10_000 * (n + 1)] == labels).all()
-            assert (data[:][10_000 * n:10_000 * (n + 1)].flatten(1).numpy() == pixels).all()
+            assert (found[10_000 * n:10_000 * (n + 1)] == pixels).all()
     whole = (tmp_path / "packed" / f"cifar-10-{version}.tar.gz").read_bytes()
     for size in (0, 1, 100, len(whole) // 2, len(whole) - 1):
         (tmp_path / "packed" / f"cifar-10-{version}.tar.gz").write_bytes(whole[:size])
