@@ -35,11 +35,11 @@ from typing import Literal
 import numpy as np
 import torch
 
-from minissl import UserError, evaluation, report, transformer
-from minissl.datasets import load_texts, read_texts, texts_of
-from minissl.files import progress, read_checkpoint, write_atomically
-from minissl.finetuning import ImageClassifier, ImageTask, TextClassifier, TextTask
-from minissl.images import load_images, own_images
+from minissl import UserError, evaluation, figures, report, runs, transformer
+from minissl.documents import load_texts
+from minissl.files import progress, write_atomically
+from minissl.finetuning import CLASSIFIER_FORMAT, ImageTask, TextTask, label_images, label_texts
+from minissl.images import load_images
 from minissl.training import at_least, autocast, choose_machine, read_settings, run_script
 
 
@@ -123,9 +123,6 @@ def table(settings, task):
     return results, chance, fitted                                            # the fine-tuned column is the last one
 
 
-CLASSIFIER_FORMAT = "minissl classifier 1"
-
-
 def write_results(settings, checkpoint, name, results, chance, classifier, classes):
     """Print the table; finetune.csv and .svg (or probe.csv), classifier.pt and the page go into the run's folder. name: of the data."""
     text = io.StringIO()
@@ -138,12 +135,12 @@ def write_results(settings, checkpoint, name, results, chance, classifier, class
     path = folder / ("probe.csv" if settings.probe else "finetune.csv")
     write_atomically(path, text.getvalue().encode("utf-8", "replace"))
     if not settings.probe:
-        figure = report.label_figure(path).replace("<svg", '<svg xmlns="http://www.w3.org/2000/svg"', 1)      # a file of its own
+        figure = figures.label_figure(path).replace("<svg", '<svg xmlns="http://www.w3.org/2000/svg"', 1)      # a file of its own
         write_atomically(folder / "finetune.svg", figure.encode())
         torch.save(dict(format=CLASSIFIER_FORMAT, step=checkpoint["step"], classes=classes, model=classifier.state_dict()), state)
         write_atomically(folder / "classifier.pt", state.getbuffer())
     print(f"\ntest accuracy in %, mean ± standard deviation over draws (chance {chance:.1f}); in brackets seconds a draw")
-    lines = report.label_table(path)
+    lines = figures.label_table(path)
     for line, (_, found) in zip(lines[1:], results):
         line[1:] = [f"{cell} ({np.mean(seconds):.0f})" for cell, (_, seconds) in zip(line[1:], found.values())]
     widths = [max(map(len, column)) for column in zip(*lines)]
@@ -151,63 +148,28 @@ def write_results(settings, checkpoint, name, results, chance, classifier, class
     report.write_page(folder)
 
 
-# ---------------------------------------------------------------- New examples
-
-def read_classifier(settings, checkpoint):
-    saved = read_checkpoint(Path(settings.run) / "classifier.pt", CLASSIFIER_FORMAT)
-    if saved["step"] != checkpoint["step"]:
-        raise UserError(f"{settings.run} has been trained further since its classifier was made: run finetune.py "
-                        f"{settings.run} again")
-    return saved["model"], saved["classes"]
-
-
-def label_texts(settings, checkpoint, model, cast, device):
-    """Print label, probability and text for each text of a file."""
-    if not Path(settings.predict).is_file():
-        raise UserError(f"--predict {settings.predict}: there is no such file; give a text a line or a paragraph")
-    strings = list(read_texts(Path(settings.predict)))
-    state, classes = read_classifier(settings, checkpoint)
-    task = TextTask(texts_of(strings, evaluation.tokenizer_of(checkpoint)), model, cast, device)
-    classifier = TextClassifier(state["table"], state["mean"], state["deviation"], len(classes))
-    classifier.load_state_dict(state)
-    with torch.no_grad():
-        chances = classifier(task.counts, task.context, task.words).softmax(1)
-    for text, row in zip(strings, chances):
-        print(f"{classes[int(row.argmax())]}\t{float(row.max()):.2f}\t{' '.join(text.split())}")
-
-
-def label_images(settings, checkpoint, model, cast, device):
-    """Print label, probability and index for each image of a .npy."""
-    images = own_images(Path(settings.predict), keep_all=True)
-    evaluation.check_images(images, model, settings.predict)
-    state, classes = read_classifier(settings, checkpoint)
-    classifier = ImageClassifier(model, state["mean"], state["deviation"], len(classes))
-    classifier.load_state_dict(state)
-    classifier = classifier.to(device).eval()
-    for n, row in enumerate(evaluation.image_features(lambda x: classifier(x.float() / 255), images, cast, device).softmax(1)):
-        print(f"{classes[int(row.argmax())]}\t{float(row.max()):.2f}\t{n}")
-
+# ---------------------------------------------------------------- From the command line
 
 def main():
     settings = read_settings(Settings, __doc__, positional=("run",))
     settings.check()
-    model, checkpoint = evaluation.load_run(settings.run)
+    model, checkpoint = runs.load_run(settings.run)
     trained, of_text = checkpoint["settings"], checkpoint["method"] == "mlm"
     device, precision, _ = choose_machine(settings)
     cast = autocast(device, precision)
     if settings.predict:
-        return (label_texts if of_text else label_images)(settings, checkpoint, model, cast, device)
+        return (label_texts if of_text else label_images)(settings.run, settings.predict, checkpoint, model, cast, device)
     name, data_dir = settings.data or trained["data"], settings.data_dir or trained["data_dir"]
     if of_text:
-        data = load_texts(name, data_dir, trained["vocabulary_size"], settings.limit, evaluation.tokenizer_of(checkpoint))
+        data = load_texts(name, data_dir, trained["vocabulary_size"], settings.limit, runs.tokenizer_of(checkpoint))
     else:
         data = load_images(name, data_dir, settings.limit, keep_all=bool(settings.features))
-        evaluation.check_images(data, model, name)
+        runs.check_images(data, model, name)
     if settings.features:
         if of_text:
             features = evaluation.text_features(partial(transformer.encode, model.to(device)), data, cast, device, progress=progress)
         else:
-            features = evaluation.image_features(evaluation.encoder_of(model.to(device)), data, cast, device,
+            features = evaluation.image_features(runs.encoder_of(model.to(device)), data, cast, device,
                                                  progress=progress)
         with open(settings.features, "wb") as file:
             np.save(file, features.numpy())
@@ -218,7 +180,7 @@ def main():
                         f"per class, for images NAME.labels.npy beside NAME.npy")
     data = data.select(data.labels >= 0)
     task = TextTask(data, model, cast, device) if of_text else ImageTask(
-        data, model, partial(evaluation.new_model, checkpoint), trained, device, precision)
+        data, model, partial(runs.new_model, checkpoint), trained, device, precision)
     write_results(settings, checkpoint, name, *table(settings, task), data.classes)
 
 

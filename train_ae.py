@@ -15,11 +15,12 @@ from typing import Literal
 
 import torch
 
-from minissl import UserError, autoencoder, evaluation, report
+from minissl import UserError, autoencoder, evaluation, figures, report
 from minissl.datasets import HELD_OUT, TRAIN, fingerprint
 from minissl.images import load_images, mean_and_deviation
+from minissl.muon import Muon
 from minissl.processes import RANK, average_gradients, first_alone, gather, share, share_batch_norm
-from minissl.training import (Batches, Muon, Run, at_least, autocast, choose_machine, count_flops, generator, rate_at,
+from minissl.training import (Batches, Run, at_least, autocast, choose_machine, count_flops, generator, rate_at,
                               read_settings, run_script)
 
 
@@ -79,9 +80,9 @@ class Look:
             start, end = z[:8].float(), z.roll(1, 0)[:8].float()
             walks = [model.decode(start.lerp(end, step / 7)) for step in range(8)]               # 8 × (8, C, H, W)
         rows = [self.images[:12], self.given[:12], rebuilt[:12]]
-        report.write_png(self.folder / "reconstructions.png", report.grid(
+        figures.write_png(self.folder / "reconstructions.png", figures.grid(
             [row.float().cpu() for row in (rows if not torch.equal(*rows[:2]) else rows[::2])]))
-        report.write_png(self.folder / "walks.png", report.grid(list(torch.stack(walks, 1).float().cpu())))
+        figures.write_png(self.folder / "walks.png", figures.grid(list(torch.stack(walks, 1).float().cpu())))
         accuracy = self.neighbours(lambda images: autoencoder.encode(model, images), cast, self.folder)
         _, error, _ = autoencoder.autoencoder_loss(self.images, rebuilt, z)
         return dict(held_out=round(float(error), 5), sparsity=round(float(autoencoder.sparsity(z.float())), 4),

@@ -16,11 +16,12 @@ from typing import Literal
 
 import torch
 
-from minissl import UserError, contrastive, evaluation, report
+from minissl import UserError, contrastive, evaluation, figures, report
 from minissl.datasets import HELD_OUT, TRAIN, fingerprint
 from minissl.images import load_images, mean_and_deviation
+from minissl.muon import Muon
 from minissl.processes import RANK, average_gradients, first_alone, gather, share, share_batch_norm
-from minissl.training import (Batches, Muon, Run, at_least, autocast, choose_machine, count_flops, generator, rate_at,
+from minissl.training import (Batches, Run, at_least, autocast, choose_machine, count_flops, generator, rate_at,
                               read_settings, run_script)
 
 
@@ -143,7 +144,7 @@ def main():
         images = pool[share(batches(step))].to(device)                   # (B, C, H, W): of several processes, a slice
         views = torch.stack([view(images, share(draw(B, f"view {n}", step))) for n in range(V)])               # (V, B, C, h, w)
         if step == 0 and not RANK:
-            report.write_png(run.folder / "views.png", report.grid([v[:12].cpu() for v in views]))
+            figures.write_png(run.folder / "views.png", figures.grid([v[:12].cpu() for v in views]))
         with cast:
             projections = model.project(views)                           # (V, B, D)
             if byol:                                                     # each view predicts the next one's projection

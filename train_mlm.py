@@ -18,11 +18,12 @@ from typing import Literal
 
 import torch
 
-from minissl import UserError, evaluation, transformer
-from minissl.datasets import SAMPLE_TEXTS, TRAIN, Documents, Windows, fingerprint, frequent_pairs, load_texts
+from minissl import UserError, evaluation, runs, transformer
+from minissl.datasets import SAMPLE_TEXTS, TRAIN, Documents, Windows, fingerprint, frequent_pairs
+from minissl.documents import load_texts
+from minissl.muon import Muon
 from minissl.processes import RANK, WORLD, average_gradients, first_alone, sum_over
-from minissl.tokenizer import MASK
-from minissl.training import (Muon, Run, at_least, autocast, choose_machine, generator, rate_at, read_settings,
+from minissl.training import (Run, at_least, autocast, choose_machine, generator, rate_at, read_settings,
                               run_script)
 
 
@@ -77,30 +78,6 @@ class Settings:
                             f"loss: give more --steps or fewer --embedding-steps")
 
 
-# ---------------------------------------------------------------- Asking a run
-
-def fill(settings):
-    """Print what the run's model puts for each [MASK] of a text, the five likeliest with their probabilities."""
-    model, checkpoint = evaluation.load_run(settings.run)
-    if checkpoint["method"] != "mlm":
-        raise UserError(f"--fill: {settings.run} learned from images; give the folder of a run of train_mlm.py")
-    tokenizer = evaluation.tokenizer_of(checkpoint)
-    pieces = settings.fill.split("[MASK]")
-    ids = []
-    for n, piece in enumerate(pieces):
-        ids += [MASK] * (n > 0) + tokenizer.encode(piece, leading_space=n == 0 or piece[:1].isspace()).tolist()
-    places = [i for i, token in enumerate(ids) if token == MASK]
-    if not places or len(ids) > model.window:
-        raise UserError(f"--fill: the text has {len(places)} [MASK] and {len(ids)} tokens; it needs at least one [MASK] "
-                        f"and at most {model.window} tokens")
-    with torch.no_grad():
-        chances = model.token_logits(model(torch.tensor([ids]))[0, places]).softmax(1)           # (M, V)
-    for n, row in enumerate(chances):
-        best = row.topk(5)
-        print(f"[MASK] {n + 1}: " + ", ".join(f"{tokenizer.decode([i])} {p:.2f}" for p, i in
-                                              zip(best.values.tolist(), best.indices.tolist())))
-
-
 # ---------------------------------------------------------------- Model
 
 def new_model(settings, texts):
@@ -125,13 +102,13 @@ def main():
     settings = read_settings(Settings, __doc__)
     settings.check()
     if settings.fill:
-        return fill(settings)
+        return runs.fill(settings.run, settings.fill)
     run = Run(settings)
     device, precision, peak = choose_machine(settings)
     cast = autocast(device, precision)
     with first_alone():
         texts = load_texts(settings.data, settings.data_dir, settings.vocabulary_size, settings.limit,
-                           evaluation.tokenizer_of(run.checkpoint) if run.checkpoint else None)
+                           runs.tokenizer_of(run.checkpoint) if run.checkpoint else None)
     V, D, k = len(texts.tokenizer), settings.width, settings.gradient_accumulation
     pool = texts.select(texts.split == TRAIN).cut(1024)                  # a book is not one document
     print(f"data: {settings.data}, {len(pool):,} texts to learn from, {pool.lengths.sum():,} tokens, vocabulary {V:,}"

@@ -6,14 +6,18 @@ A model that learns from unlabelled data needs few labels afterwards. Here is th
     autoencoder.py   a convolutional encoder and decoder, ‖x − x̂‖² + β R(z)                      <- train_ae.py
     contrastive.py   a convolutional encoder, two views of an image, InfoNCE; BYOL               <- train_contrastive.py
     tokenizer.py     the subwords that the transformer reads, learned from the text
-    datasets.py      texts: embedded ones, downloads, the reader's own files; batches
+    documents.py     texts: docstrings of this machine, downloads, the reader's own files
+    datasets.py      the same as one array of tokens: splits, a cache, batches
     images.py        images: drawn ones, downloads, the reader's own arrays; batches
     evaluation.py    what features are worth: nearest neighbours, probes, label draws, baselines
     finetuning.py    the columns of the table: from scratch, linear probe, fine-tuned, ...        <- finetune.py
-    training.py      plumbing: settings, device, randomness, optimizers, the run's folder
+    runs.py          a run opened again: its encoder, its answers
+    muon.py          the optimizer of matrices and kernels
+    training.py      plumbing: settings, device, randomness, the run's folder
     files.py         plumbing: archives, downloads, checkpoints, writing that is whole or not at all
     processes.py     plumbing: several processes that make the step of one
-    report.py        the run's page and its pictures
+    figures.py       plumbing: pictures and curves
+    report.py        plumbing: the run's page
 
 The three model files need torch alone: each can be copied out and used on its own. The scripts at the top level hold
 their training loops whole. Arrows run one way: scripts -> minissl, and nothing here imports a script.

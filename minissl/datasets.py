@@ -1,4 +1,4 @@
-"""Text to learn from: what is already on the machine, a published data set, or the reader's own files.
+"""Text to learn from, in the form in which it is learned from: tokens, splits, batches.
 
 Every text becomes a slice of one flat array of token numbers, on disk and memory-mapped, so a batch is a few
 index operations and a corpus larger than memory reads like a small one:
@@ -14,26 +14,19 @@ contiguous blocks, not random ones: neighbouring files are often about the same 
 random draw would put such twins on both sides. A text that stands in two splits is dropped from the less
 precious one.
 
-Read next: finetune.py.
+Where the texts come from: documents.py. Read next: finetune.py.
 """
 
-import ast
-import codecs
 import hashlib
-import importlib.util
 import itertools
 import json
 import mmap
 import os
-import re
 import shutil
 import sys
-import sysconfig
 import tempfile
-import warnings
 import zlib
 from array import array
-from collections import Counter, defaultdict
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -41,18 +34,17 @@ import numpy as np
 import torch
 
 from minissl import UserError
-from minissl.files import download, hash_of, progress, read_archive
+from minissl.files import hash_of, progress
 from minissl.tokenizer import PAD, Tokenizer, train
 from minissl.training import Batches, generator
 
 TRAIN, HELD_OUT, TEST = 0, 1, 2
 SAMPLE_BYTES = 2**28      # the tokenizer learns from this much text: more changes no merge that matters
-TEXT_BYTES = 2**20        # a longer paragraph or line of a file is read as several texts
 SAMPLE_TEXTS = 100_000    # word frequencies and frequent pairs are counted in at most this many
 CACHE_FORMAT = 1          # part of every cache's key: raise it when what is stored changes its meaning
 
 
-# ---------------------------------------------------------------- what every loader returns
+# ---------------------------------------------------------------- which examples are for what
 
 def evenly(n, most):
     """Indices of at most this many of n, evenly spaced.
@@ -70,6 +62,30 @@ def fingerprint(data, most=1000):
         checksum = zlib.crc32(np.ascontiguousarray(data[int(i)]), checksum)
     return f"{checksum:08x}"
 
+
+def split_blocks(labels):
+    """The end of each class, in the order of the files: a fifth for the test, a tenth held out before it. Without
+    labels there is nothing to test; a tenth is held out for the loss."""
+    split = np.zeros(len(labels), np.uint8)
+    for label in np.unique(labels):
+        where = np.flatnonzero(labels == label)
+        n, test = len(where), 0.2 if label >= 0 else 0
+        split[where[round(n * (0.9 - test)):]] = HELD_OUT
+        split[where[round(n * (1 - test)):]] = TEST
+    return split
+
+
+def without_twins(hashes, parts, labels):
+    """True for the texts to keep: every test text, and of any other text that occurs several times one copy, in
+    the first of: test, held out, labelled, unlabelled."""
+    order = np.lexsort((labels < 0, -parts.astype(int)))
+    _, first = np.unique(hashes[order], return_index=True)
+    keep = parts == TEST
+    keep[order[first]] = True
+    return keep
+
+
+# ---------------------------------------------------------------- texts
 
 @dataclass
 class Texts:
@@ -139,36 +155,6 @@ class Texts:
         return replace(self.select(owner), starts=self.starts[owner] + first, lengths=last - first)
 
 
-def load_texts(data, data_dir="data", vocabulary_size=8192, limit=0, tokenizer=None):
-    """Texts by name ("pydocs", "imdb") or from a .txt file or a folder of them.
-
-    Arguments: data, the name or path; data_dir, where archives and caches lie; vocabulary_size, of the tokenizer
-    that is trained on the texts outside the test set, unless `tokenizer` is given; limit, keep about this many
-    texts of each split, evenly spaced (0: all).
-    Returns Texts. Raises UserError with one sentence for anything the user can mend.
-    """
-    if data == "pydocs":
-        key, documents, split = _pydocs_files()
-    elif data == "imdb":
-        key, documents, split = _imdb(Path(data_dir))
-    else:
-        key, documents, split = _own_texts(Path(data))
-    for settings in (str(vocabulary_size), tokenizer.to_json() if tokenizer else ""):
-        name = hashlib.sha256(f"{CACHE_FORMAT} {key} {settings}".encode()).hexdigest()[:16]
-        cache = Path(data_dir) / "cache" / f"{Path(data).stem}-{name}"
-        texts = _read_cache(cache)
-        if tokenizer is None or texts and texts.tokenizer.merges == tokenizer.merges:
-            break                                    # else the data may be here, but encoded with another tokenizer
-    if not texts:
-        _encode(documents(), split, cache, vocabulary_size, tokenizer)
-        texts = _read_cache(cache)
-    if limit:
-        index = [np.flatnonzero(texts.split == s) for s in (TRAIN, HELD_OUT, TEST)]
-        index = [where[evenly(len(where), limit)] for where in index]
-        texts = texts.select(np.sort(np.concatenate(index)))
-    return texts
-
-
 def texts_of(strings, tokenizer):
     """Texts, without labels, from a list of strings; UserError if one of them is empty."""
     encoded = [tokenizer.encode(text) for text in strings]
@@ -181,7 +167,7 @@ def texts_of(strings, tokenizer):
 
 # ---------------------------------------------------------------- from documents to one array of tokens
 
-def _encode(documents, split, cache, vocabulary_size, tokenizer):
+def encode_documents(documents, split, cache, vocabulary_size, tokenizer):
     """Write `cache` from an iterable of (text, label name or None, TRAIN | HELD_OUT | TEST | None); where the
     document does not say its split, `split(labels)` does. One pass: of a stream, only a sample is ever in memory."""
     notes, documents = [], iter(documents)
@@ -242,17 +228,7 @@ def _emptied(items):
         yield items.pop()
 
 
-def without_twins(hashes, parts, labels):
-    """True for the texts to keep: every test text, and of any other text that occurs several times one copy, in
-    the first of: test, held out, labelled, unlabelled."""
-    order = np.lexsort((labels < 0, -parts.astype(int)))
-    _, first = np.unique(hashes[order], return_index=True)
-    keep = parts == TEST
-    keep[order[first]] = True
-    return keep
-
-
-def _read_cache(cache):
+def read_cache(cache):
     """The Texts of a cache folder, or None if it is not there or damaged; a damaged one is made anew."""
     try:
         with np.load(cache / "index.npz") as index:         # a zip: each member carries a checksum, and it is checked
@@ -342,176 +318,3 @@ def _together(found):
     found = np.sort(np.concatenate(found))
     first = np.flatnonzero(np.diff(found >> 24, prepend=-1))
     return (found[first] & -2**24) + np.add.reduceat(found & 2**24 - 1, first) if len(found) else found
-
-
-# ---------------------------------------------------------------- pydocs: the docstrings of the running Python
-
-def _pydocs_files():
-    roots = {"": Path(sysconfig.get_paths()["stdlib"])}
-    for name in ("numpy", "torch"):
-        roots[name] = Path(importlib.util.find_spec(name).origin).parent     # finds, does not import
-    files = []
-    for package, root in roots.items():
-        for path in sorted(root.rglob("*.py")):
-            parts = ((package,) if package else ()) + path.relative_to(root).with_suffix("").parts
-            if not {"site-packages", "test", "tests", "lib2to3", "_vendor"} & set(parts):
-                files.append((path, parts))
-    listing = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path, _ in files]
-    return listing, lambda: _read_pydocs(files), None
-
-
-def _read_pydocs(files):
-    """(docstring, package, split) for every docstring of the files. The package ("asyncio", "torch.nn") is the
-    label where it has at least 200 docstrings in at least 8 files. Whole files go to the test set, in the order
-    of their hashes, until it has a fifth of their package's docstrings, then to the held-out set for a tenth. The
-    names of all labelled packages are replaced by "package" in every text: a docstring of torch.nn that says
-    "torch.nn" would give its label away."""
-    found = defaultdict(dict)                                                   # package -> file -> its docstrings
-    for n, (path, parts) in enumerate(files):
-        if n % 100 == 0:
-            progress(f"docstrings: {n:,} of {len(files):,} files")
-        source = path.read_bytes()
-        if b'"""' not in source and b"'''" not in source:
-            continue
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")          # what is odd in other people's sources is not our reader's news
-                tree = ast.parse(source)
-        except (SyntaxError, ValueError):
-            continue
-        label = ".".join(parts[:2] if parts[0] in ("numpy", "torch") else parts[:1])
-        texts = [ast.get_docstring(node) for node in ast.walk(tree)
-                 if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef))]
-        if any(texts):
-            found[label]["/".join(parts)] = [text for text in texts if text]
-    size = {label: sum(map(len, files.values())) for label, files in found.items()}
-    classes = {label for label, files in found.items() if size[label] >= 200 and len(files) >= 8}
-    names = {name for label in classes for name in label.split(".")} | {"numpy", "np", "torch"}
-    give_away = re.compile(rf"\b(?:{'|'.join(sorted(map(re.escape, names)))})\b", re.IGNORECASE)
-    for label, files in found.items():
-        done = 0
-        for name in sorted(files, key=lambda name: hashlib.sha256(name.encode()).digest()):
-            share = done / size[label] if label in classes else 1               # of this package, dealt out so far
-            split = TEST if share < 0.2 else HELD_OUT if share < 0.3 else TRAIN
-            done += len(files[name])
-            for text in files[name]:
-                yield give_away.sub("package", text), label if label in classes else None, split
-
-
-# ---------------------------------------------------------------- imdb: 100,000 film reviews (Maas et al. 2011)
-
-IMDB_URL = "https://ai.stanford.edu/~amaas/data/sentiment/aclImdb_v1.tar.gz"
-IMDB_MD5 = "7c2ac02c03563afcf9b574c7e56c153a"
-IMDB_NAME = re.compile(r"aclImdb/(train|test)/(pos|neg|unsup)/(\d+)_\d+\.txt")
-
-
-def _imdb(data_dir):
-    archive = data_dir / "aclImdb_v1.tar.gz"
-    if not archive.exists():
-        download(IMDB_URL, archive, IMDB_MD5)
-    return hash_of(archive), lambda: _read_imdb(archive), None
-
-
-def _read_imdb(archive):
-    """(review, "pos" | "neg" | None, split), straight from the archive: unpacking 100,000 small files takes longer
-    than training. The last tenth of each training class, by number, is held out."""
-    reviews = []
-    for match, data in read_archive(archive, IMDB_NAME, TEXT_BYTES, IMDB_URL):
-        text = data.decode("utf-8", "replace").replace("<br />", " ")
-        reviews.append((match[1], match[2], int(match[3]), text))
-        if len(reviews) % 2000 == 0:
-            progress(f"imdb: {len(reviews):,} reviews read")
-    sizes = Counter((part, name) for part, name, _, _ in reviews)
-    if any(not sizes[part, name] for part in ("train", "test") for name in ("pos", "neg")):
-        raise UserError(f"{archive} does not hold the IMDb reviews: expected aclImdb/train/pos/0_9.txt and the like")
-    reviews.sort(key=lambda review: review[:3])
-    rank = Counter()
-    for part, name, _, text in reviews:
-        rank[part, name] += 1
-        late = rank[part, name] > 0.9 * sizes[part, name]
-        split = TEST if part == "test" else HELD_OUT if late and name != "unsup" else TRAIN
-        yield text, None if name == "unsup" else name, split
-
-
-# ---------------------------------------------------------------- the reader's own files
-
-def _own_texts(path):
-    if not path.exists():
-        raise UserError(f"--data {path}: there is nothing there; give pydocs, imdb, a .txt file or a folder of them")
-    if path.is_file():
-        if path.suffix != ".txt":
-            raise UserError(f"--data {path}: a text file must end in .txt")
-        if path.stat().st_size == 0:
-            raise UserError(f"--data {path}: the file is empty")
-        least = 2048 if path.stat().st_size > SAMPLE_BYTES else 0              # millions of lines are no millions of documents
-        return (f"{least} {_digest([path], path.parent)}", lambda: ((text, None, None) for text in read_texts(path, least)),
-                split_blocks)
-    files, passed_over = [], Counter()
-    for file in sorted(path.rglob("*")):
-        if any(part.startswith(".") for part in file.relative_to(path).parts):
-            passed_over["hidden"] += file.is_file()
-        elif file.is_dir():
-            passed_over["empty folders"] += not any(file.iterdir())
-        elif file.suffix != ".txt":
-            passed_over["not .txt"] += 1
-        elif file.stat().st_size == 0:
-            passed_over["empty"] += 1
-        else:
-            files.append(file)
-    if any(passed_over.values()):
-        print("passed over: " + ", ".join(f"{n} {what}" for what, n in passed_over.items() if n), file=sys.stderr)
-    if not files:
-        raise UserError(f"--data {path}: no .txt file with anything in it")
-    inside = [file.relative_to(path).parts for file in files]
-    names = [parts[0] if len(parts) > 1 else None for parts in inside]          # the sub-folder is the class
-    number = {name: n for n, name in enumerate(sorted({*names} - {None}))}
-    split = split_blocks(np.array([number.get(name, -1) for name in names]))
-    return _digest(files, path), lambda: ((text, name, part) for file, name, part in zip(files, names, split)
-                                          for text in read_texts(file, least=4 * TEXT_BYTES)), None
-
-
-def split_blocks(labels):
-    """The end of each class, in the order of the files: a fifth for the test, a tenth held out before it. Without
-    labels there is nothing to test; a tenth is held out for the loss."""
-    split = np.zeros(len(labels), np.uint8)
-    for label in np.unique(labels):
-        where = np.flatnonzero(labels == label)
-        n, test = len(where), 0.2 if label >= 0 else 0
-        split[where[round(n * (0.9 - test)):]] = HELD_OUT
-        split[where[round(n * (1 - test)):]] = TEST
-    return split
-
-
-def read_texts(path, least=0):
-    """The texts of one UTF-8 file: its paragraphs, or its lines where no blank line separates paragraphs.
-
-    Yields str, none longer than about TEXT_BYTES, however long the lines; with `least` neighbours are joined to texts of
-    at least so many characters. Raises UserError at bytes that are not UTF-8, with their offset.
-    """
-    with open(path, "rb") as file:
-        start = file.read(TEXT_BYTES)
-        by_paragraph = re.search(rb"\n[ \t\r]*\n[ \t\r]*\S", start) is not None
-        if start[:2] == b"\x1f\x8b":
-            raise UserError(f"{path} is a gzip archive, not a text: unpack it first (gunzip)")
-        file.seek(3 if start.startswith(codecs.BOM_UTF8) else 0)
-        decoder, offset, paragraph, size = codecs.getincrementaldecoder("utf-8")(), file.tell(), [], 0
-        for line in itertools.chain(iter(lambda: file.readline(TEXT_BYTES), b""), [None]):
-            pending = len(decoder.getstate()[0])
-            try:
-                text = decoder.decode(line or b"", final=line is None)
-            except UnicodeDecodeError as error:
-                raise UserError(f"{path} is not UTF-8: byte {offset - pending + error.start} cannot be decoded; "
-                                f"convert it first (iconv -f latin1 -t utf-8)") from None
-            offset += len(line or b"")
-            paragraph.append(text)
-            size += len(text)
-            if line is None or size > max(TEXT_BYTES, least) or size >= least and (not by_paragraph or not text.strip()):
-                whole, paragraph, size = "".join(paragraph), [], 0
-                if whole.strip():
-                    yield whole
-
-
-def _digest(files, root):
-    """A hash of the files' names below root and of their contents."""
-    lines = "\n".join(f"{os.path.relpath(path, root)} {hash_of(path)}" for path in files)
-    return hashlib.sha256(lines.encode("utf-8", "surrogateescape")).hexdigest()

@@ -6,17 +6,15 @@ made by cross-validation inside the labels drawn; test labels only ever meet `ac
 
 import math
 import warnings
-from contextlib import nullcontext
 from functools import partial
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from minissl import UserError, autoencoder, contrastive, report, transformer
-from minissl.datasets import HELD_OUT, TRAIN, texts_of
-from minissl.tokenizer import MASK, Tokenizer
-from minissl.files import MISFITS, load_checkpoint, misfit
+from minissl import figures, transformer
+from minissl.datasets import HELD_OUT, TRAIN
+from minissl.tokenizer import MASK
 from minissl.training import generator
 
 
@@ -228,69 +226,13 @@ class Neighbours:
         known, asked = (image_features(encode, part, cast, self.device) for part in (self.known, self.asked))
         near, far = (F.normalize(part - known.mean(0), dim=1) for part in (asked, known))
         nearest = (near[:10] @ far.T).topk(min(8, len(far))).indices                                        # (10, 8)
-        report.write_png(folder / "neighbours.png", report.grid([
+        figures.write_png(folder / "neighbours.png", figures.grid([
             torch.cat([image[None], self.known[row]]) for image, row in zip(self.asked[:10], nearest)]))
         points = near @ torch.linalg.svd(near, full_matrices=False)[2][:2].T                                # (Q, 2)
-        report.write_png(folder / "map.png", report.scatter(points.numpy(), self.asked.labels))
+        figures.write_png(folder / "map.png", figures.scatter(points.numpy(), self.asked.labels))
         if min(self.known.labels.min(), self.asked.labels.min()) < 0:
             return ""
         return round(knn_accuracy(known, self.known.labels, asked, self.asked.labels), 2)
-
-
-# ---------------------------------------------------------------- runs
-
-MODELS = dict(mlm=transformer, autoencoder=autoencoder, contrastive=contrastive)
-
-
-def load_run(run):
-    """-> (model in evaluation mode, on the CPU; checkpoint) of the folder of any run."""
-    checkpoint = load_checkpoint(run)
-    try:
-        return MODELS[checkpoint["method"]].from_checkpoint(checkpoint), checkpoint
-    except MISFITS as error:
-        raise misfit(run, error) from None
-
-
-def new_model(checkpoint, seed):
-    """The image model of a checkpoint as it was before any training."""
-    torch.manual_seed(seed)
-    return MODELS[checkpoint["method"]].new_from(checkpoint)
-
-
-def tokenizer_of(checkpoint):
-    try:
-        return Tokenizer.from_json(checkpoint["tokenizer"])
-    except MISFITS as error:
-        raise misfit(checkpoint["settings"]["run"], error) from None
-
-
-def encoder_of(model):
-    """images (B, C, H, W) uint8 -> features (B, D), by the model's own file."""
-    return partial((autoencoder if isinstance(model, autoencoder.Autoencoder) else contrastive).encode, model)
-
-
-def check_images(images, model, name):
-    """UserError unless the model can read images (N, C, H, W) of this size."""
-    channels, size = model.channels, getattr(model, "size", None)
-    if images.shape[1] != channels or size and tuple(images.shape[2:]) != size:
-        raise UserError(f"{name}: images of {images.shape[2]} × {images.shape[3]} × {images.shape[1]}; the run learned from "
-                        + (f"{size[0]} × {size[1]} × {channels}" if size else f"{channels} channels") + ": convert them")
-
-
-def load_encoder(run):
-    """The encoder of a run's folder as a function -> features (N, D) float32. For texts of a list of N strings, for images
-    of an array (N, H, W, C) or (N, H, W), uint8."""
-    model, checkpoint = load_run(run)
-    if checkpoint["method"] == "mlm":
-        tokenizer = tokenizer_of(checkpoint)
-        return lambda strings: text_features(partial(transformer.encode, model), texts_of(strings, tokenizer), nullcontext())
-
-    def features(images):
-        images = torch.as_tensor(images)
-        images = images.view(*images.shape[:3], -1).permute(0, 3, 1, 2)                           # (N, C, H, W)
-        check_images(images, model, "the array")
-        return image_features(encoder_of(model), images, nullcontext())
-    return features
 
 
 # ---------------------------------------------------------------- what a masked language model has learned so far

@@ -15,6 +15,7 @@ little about means and deviations (a prototype lost 3 points when they moved).
 from copy import copy, deepcopy
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Callable
 
 import numpy as np
@@ -22,10 +23,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from minissl import contrastive, evaluation, transformer
-from minissl.datasets import HELD_OUT, TEST, TRAIN, evenly
-from minissl.files import progress
-from minissl.training import Batches, Muon, autocast, generator
+from minissl import UserError, contrastive, evaluation, runs, transformer
+from minissl.datasets import HELD_OUT, TEST, TRAIN, evenly, texts_of
+from minissl.documents import read_texts
+from minissl.files import progress, read_checkpoint
+from minissl.images import own_images
+from minissl.muon import Muon
+from minissl.training import Batches, autocast, generator
 
 
 @dataclass
@@ -303,3 +307,44 @@ class ImageTask:
     def answers(self, model, which):
         return evaluation.image_features(lambda images: model(images.float() / 255), self.images[which], self.cast,
                                          self.device).argmax(1)
+
+
+# ---------------------------------------------------------------- new examples
+
+CLASSIFIER_FORMAT = "minissl classifier 1"
+
+
+def read_classifier(run, checkpoint):
+    """classifier.pt of the run's folder -> (state, names of its classes)."""
+    saved = read_checkpoint(Path(run) / "classifier.pt", CLASSIFIER_FORMAT)
+    if saved["step"] != checkpoint["step"]:
+        raise UserError(f"{run} has been trained further since its classifier was made: run finetune.py "
+                        f"{run} again")
+    return saved["model"], saved["classes"]
+
+
+def label_texts(run, path, checkpoint, model, cast, device):
+    """Print label, probability and text for each text of a file."""
+    if not Path(path).is_file():
+        raise UserError(f"--predict {path}: there is no such file; give a text a line or a paragraph")
+    strings = list(read_texts(Path(path)))
+    state, classes = read_classifier(run, checkpoint)
+    task = TextTask(texts_of(strings, runs.tokenizer_of(checkpoint)), model, cast, device)
+    classifier = TextClassifier(state["table"], state["mean"], state["deviation"], len(classes))
+    classifier.load_state_dict(state)
+    with torch.no_grad():
+        chances = classifier(task.counts, task.context, task.words).softmax(1)
+    for text, row in zip(strings, chances):
+        print(f"{classes[int(row.argmax())]}\t{float(row.max()):.2f}\t{' '.join(text.split())}")
+
+
+def label_images(run, path, checkpoint, model, cast, device):
+    """Print label, probability and index for each image of a .npy."""
+    images = own_images(Path(path), keep_all=True)
+    runs.check_images(images, model, path)
+    state, classes = read_classifier(run, checkpoint)
+    classifier = ImageClassifier(model, state["mean"], state["deviation"], len(classes))
+    classifier.load_state_dict(state)
+    classifier = classifier.to(device).eval()
+    for n, row in enumerate(evaluation.image_features(lambda x: classifier(x.float() / 255), images, cast, device).softmax(1)):
+        print(f"{classes[int(row.argmax())]}\t{float(row.max()):.2f}\t{n}")

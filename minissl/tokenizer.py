@@ -19,7 +19,7 @@ letter costs no more than a megabyte of prose.
                 carry, becomes "?"
     round trip  decode(encode(text)) == normalise(text), for every string
 
-Read next: datasets.py, which encodes whole collections with it.
+Read next: documents.py and datasets.py, which encode whole collections with it.
 """
 
 import heapq

@@ -18,11 +18,12 @@ import torch.nn.functional as F
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from minissl import evaluation
+from minissl import evaluation, runs
 from minissl.contrastive import ImageEncoder, encode
 from minissl.datasets import TRAIN, fingerprint
 from minissl.images import load_images, mean_and_deviation
-from minissl.training import Batches, Muon, Run, autocast, choose_machine, count_flops, rate_at, read_settings, run_script
+from minissl.muon import Muon
+from minissl.training import Batches, Run, autocast, choose_machine, count_flops, rate_at, read_settings, run_script
 
 
 # ---------------------------------------------------------------- 1. the model file: a model with `features`, its loss, from_checkpoint
@@ -55,9 +56,9 @@ def from_checkpoint(checkpoint):
     return model.eval()
 
 
-# ---------------------------------------------------------------- 2. evaluation.py learns its name
+# ---------------------------------------------------------------- 2. runs.py learns its name
 
-evaluation.MODELS["rotation"] = sys.modules[__name__]
+runs.MODELS["rotation"] = sys.modules[__name__]
 
 
 # ---------------------------------------------------------------- 3. the script: settings, data, model, steps

@@ -14,8 +14,8 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-T, A, C, E, F, R, D, P = ("minissl/transformer.py", "minissl/autoencoder.py", "minissl/contrastive.py", "minissl/evaluation.py",
-                          "minissl/finetuning.py", "minissl/training.py", "minissl/datasets.py", "minissl/processes.py")
+T, A, C, E, F, R, D, P, M = ("minissl/transformer.py", "minissl/autoencoder.py", "minissl/contrastive.py", "minissl/evaluation.py",
+                          "minissl/finetuning.py", "minissl/training.py", "minissl/datasets.py", "minissl/processes.py", "minissl/muon.py")
 
 FAULTS = [      # (what is wrong, file, what stands there, what is planted, tests/test_<file>.py::<test>)
     ("the model sees the unmasked input", T, "hidden = torch.where(kind < 0.8, MASK, torch.where(kind < 0.9, random, targets))",
@@ -53,7 +53,7 @@ FAULTS = [      # (what is wrong, file, what stands there, what is planted, test
      "contrastive::the_images_of_a_batch_laid_side_by_side"),
     ("the schedule ends a step late", R, "(steps - step) / max(decay", "(steps - step + 1) / max(decay", "training::the_rate_climbs_rests_and_falls"),
     ("a draw that forgets its step", R, 'f"{seed} {purpose} {step}"', 'f"{seed} {purpose}"', "training::draws_are_a_function"),
-    ("momentum without Nesterov", R, 'update = gradient.add(state["momentum"], alpha=group["momentum"])', 'update = state["momentum"].clone()',
+    ("momentum without Nesterov", M, 'update = gradient.add(state["momentum"], alpha=group["momentum"])', 'update = state["momentum"].clone()',
      "training::muon_remembers"),
     ("losses before a save are forgotten", R, "self.counted, self.losses = counted + 0, [", "self.counted, self.losses = 0, [",
      "train_mlm::a_stopped_and_resumed_run"),

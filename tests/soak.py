@@ -40,7 +40,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from minissl import UserError, datasets, evaluation, files, images, report, training
+from minissl import UserError, datasets, documents, files, images, report, runs, training
 from minissl.tokenizer import Tokenizer
 
 TINY = "--device cpu --precision float32 --save-every 0.1".split()
@@ -150,17 +150,17 @@ def readers(folder):
                 member.size = len(text)
                 tar.addfile(member, io.BytesIO(text))
     np.save(folder / "a.npy", np.random.default_rng(0).integers(0, 256, (40, 9, 11, 3)).astype(np.uint8))
-    datasets.load_texts(str(folder / "texts"), folder / "caches", 400)
+    documents.load_texts(str(folder / "texts"), folder / "caches", 400)
     cache = next((folder / "caches" / "cache").iterdir())
     tokenizer = folder / "tokenizer.json"
     tokenizer.write_text(files.load_checkpoint(mlm)["tokenizer"], encoding="utf-8")
 
     def texts(data, data_dir):
-        t = datasets.load_texts(data, data_dir, 400)
+        t = documents.load_texts(data, data_dir, 400)
         return [t[i].tolist() for i in range(len(t))], t.labels.tolist(), t.split.tolist(), t.tokenizer.to_json()
 
     def archive_texts():
-        found = list(datasets._read_imdb(archive))
+        found = list(documents._read_imdb(archive))
         return found
 
     def pixels():
@@ -181,7 +181,7 @@ def readers(folder):
         return None
 
     def state(run):
-        model, checkpoint = evaluation.load_run(run)
+        model, checkpoint = runs.load_run(run)
         return model.state_dict(), checkpoint["settings"], checkpoint["optimizers"]
 
     class Evil:

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from conftest import story
-from minissl import UserError, datasets, files
-from minissl.datasets import HELD_OUT, TEST, TRAIN, load_texts
+from minissl import UserError, datasets, documents, files
+from minissl.datasets import HELD_OUT, TEST, TRAIN
+from minissl.documents import load_texts
 
 
 def folder_of(tmp_path, files):
@@ -67,23 +68,23 @@ def test_hidden_and_empty_files_are_passed_over_and_counted(tmp_path, capsys):
 def test_a_file_is_its_paragraphs_or_without_blank_lines_its_lines(tmp_path):
     (tmp_path / "p.txt").write_text("one\ntwo\n\n \nthree\n", encoding="utf-8")
     (tmp_path / "l.txt").write_bytes(b"\xef\xbb\xbfone\r\ntwo\r\nthree")
-    assert [" ".join(t.split()) for t in datasets.read_texts(tmp_path / "p.txt")] == ["one two", "three"]
-    assert [t.strip() for t in datasets.read_texts(tmp_path / "l.txt")] == ["one", "two", "three"]
+    assert [" ".join(t.split()) for t in documents.read_texts(tmp_path / "p.txt")] == ["one two", "three"]
+    assert [t.strip() for t in documents.read_texts(tmp_path / "l.txt")] == ["one", "two", "three"]
 
 
 def test_a_line_of_megabytes_is_read_in_pieces_without_losing_a_character(tmp_path):
     text = "añ€😀" * 700_000                                      # 7 MB, no newline; pieces end inside characters
     (tmp_path / "long.txt").write_text(text, encoding="utf-8")
-    pieces = list(datasets.read_texts(tmp_path / "long.txt"))
-    assert "".join(pieces) == text and len(pieces) > 3 and max(map(len, pieces)) <= 2 * datasets.TEXT_BYTES
+    pieces = list(documents.read_texts(tmp_path / "long.txt"))
+    assert "".join(pieces) == text and len(pieces) > 3 and max(map(len, pieces)) <= 2 * documents.TEXT_BYTES
 
 
 def test_the_lines_of_a_very_large_file_are_read_together(tmp_path, monkeypatch):
     (tmp_path / "l.txt").write_text("".join(f"line {n}\n" for n in range(100)), encoding="utf-8")
-    pieces = list(datasets.read_texts(tmp_path / "l.txt", least=50))
+    pieces = list(documents.read_texts(tmp_path / "l.txt", least=50))
     assert "".join(pieces) == (tmp_path / "l.txt").read_text(encoding="utf-8") and all(50 <= len(p) < 60 for p in pieces[:-1])
     assert len(load_texts(str(tmp_path / "l.txt"), tmp_path / "data", 300)) == 100
-    monkeypatch.setattr(datasets, "SAMPLE_BYTES", 200)
+    monkeypatch.setattr(documents, "SAMPLE_BYTES", 200)
     texts = load_texts(str(tmp_path / "l.txt"), tmp_path / "data", 300)
     assert len(texts) == 1 and strings(texts)[0].startswith("line 0 line 1 ")
 
@@ -112,7 +113,7 @@ def test_an_odd_file_gets_a_sentence_and_leaves_nothing_behind(name, content, se
 
 def test_the_cache_is_used_and_a_damaged_one_is_made_anew(corpus, tmp_path, monkeypatch, capsys):
     first = np.array(load_texts(str(corpus), tmp_path, 400).tokens)       # a copy: the file itself is about to be cut
-    monkeypatch.setattr(datasets, "_encode", None)                # a second reading must not encode again
+    monkeypatch.setattr(documents, "encode_documents", None)                # a second reading must not encode again
     assert np.array_equal(first, load_texts(str(corpus), tmp_path, 400).tokens)
     monkeypatch.undo()
     cache, = (tmp_path / "cache").iterdir()
@@ -220,7 +221,7 @@ def test_docstrings_are_split_by_file_and_do_not_name_their_package(tmp_path):
             path.parent.mkdir(exist_ok=True)
             path.write_text("\n".join(f'def f{i}():\n    """alpha and Beta.thing {n} {i}."""' for i in range(25)), encoding="utf-8")
             files.append((path, (package, f"m{n}")))
-    found = list(datasets._read_pydocs(files))
+    found = list(documents._read_pydocs(files))
     assert len(found) == 500 and {label for _, label, _ in found} == {"alpha", "beta"}
     assert all(text.startswith("package and package.thing") for text, _, _ in found)
     parts = {}

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 import finetune
-from minissl import datasets, evaluation, finetuning
+from minissl import datasets, documents, evaluation, finetuning, runs
 
 
 @pytest.fixture
@@ -44,7 +44,7 @@ def test_the_probe_can_be_had_alone_and_leaves_the_table_as_it_is(trained, run_s
 
 
 def test_permuting_the_test_labels_changes_no_choice_and_no_weight(trained, run_script, few_options, monkeypatch):
-    made, load = [], datasets.load_texts
+    made, load = [], documents.load_texts
 
     def keep(settings, checkpoint, name, results, chance, classifier, classes):
         made.append({k: v.clone() for k, v in classifier.state_dict().items()})
@@ -76,7 +76,7 @@ def test_features_are_written_one_row_a_text(trained, corpus, run_script, tmp_pa
     features = np.load(tmp_path / "out.npy")
     assert code == 0 and features.shape == (200, 32) and features.dtype == np.float32
     texts = [(corpus / "city" / f"{n:03}.txt").read_text(encoding="utf-8") for n in (0, 7)]
-    np.testing.assert_allclose(evaluation.load_encoder(trained)(texts), features[[0, 7]], atol=0.02 * np.abs(features).max())
+    np.testing.assert_allclose(runs.load_encoder(trained)(texts), features[[0, 7]], atol=0.02 * np.abs(features).max())
 
 
 @pytest.mark.parametrize("flags, sentence", [
@@ -98,7 +98,7 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path, run_script):
 # ---------------------------------------------------------------- the pieces
 
 def test_accuracy_counts_every_item_at_any_batch_size(trained, corpus, tmp_path):
-    texts = datasets.load_texts(str(corpus), tmp_path, 400).select(np.arange(37))
+    texts = documents.load_texts(str(corpus), tmp_path, 400).select(np.arange(37))
     encode = lambda tokens, lengths: torch.stack([lengths, tokens.sum(1)], 1).float()
     whole = evaluation.text_features(encode, texts, torch.autocast("cpu", enabled=False), tokens_a_batch=10**9)
     for size in (1, 200, 1000):

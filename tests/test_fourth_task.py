@@ -5,7 +5,7 @@ import torch
 
 import finetune
 import fourth_task
-from minissl import evaluation, files
+from minissl import files, runs
 
 
 def test_a_fourth_task_trains_resumes_and_is_probed_like_the_other_three(run_script, tmp_path):
@@ -26,4 +26,4 @@ def test_a_fourth_task_trains_resumes_and_is_probed_like_the_other_three(run_scr
     assert all(torch.equal(one[name], other[name]) for name in one)
     code, printed = run_script(finetune, tmp_path / "run", "--probe", "--labels", 5, "--seeds", 1)
     assert code == 0 and float(printed.split("linear probe ")[1].split()[0]) > 90, printed
-    assert evaluation.load_encoder(tmp_path / "run")(images[:3].astype(np.uint8)).shape == (3, 32)
+    assert runs.load_encoder(tmp_path / "run")(images[:3].astype(np.uint8)).shape == (3, 32)

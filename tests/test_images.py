@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from minissl import UserError, evaluation, images, report, training
+from minissl import UserError, evaluation, figures, images, training
 from minissl.datasets import HELD_OUT, TEST, TRAIN
 
 
@@ -220,13 +220,13 @@ def read_png(data):
 
 def test_a_png_holds_the_pixels_it_was_given(tmp_path):
     image = np.random.default_rng(0).integers(0, 256, (5, 7, 3)).astype(np.uint8)
-    report.write_png(tmp_path / "a.png", image)
+    figures.write_png(tmp_path / "a.png", image)
     assert (read_png((tmp_path / "a.png").read_bytes()) == image).all()
 
 
 def test_a_grid_enlarges_small_images_and_shows_one_channel_as_grey():
     rows = [torch.rand(4, 1, 8, 8), torch.randint(0, 256, (4, 1, 8, 8), dtype=torch.uint8)]
-    picture = report.grid(rows, gap=2)
+    picture = figures.grid(rows, gap=2)
     assert picture.shape == (2 * 64 + 2, 4 * 64 + 3 * 2, 3) and picture.dtype == np.uint8
     assert (picture[66 + 8 * 3, 66 + 8 * 5] == int(rows[1][1, 0, 3, 5])).all()     # image 1 of row 1, pixel (3, 5)
 
@@ -234,7 +234,7 @@ def test_a_grid_enlarges_small_images_and_shows_one_channel_as_grey():
 def test_the_figure_shows_each_method_at_each_number_of_labels_as_high_as_its_accuracy(tmp_path):
     (tmp_path / "finetune.csv").write_text("labels_a_class,method,seed,test_accuracy,seconds,data\n10,pixels,0,20,1,x\n10,pixels,1,30,1,x\n"
                                            "10,fine-tuned,0,50,1,x\nall,pixels,0,40,1,x\nall,fine-tuned,0,60,1,x\n", encoding="utf-8")
-    figure = report.label_figure(tmp_path / "finetune.csv", height=300)
+    figure = figures.label_figure(tmp_path / "finetune.csv", height=300)
     heights = [float(y) for y in re.findall(r'<circle cx="[\d.]+" cy="([\d.]+)"', figure)]               # fine-tuned first: it ends higher
     step = heights[0] - heights[1]                                                                        # 10 points
     assert step > 10 and heights[2] - heights[0] == pytest.approx(2.5 * step, abs=0.2) and heights[2] - heights[3] == pytest.approx(1.5 * step, abs=0.2)

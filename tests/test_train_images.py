@@ -10,7 +10,7 @@ import torch
 import finetune
 import train_ae
 import train_contrastive
-from minissl import datasets, evaluation, files, images
+from minissl import datasets, evaluation, files, images, runs as opened
 from minissl.finetuning import ImageTask
 from soak import log_of
 
@@ -104,10 +104,10 @@ def test_a_short_training_raises_the_probe_above_the_random_encoder(name, run_sc
 
 
 def test_a_probe_moves_neither_parameters_nor_buffers_of_the_encoder(runs):
-    model, checkpoint = evaluation.load_run(runs / "simclr")
+    model, checkpoint = opened.load_run(runs / "simclr")
     before = {k: v.clone() for k, v in model.state_dict().items()}
     data = images.load_images("shapes", limit=200)
-    task = ImageTask(data, model, lambda seed: evaluation.new_model(checkpoint, seed), checkpoint["settings"], torch.device("cpu"), torch.float32)
+    task = ImageTask(data, model, lambda seed: opened.new_model(checkpoint, seed), checkpoint["settings"], torch.device("cpu"), torch.float32)
     columns = task.columns()
     which = task.train[evaluation.draw_labels(task.labels[task.train], 5, 0)]
     columns["linear probe"].answers(columns["linear probe"].fit(which, None, 0), task.test)
@@ -163,7 +163,7 @@ def test_predictions_and_features_of_new_images(runs, run_script, tmp_path, monk
     code, printed = run_script(finetune, runs / "ae", "--features", tmp_path / "out.npy", "--data", tmp_path / "new.npy", "--precision", "float32")
     features = np.load(tmp_path / "out.npy")
     assert code == 0 and features.shape == (120, 64)
-    np.testing.assert_allclose(evaluation.load_encoder(runs / "ae")(array[:7]), features[:7], atol=1e-4)
+    np.testing.assert_allclose(opened.load_encoder(runs / "ae")(array[:7]), features[:7], atol=1e-4)
     np.save(tmp_path / "one.npy", array[:1])
     code, one = run_script(finetune, runs / "ae", "--predict", tmp_path / "one.npy")
     assert code == 0 and "\t".join(lines[0][:1]) in one and one.count("\t") == 2

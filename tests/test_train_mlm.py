@@ -9,7 +9,7 @@ import torch
 
 import train_mlm
 from conftest import TINY
-from minissl import datasets, files, training, transformer
+from minissl import documents, files, training, transformer
 from soak import log_of
 
 
@@ -84,7 +84,7 @@ def test_gradient_accumulation_does_not_change_the_gradient(corpus, tmp_path, ru
 def test_the_masked_loss_falls_well_below_the_entropy_of_single_words(corpus, tmp_path, run_script):
     flags = ["--data", corpus, "--data-dir", tmp_path, *TINY, "--run", tmp_path / "b", "--steps", 500, "--evaluate-every", 250]
     assert run_script(train_mlm, *flags)[0] == 0
-    texts = datasets.load_texts(str(corpus), tmp_path, 400)
+    texts = documents.load_texts(str(corpus), tmp_path, 400)
     share = np.bincount(texts.tokens) / len(texts.tokens)
     entropy = -sum(p * np.log(p) for p in share if p)
     with open(tmp_path / "b" / "metrics.csv", encoding="utf-8", newline="") as file:

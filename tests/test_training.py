@@ -7,7 +7,7 @@ from typing import Literal
 import pytest
 import torch
 
-from minissl import UserError, files, training
+from minissl import UserError, files, muon, training
 
 
 @dataclass
@@ -57,7 +57,7 @@ def test_muon_moves_a_matrix_by_its_nearest_orthogonal_one(shape):
     gradient = torch.randn(shape)
     parameter = torch.nn.Parameter(torch.zeros(shape))
     parameter.grad = gradient.clone()
-    training.Muon([parameter], lr=1.0).step()
+    muon.Muon([parameter], lr=1.0).step()
     u, s, v = torch.linalg.svd(gradient.flatten(1), full_matrices=False)
     scale = max(1, u.shape[0] / v.shape[1]) ** 0.5
     moved = -parameter.detach().flatten(1) / scale
@@ -69,13 +69,13 @@ def test_muon_moves_a_matrix_by_its_nearest_orthogonal_one(shape):
 
 def test_muon_remembers_with_nesterov_momentum():
     parameter = torch.nn.Parameter(torch.zeros(2, 2))
-    optimizer = training.Muon([parameter], lr=0.0, momentum=0.5)
+    optimizer = muon.Muon([parameter], lr=0.0, momentum=0.5)
     for _ in range(3):
         parameter.grad = torch.eye(2)
         optimizer.step()
     assert optimizer.state[parameter]["momentum"].tolist() == [[1.75, 0], [0, 1.75]]
     row = torch.nn.Parameter(torch.zeros(1, 2))                   # of a single row only the direction counts
-    optimizer = training.Muon([row], lr=1.0, momentum=0.5)
+    optimizer = muon.Muon([row], lr=1.0, momentum=0.5)
     for gradient in ([1.0, 0.0], [0.0, 1.0]):
         before = row.detach().clone()
         row.grad = torch.tensor([gradient])

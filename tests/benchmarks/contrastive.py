@@ -25,7 +25,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from minissl import contrastive
 from minissl.images import draw_shapes
-from minissl.training import Muon, autocast, choose_precision, count_flops, generator, keep_freed_memory
+from minissl.muon import Muon
+from minissl.training import autocast, choose_precision, count_flops, generator, keep_freed_memory
 
 WARM_UP = 5       # steps of each round that are not counted: memory is taken, and the workers' first batches lie ready
 missing = ""

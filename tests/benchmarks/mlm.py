@@ -29,7 +29,8 @@ from statistics import median
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from minissl.training import Muon, generator, keep_freed_memory, matrix_product_rate
+from minissl.muon import Muon
+from minissl.training import generator, keep_freed_memory, matrix_product_rate
 from minissl.transformer import FIRST_ORDINARY, TextEncoder, mask_tokens, masked_language_model_loss
 
 missing = ""

@@ -1,0 +1,219 @@
+"""Where texts come from: the docstrings of this machine's Python, the IMDb reviews, or the reader's own files.
+
+Each source is a key that changes when its content does, a function that yields (text, label name or None, split or None),
+and a function that deals out the splits where the documents do not say theirs. `load_texts` encodes them once and keeps
+the tokens beside the data.
+"""
+
+import ast
+import codecs
+import hashlib
+import importlib.util
+import itertools
+import os
+import re
+import sys
+import sysconfig
+import warnings
+from collections import Counter, defaultdict
+from pathlib import Path
+
+import numpy as np
+
+from minissl import UserError
+from minissl.datasets import (CACHE_FORMAT, HELD_OUT, SAMPLE_BYTES, TEST, TRAIN, encode_documents, evenly, read_cache,
+                              split_blocks)
+from minissl.files import download, hash_of, progress, read_archive
+
+TEXT_BYTES = 2**20        # a longer paragraph or line of a file is read as several texts
+
+
+def load_texts(data, data_dir="data", vocabulary_size=8192, limit=0, tokenizer=None):
+    """Texts by name ("pydocs", "imdb") or from a .txt file or a folder of them.
+
+    Arguments: data, the name or path; data_dir, where archives and caches lie; vocabulary_size, of the tokenizer
+    that is trained on the texts outside the test set, unless `tokenizer` is given; limit, keep about this many
+    texts of each split, evenly spaced (0: all).
+    Returns Texts. Raises UserError with one sentence for anything the user can mend.
+    """
+    if data == "pydocs":
+        key, documents, split = _pydocs_files()
+    elif data == "imdb":
+        key, documents, split = _imdb(Path(data_dir))
+    else:
+        key, documents, split = _own_texts(Path(data))
+    for settings in (str(vocabulary_size), tokenizer.to_json() if tokenizer else ""):
+        name = hashlib.sha256(f"{CACHE_FORMAT} {key} {settings}".encode()).hexdigest()[:16]
+        cache = Path(data_dir) / "cache" / f"{Path(data).stem}-{name}"
+        texts = read_cache(cache)
+        if tokenizer is None or texts and texts.tokenizer.merges == tokenizer.merges:
+            break                                    # else the data may be here, but encoded with another tokenizer
+    if not texts:
+        encode_documents(documents(), split, cache, vocabulary_size, tokenizer)
+        texts = read_cache(cache)
+    if limit:
+        index = [np.flatnonzero(texts.split == s) for s in (TRAIN, HELD_OUT, TEST)]
+        index = [where[evenly(len(where), limit)] for where in index]
+        texts = texts.select(np.sort(np.concatenate(index)))
+    return texts
+
+
+# ---------------------------------------------------------------- pydocs: the docstrings of the running Python
+
+def _pydocs_files():
+    roots = {"": Path(sysconfig.get_paths()["stdlib"])}
+    for name in ("numpy", "torch"):
+        roots[name] = Path(importlib.util.find_spec(name).origin).parent     # finds, does not import
+    files = []
+    for package, root in roots.items():
+        for path in sorted(root.rglob("*.py")):
+            parts = ((package,) if package else ()) + path.relative_to(root).with_suffix("").parts
+            if not {"site-packages", "test", "tests", "lib2to3", "_vendor"} & set(parts):
+                files.append((path, parts))
+    listing = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path, _ in files]
+    return listing, lambda: _read_pydocs(files), None
+
+
+def _read_pydocs(files):
+    """(docstring, package, split) for every docstring of the files. The package ("asyncio", "torch.nn") is the
+    label where it has at least 200 docstrings in at least 8 files. Whole files go to the test set, in the order
+    of their hashes, until it has a fifth of their package's docstrings, then to the held-out set for a tenth. The
+    names of all labelled packages are replaced by "package" in every text: a docstring of torch.nn that says
+    "torch.nn" would give its label away."""
+    found = defaultdict(dict)                                                   # package -> file -> its docstrings
+    for n, (path, parts) in enumerate(files):
+        if n % 100 == 0:
+            progress(f"docstrings: {n:,} of {len(files):,} files")
+        source = path.read_bytes()
+        if b'"""' not in source and b"'''" not in source:
+            continue
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")          # what is odd in other people's sources is not our reader's news
+                tree = ast.parse(source)
+        except (SyntaxError, ValueError):
+            continue
+        label = ".".join(parts[:2] if parts[0] in ("numpy", "torch") else parts[:1])
+        texts = [ast.get_docstring(node) for node in ast.walk(tree)
+                 if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef))]
+        if any(texts):
+            found[label]["/".join(parts)] = [text for text in texts if text]
+    size = {label: sum(map(len, files.values())) for label, files in found.items()}
+    classes = {label for label, files in found.items() if size[label] >= 200 and len(files) >= 8}
+    names = {name for label in classes for name in label.split(".")} | {"numpy", "np", "torch"}
+    give_away = re.compile(rf"\b(?:{'|'.join(sorted(map(re.escape, names)))})\b", re.IGNORECASE)
+    for label, files in found.items():
+        done = 0
+        for name in sorted(files, key=lambda name: hashlib.sha256(name.encode()).digest()):
+            share = done / size[label] if label in classes else 1               # of this package, dealt out so far
+            split = TEST if share < 0.2 else HELD_OUT if share < 0.3 else TRAIN
+            done += len(files[name])
+            for text in files[name]:
+                yield give_away.sub("package", text), label if label in classes else None, split
+
+
+# ---------------------------------------------------------------- imdb: 100,000 film reviews (Maas et al. 2011)
+
+IMDB_URL = "https://ai.stanford.edu/~amaas/data/sentiment/aclImdb_v1.tar.gz"
+IMDB_MD5 = "7c2ac02c03563afcf9b574c7e56c153a"
+IMDB_NAME = re.compile(r"aclImdb/(train|test)/(pos|neg|unsup)/(\d+)_\d+\.txt")
+
+
+def _imdb(data_dir):
+    archive = data_dir / "aclImdb_v1.tar.gz"
+    if not archive.exists():
+        download(IMDB_URL, archive, IMDB_MD5)
+    return hash_of(archive), lambda: _read_imdb(archive), None
+
+
+def _read_imdb(archive):
+    """(review, "pos" | "neg" | None, split), straight from the archive: unpacking 100,000 small files takes longer
+    than training. The last tenth of each training class, by number, is held out."""
+    reviews = []
+    for match, data in read_archive(archive, IMDB_NAME, TEXT_BYTES, IMDB_URL):
+        text = data.decode("utf-8", "replace").replace("<br />", " ")
+        reviews.append((match[1], match[2], int(match[3]), text))
+        if len(reviews) % 2000 == 0:
+            progress(f"imdb: {len(reviews):,} reviews read")
+    sizes = Counter((part, name) for part, name, _, _ in reviews)
+    if any(not sizes[part, name] for part in ("train", "test") for name in ("pos", "neg")):
+        raise UserError(f"{archive} does not hold the IMDb reviews: expected aclImdb/train/pos/0_9.txt and the like")
+    reviews.sort(key=lambda review: review[:3])
+    rank = Counter()
+    for part, name, _, text in reviews:
+        rank[part, name] += 1
+        late = rank[part, name] > 0.9 * sizes[part, name]
+        split = TEST if part == "test" else HELD_OUT if late and name != "unsup" else TRAIN
+        yield text, None if name == "unsup" else name, split
+
+
+# ---------------------------------------------------------------- the reader's own files
+
+def _own_texts(path):
+    if not path.exists():
+        raise UserError(f"--data {path}: there is nothing there; give pydocs, imdb, a .txt file or a folder of them")
+    if path.is_file():
+        if path.suffix != ".txt":
+            raise UserError(f"--data {path}: a text file must end in .txt")
+        if path.stat().st_size == 0:
+            raise UserError(f"--data {path}: the file is empty")
+        least = 2048 if path.stat().st_size > SAMPLE_BYTES else 0              # millions of lines are no millions of documents
+        return (f"{least} {_digest([path], path.parent)}", lambda: ((text, None, None) for text in read_texts(path, least)),
+                split_blocks)
+    files, passed_over = [], Counter()
+    for file in sorted(path.rglob("*")):
+        if any(part.startswith(".") for part in file.relative_to(path).parts):
+            passed_over["hidden"] += file.is_file()
+        elif file.is_dir():
+            passed_over["empty folders"] += not any(file.iterdir())
+        elif file.suffix != ".txt":
+            passed_over["not .txt"] += 1
+        elif file.stat().st_size == 0:
+            passed_over["empty"] += 1
+        else:
+            files.append(file)
+    if any(passed_over.values()):
+        print("passed over: " + ", ".join(f"{n} {what}" for what, n in passed_over.items() if n), file=sys.stderr)
+    if not files:
+        raise UserError(f"--data {path}: no .txt file with anything in it")
+    inside = [file.relative_to(path).parts for file in files]
+    names = [parts[0] if len(parts) > 1 else None for parts in inside]          # the sub-folder is the class
+    number = {name: n for n, name in enumerate(sorted({*names} - {None}))}
+    split = split_blocks(np.array([number.get(name, -1) for name in names]))
+    return _digest(files, path), lambda: ((text, name, part) for file, name, part in zip(files, names, split)
+                                          for text in read_texts(file, least=4 * TEXT_BYTES)), None
+
+
+def read_texts(path, least=0):
+    """The texts of one UTF-8 file: its paragraphs, or its lines where no blank line separates paragraphs.
+
+    Yields str, none longer than about TEXT_BYTES, however long the lines; with `least` neighbours are joined to texts of
+    at least so many characters. Raises UserError at bytes that are not UTF-8, with their offset.
+    """
+    with open(path, "rb") as file:
+        start = file.read(TEXT_BYTES)
+        by_paragraph = re.search(rb"\n[ \t\r]*\n[ \t\r]*\S", start) is not None
+        if start[:2] == b"\x1f\x8b":
+            raise UserError(f"{path} is a gzip archive, not a text: unpack it first (gunzip)")
+        file.seek(3 if start.startswith(codecs.BOM_UTF8) else 0)
+        decoder, offset, paragraph, size = codecs.getincrementaldecoder("utf-8")(), file.tell(), [], 0
+        for line in itertools.chain(iter(lambda: file.readline(TEXT_BYTES), b""), [None]):
+            pending = len(decoder.getstate()[0])
+            try:
+                text = decoder.decode(line or b"", final=line is None)
+            except UnicodeDecodeError as error:
+                raise UserError(f"{path} is not UTF-8: byte {offset - pending + error.start} cannot be decoded; "
+                                f"convert it first (iconv -f latin1 -t utf-8)") from None
+            offset += len(line or b"")
+            paragraph.append(text)
+            size += len(text)
+            if line is None or size > max(TEXT_BYTES, least) or size >= least and (not by_paragraph or not text.strip()):
+                whole, paragraph, size = "".join(paragraph), [], 0
+                if whole.strip():
+                    yield whole
+
+
+def _digest(files, root):
+    """A hash of the files' names below root and of their contents."""
+    lines = "\n".join(f"{os.path.relpath(path, root)} {hash_of(path)}" for path in files)
+    return hashlib.sha256(lines.encode("utf-8", "surrogateescape")).hexdigest()

@@ -1,0 +1,91 @@
+"""What was learned can be used: a run's folder opened again, its encoder, its answers.
+
+    encode = runs.load_encoder("runs/mlm")      features of new texts or images
+    runs.fill("runs/mlm", "a [MASK] film")      what stands there?
+"""
+
+from contextlib import nullcontext
+from functools import partial
+
+import torch
+
+from minissl import UserError, autoencoder, contrastive, transformer
+from minissl.datasets import texts_of
+from minissl.evaluation import image_features, text_features
+from minissl.files import MISFITS, load_checkpoint, misfit
+from minissl.tokenizer import MASK, Tokenizer
+
+MODELS = dict(mlm=transformer, autoencoder=autoencoder, contrastive=contrastive)
+
+
+def load_run(run):
+    """-> (model in evaluation mode, on the CPU; checkpoint) of the folder of any run."""
+    checkpoint = load_checkpoint(run)
+    try:
+        return MODELS[checkpoint["method"]].from_checkpoint(checkpoint), checkpoint
+    except MISFITS as error:
+        raise misfit(run, error) from None
+
+
+def new_model(checkpoint, seed):
+    """The image model of a checkpoint as it was before any training."""
+    torch.manual_seed(seed)
+    return MODELS[checkpoint["method"]].new_from(checkpoint)
+
+
+def tokenizer_of(checkpoint):
+    try:
+        return Tokenizer.from_json(checkpoint["tokenizer"])
+    except MISFITS as error:
+        raise misfit(checkpoint["settings"]["run"], error) from None
+
+
+def encoder_of(model):
+    """images (B, C, H, W) uint8 -> features (B, D), by the model's own file."""
+    return partial((autoencoder if isinstance(model, autoencoder.Autoencoder) else contrastive).encode, model)
+
+
+def check_images(images, model, name):
+    """UserError unless the model can read images (N, C, H, W) of this size."""
+    channels, size = model.channels, getattr(model, "size", None)
+    if images.shape[1] != channels or size and tuple(images.shape[2:]) != size:
+        raise UserError(f"{name}: images of {images.shape[2]} × {images.shape[3]} × {images.shape[1]}; the run learned from "
+                        + (f"{size[0]} × {size[1]} × {channels}" if size else f"{channels} channels") + ": convert them")
+
+
+def load_encoder(run):
+    """The encoder of a run's folder as a function -> features (N, D) float32. For texts of a list of N strings, for images
+    of an array (N, H, W, C) or (N, H, W), uint8."""
+    model, checkpoint = load_run(run)
+    if checkpoint["method"] == "mlm":
+        tokenizer = tokenizer_of(checkpoint)
+        return lambda strings: text_features(partial(transformer.encode, model), texts_of(strings, tokenizer), nullcontext())
+
+    def features(images):
+        images = torch.as_tensor(images)
+        images = images.view(*images.shape[:3], -1).permute(0, 3, 1, 2)                           # (N, C, H, W)
+        check_images(images, model, "the array")
+        return image_features(encoder_of(model), images, nullcontext())
+    return features
+
+
+def fill(run, text):
+    """Print what the run's model puts for each [MASK] of the text, the five likeliest with their probabilities."""
+    model, checkpoint = load_run(run)
+    if checkpoint["method"] != "mlm":
+        raise UserError(f"--fill: {run} learned from images; give the folder of a run of train_mlm.py")
+    tokenizer = tokenizer_of(checkpoint)
+    pieces = text.split("[MASK]")
+    ids = []
+    for n, piece in enumerate(pieces):
+        ids += [MASK] * (n > 0) + tokenizer.encode(piece, leading_space=n == 0 or piece[:1].isspace()).tolist()
+    places = [i for i, token in enumerate(ids) if token == MASK]
+    if not places or len(ids) > model.window:
+        raise UserError(f"--fill: the text has {len(places)} [MASK] and {len(ids)} tokens; it needs at least one [MASK] "
+                        f"and at most {model.window} tokens")
+    with torch.no_grad():
+        chances = model.token_logits(model(torch.tensor([ids]))[0, places]).softmax(1)           # (M, V)
+    for n, row in enumerate(chances):
+        best = row.topk(5)
+        print(f"[MASK] {n + 1}: " + ", ".join(f"{tokenizer.decode([i])} {p:.2f}" for p, i in
+                                              zip(best.values.tolist(), best.indices.tolist())))
