@@ -278,7 +278,7 @@ def own_images(path, keep_all=False):
     wanted = "expected uint8 (N, H, W, C) or (N, H, W), with 1 or 3 channels C"
     if array.dtype != np.uint8:
         if array.dtype.kind == "f":
-            scale = 1 if np.nanmax(array[:100], initial=0) > 1 else 255
+            scale = 1 if np.nan_to_num(array[:100]).max(initial=0) > 1 else 255
             how = f"(np.nan_to_num(a) * {scale}).clip(0, 255).round().astype(np.uint8)"
         else:
             how = "(a // 256).astype(np.uint8)" if array.dtype == np.uint16 else "a.clip(0, 255).astype(np.uint8)"
