@@ -169,8 +169,7 @@ def main():
         if of_text:
             features = evaluation.text_features(partial(transformer.encode, model.to(device)), data, cast, device, progress=progress)
         else:
-            features = evaluation.image_features(runs.encoder_of(model.to(device)), data, cast, device,
-                                                 progress=progress)
+            features = evaluation.image_features(runs.encoder_of(checkpoint, model.to(device)), data, cast, device, progress=progress)
         with open(settings.features, "wb") as file:
             np.save(file, features.numpy())
         return print(f"{settings.features}: {features.shape[0]:,} × {features.shape[1]} features"

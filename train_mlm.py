@@ -1,7 +1,7 @@
 """Pretrain a tiny transformer on text without labels: fill in masked words, guess the rest of the document.
 
 Two stages, one model. In the first `--embedding-steps` steps the transformer's blocks are still zero, so the document
-vector is a mean of embeddings, and the embeddings alone learn the document term from whole texts, at a million tokens
+vector is a mean of embeddings, and the embeddings alone learn the document term from whole texts, half a million tokens
 a second. Then the blocks join in, and both losses train everything.
 
     python train_mlm.py                                         docstrings of this machine's Python, under 5 minutes
@@ -33,7 +33,7 @@ from minissl.training import (Run, at_least, autocast, choose_machine, generator
 class Settings:
     data: str = "pydocs"  # pydocs, imdb, a .txt file or a folder of them
     data_dir: str = "data"  # where archives and caches lie
-    limit: int = 0  # take this many texts only, for a trial; 0: all
+    limit: int = 0  # take this many texts of each split only, for a trial; 0: all
     run: str = "runs/mlm"  # the run's folder
     resume: bool = False  # go on with the run in --run
     steps: int = 1500  # in all, both stages

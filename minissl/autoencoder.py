@@ -154,7 +154,7 @@ class Autoencoder(nn.Module):
         return x[..., :self.size[0], :self.size[1]] * self.deviation + self.mean
 
     def features(self, x):
-        """Images (B, C, H, W), floats in [0, 1] -> (B, 512): what `encode` returns, and why."""
+        """Images (B, C, H, W), floats in [0, 1] -> (B, 8 · width): what `encode` returns, and why."""
         return F.adaptive_avg_pool2d(self.maps(x)[0], 2).flatten(1)
 
     def forward(self, x):
@@ -169,14 +169,14 @@ def encode(model, images):
     way there say which patterns occur; averaged, without where. (A prototype's probe at 50 / 500 labels a
     class on CIFAR-10: z 32 / 41, this 36 / 48; but an encoder with random weights has most of that, EXPERIMENTS.md.)
 
-    images (B, C, H, W) uint8. Returns (B, 512). Put the model in evaluation mode first, or batch norm moves.
+    images (B, C, H, W) uint8. Returns (B, 8 · width). Put the model in evaluation mode first, or batch norm moves.
     """
     return model.features(images.float() / 255)
 
 
 def new_from(checkpoint):
     """An untrained model of the shape that the checkpoint's has, with its scaling of the input."""
-    mean, deviation = (checkpoint["model"]["" + name].flatten() for name in ("mean", "deviation"))
+    mean, deviation = (checkpoint["model"][name].flatten() for name in ("mean", "deviation"))
     return Autoencoder(mean=mean, deviation=deviation, **checkpoint["model_settings"])
 
 

@@ -203,7 +203,7 @@ class ResidualBlock(nn.Module):
 
 
 class ImageEncoder(nn.Module):
-    """Images (B, C, H, W), floats in [0, 1], any H and W of at least 8 -> features (B, 256).
+    """Images (B, C, H, W), floats in [0, 1], any H and W of at least 8 -> features (B, 4 · width).
 
     49 million multiply-adds for 32 × 32 × 3. mean, deviation (C,): of the pixels in [0, 1] that it learned from; the scaling
     travels with the weights. width: of the first feature map (the shapes below are for 64), doubled twice.
@@ -253,7 +253,7 @@ class ContrastiveModel(nn.Module):
                     module.momentum = 0.0          # it norms by the batch, but its buffers move with the average alone
 
     def features(self, x):
-        """Images (B, C, H, W), floats in [0, 1] -> (B, 256)."""
+        """Images (B, C, H, W), floats in [0, 1] -> (B, 4 · width)."""
         return self.encoder(x)
 
     def project(self, views):
@@ -279,7 +279,7 @@ class ContrastiveModel(nn.Module):
 def encode(model, images):
     """Features of whole images: the encoder's output, before the projection head.
 
-    images (B, C, H, W) uint8. Returns (B, 256). Put the model in evaluation mode first, or batch norm moves.
+    images (B, C, H, W) uint8. Returns (B, 4 · width). Put the model in evaluation mode first, or batch norm moves.
     """
     return model.features(images.float() / 255)
 

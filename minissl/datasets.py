@@ -14,7 +14,7 @@ contiguous blocks, not random ones: neighbouring files are often about the same 
 random draw would put such twins on both sides. A text that stands in two splits is dropped from the less
 precious one.
 
-Where the texts come from: documents.py. Read next: finetune.py.
+Where the texts come from: documents.py. Read next: images.py.
 """
 
 import hashlib
@@ -157,6 +157,8 @@ class Texts:
 
 def texts_of(strings, tokenizer):
     """Texts, without labels, from a list of strings; UserError if one of them is empty."""
+    if isinstance(strings, str):                     # a list of its characters, or so it would be taken
+        raise UserError("one string where a list of strings was expected: put it into brackets")
     encoded = [tokenizer.encode(text) for text in strings]
     lengths = np.array([len(ids) for ids in encoded], np.int64)
     if not len(lengths) or not lengths.all():

@@ -115,7 +115,7 @@ def label_figure(path, width=640, height=300):
              f'text-anchor="end">{v}</text>' for v in range(low, high + 1, 10)]
     parts += [f'<text x="{x(n):.0f}" y="{height - 22}" text-anchor="middle">{html.escape(line[0])}</text>' for n, line in enumerate(lines)]
     parts.append(f'<text x="{x((len(lines) - 1) / 2):.0f}" y="{height - 5}" text-anchor="middle">labels a class</text>'
-                 f'<text x="50" y="12">test accuracy, %</text>')
+                 '<text x="50" y="12">test accuracy, %</text>')
     ends, place = sorted(range(len(head) - 1), key=lambda m: -values[-1][m][0]), -1e9
     for m in ends:
         colour, points = METHOD_COLOURS.get(head[m + 1], "#69788a"), [(x(n), *line[m]) for n, line in enumerate(values)]

@@ -328,6 +328,8 @@ def label_texts(run, path, checkpoint, model, cast, device):
     if not Path(path).is_file():
         raise UserError(f"--predict {path}: there is no such file; give a text a line or a paragraph")
     strings = list(read_texts(Path(path)))
+    if not strings:
+        raise UserError(f"--predict {path}: there is no text in it")
     state, classes = read_classifier(run, checkpoint)
     task = TextTask(texts_of(strings, runs.tokenizer_of(checkpoint)), model, cast, device)
     classifier = TextClassifier(state["table"], state["mean"], state["deviation"], len(classes))

@@ -6,8 +6,8 @@ import torch
 class Muon(torch.optim.Optimizer):
     """Momentum whose update is made orthogonal: every direction of a matrix learns at the same speed.
 
-    For matrices and, flattened to (out, in · k · k), convolution kernels; embeddings and vectors go to AdamW. Jordan
-    et al. 2024, "Muon: An optimizer for hidden layers in neural networks" (kellerjordan.github.io/posts/muon).
+    For matrices and, flattened to (out, in · k · k), convolution kernels. Jordan et al. 2024, "Muon: An optimizer for
+    hidden layers in neural networks" (kellerjordan.github.io/posts/muon).
     """
 
     def __init__(self, parameters, lr, momentum=0.95, weight_decay=0.0, precision=torch.float32):

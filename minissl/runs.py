@@ -40,9 +40,9 @@ def tokenizer_of(checkpoint):
         raise misfit(checkpoint["settings"]["run"], error) from None
 
 
-def encoder_of(model):
+def encoder_of(checkpoint, model):
     """images (B, C, H, W) uint8 -> features (B, D), by the model's own file."""
-    return partial((autoencoder if isinstance(model, autoencoder.Autoencoder) else contrastive).encode, model)
+    return partial(MODELS[checkpoint["method"]].encode, model)
 
 
 def check_images(images, model, name):
@@ -65,7 +65,7 @@ def load_encoder(run):
         images = torch.as_tensor(images)
         images = images.view(*images.shape[:3], -1).permute(0, 3, 1, 2)                           # (N, C, H, W)
         check_images(images, model, "the array")
-        return image_features(encoder_of(model), images, nullcontext())
+        return image_features(encoder_of(checkpoint, model), images, nullcontext())
     return features
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 ROOT = Path(__file__).resolve().parents[1]
-T, C, V, A, M = "minissl/transformer.py", "minissl/contrastive.py", "train_contrastive.py", "train_ae.py", "train_mlm.py"
+T, C, V, M = "minissl/transformer.py", "minissl/contrastive.py", "train_contrastive.py", "train_mlm.py"
 
 CONTRASTIVE = "train_contrastive.py --data cifar10 --limit 10000 --width 32 --steps 300 --evaluate-every 300".split()
 BYOL = [*CONTRASTIVE, "--method", "byol"]

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 import finetune
-from minissl import datasets, documents, evaluation, finetuning, runs
+from minissl import UserError, datasets, documents, evaluation, finetuning, runs
 
 
 @pytest.fixture
@@ -85,6 +85,14 @@ def test_features_are_written_one_row_a_text(trained, corpus, run_script, tmp_pa
 def test_what_cannot_be_done_is_said_in_one_sentence(flags, sentence, trained, run_script):
     code, printed = run_script(finetune, trained, "--data-dir", trained.parent / "data", *flags)
     assert code == 2 and sentence in printed.splitlines()[-1] and "Traceback" not in printed
+
+
+def test_a_file_without_text_and_a_string_that_is_no_list_are_refused(trained, run_script, tmp_path):
+    (tmp_path / "blank.txt").write_text("\n \n", encoding="utf-8")
+    code, printed = run_script(finetune, trained, "--predict", tmp_path / "blank.txt")
+    assert code == 2 and "there is no text in it" in printed.splitlines()[-1]
+    with pytest.raises(UserError, match="one string where a list of strings"):
+        runs.load_encoder(trained)("the ship sails")
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path, run_script):
