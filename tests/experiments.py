@@ -5,7 +5,6 @@
 
 An arm is flags, or a change in a copy of the code as a fork would make it: a file, what stands there, what is put there.
 The sizes are small, so the differences count and the figures do not: 10,000 images or 20,000 reviews, about a minute a run.
-What has been asked so far stands in EXPERIMENTS.md.
 Printed: for each arm the mean and standard deviation over pretraining seeds of a linear probe's test accuracy, and of
 some columns of the log's last row. What came out stands in EXPERIMENTS.md.
 """
