@@ -35,7 +35,7 @@ from typing import Literal
 import numpy as np
 import torch
 
-from minissl import UserError, evaluation, figures, report, runs, transformer
+from minissl import UserError, evaluation, figures, report, runs
 from minissl.documents import load_texts
 from minissl.files import progress, write_atomically
 from minissl.finetuning import CLASSIFIER_FORMAT, ImageTask, TextTask, label_images, label_texts
@@ -166,10 +166,8 @@ def main():
         data = load_images(name, data_dir, settings.limit, keep_all=bool(settings.features))
         runs.check_images(data, model, name)
     if settings.features:
-        if of_text:
-            features = evaluation.text_features(partial(transformer.encode, model.to(device)), data, cast, device, progress=progress)
-        else:
-            features = evaluation.image_features(runs.encoder_of(checkpoint, model.to(device)), data, cast, device, progress=progress)
+        features_of = evaluation.text_features if of_text else evaluation.image_features
+        features = features_of(runs.encoder_of(checkpoint, model.to(device)), data, cast, device, progress=progress)
         with open(settings.features, "wb") as file:
             np.save(file, features.numpy())
         return print(f"{settings.features}: {features.shape[0]:,} × {features.shape[1]} features"

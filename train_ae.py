@@ -154,8 +154,7 @@ def main():
         if last or stopping or run.due():
             run.save(done, model, optimizers, method="autoencoder", model_settings=dict(size=[H, W], code=settings.code, width=settings.width))
         if stopping and not last:
-            raise KeyboardInterrupt(f"stopped at step {done:,} and saved; python train_ae.py --run {run.folder} "
-                                    f"--resume goes on")
+            run.leave(done)
     print(f"done: {run.folder / 'report.html'} shows what it learned; python finetune.py {run.folder} what it is worth")
 
 

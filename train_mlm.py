@@ -23,8 +23,7 @@ from minissl.datasets import SAMPLE_TEXTS, TRAIN, Documents, Windows, fingerprin
 from minissl.documents import load_texts
 from minissl.muon import Muon
 from minissl.processes import RANK, WORLD, average_gradients, first_alone, sum_over
-from minissl.training import (Run, at_least, autocast, choose_machine, generator, rate_at, read_settings,
-                              run_script)
+from minissl.training import Run, at_least, autocast, choose_machine, generator, rate_at, read_settings, run_script
 
 
 # ---------------------------------------------------------------- Settings
@@ -88,12 +87,7 @@ def new_model(settings, texts):
     model = transformer.TextEncoder(V, frequent_pairs(texts, V, settings.pairs), settings.width, settings.layers,
                                     settings.heads, settings.window, columns)
     counts = sum(model.count_terms(torch.from_numpy(texts.flat(which)[0]), 0, 1)[0] for which in texts.slices(4096))      # (V + N,)
-    weights = transformer.term_weights(counts, V)
-    with torch.no_grad():                                                # what needs no context is known from the start
-        model.token_bias.copy_(((counts[:V] + 1) / (counts[:V] + 1).sum()).log())
-        expected = counts * weights + 0.5
-        model.term_head.bias.copy_((expected / expected.sum()).log())
-    return model, weights
+    return model, model.start_at(counts)
 
 
 # ---------------------------------------------------------------- Training
@@ -120,8 +114,7 @@ def main():
     windows = Windows(pool, settings.window, settings.batch_size, settings.seed, rest=settings.document_weight > 0)
     evaluate = evaluation.MaskedText(texts, settings.window, settings.mask_share, device)
 
-    model, weights = new_model(settings, pool)
-    model, weights = model.to(device), weights.to(device)
+    model, weights = (part.to(device) for part in new_model(settings, pool))
     matrices = list(model.blocks.parameters())                           # these learn by Muon, all else by AdamW
     adamw = torch.optim.AdamW([dict(params=[model.token_embedding.weight, model.pair_embedding.weight], times=0.05),
                                dict(params=[*model.term_head.parameters(), *model.token_dense.parameters(),
@@ -199,8 +192,7 @@ def main():
                      model_settings=dict(vocabulary_size=V, width=D, layers=settings.layers, heads=settings.heads,
                                          window=settings.window, document_columns=model.document_columns))
         if stopping and not last:
-            raise KeyboardInterrupt(f"stopped at step {done:,} and saved; python train_mlm.py --run {run.folder} --resume "
-                                    f"goes on")
+            run.leave(done)
     print(f"done: {run.folder / 'report.html'} shows what it learned; python finetune.py {run.folder} what it is worth")
 
 

@@ -318,8 +318,7 @@ def read_classifier(run, checkpoint):
     """classifier.pt of the run's folder -> (state, names of its classes)."""
     saved = read_checkpoint(Path(run) / "classifier.pt", CLASSIFIER_FORMAT)
     if saved["step"] != checkpoint["step"]:
-        raise UserError(f"{run} has been trained further since its classifier was made: run finetune.py "
-                        f"{run} again")
+        raise UserError(f"{run} has been trained further since its classifier was made: run finetune.py {run} again")
     return saved["model"], saved["classes"]
 
 

@@ -41,7 +41,7 @@ def tokenizer_of(checkpoint):
 
 
 def encoder_of(checkpoint, model):
-    """images (B, C, H, W) uint8 -> features (B, D), by the model's own file."""
+    """What a batch's features are, by the model's own file: of tokens (B, T) and lengths (B,), or of images (B, C, H, W) uint8."""
     return partial(MODELS[checkpoint["method"]].encode, model)
 
 
@@ -57,15 +57,16 @@ def load_encoder(run):
     """The encoder of a run's folder as a function -> features (N, D) float32. For texts of a list of N strings, for images
     of an array (N, H, W, C) or (N, H, W), uint8."""
     model, checkpoint = load_run(run)
+    encode = encoder_of(checkpoint, model)
     if checkpoint["method"] == "mlm":
         tokenizer = tokenizer_of(checkpoint)
-        return lambda strings: text_features(partial(transformer.encode, model), texts_of(strings, tokenizer), nullcontext())
+        return lambda strings: text_features(encode, texts_of(strings, tokenizer), nullcontext())
 
     def features(images):
         images = torch.as_tensor(images)
         images = images.view(*images.shape[:3], -1).permute(0, 3, 1, 2)                           # (N, C, H, W)
         check_images(images, model, "the array")
-        return image_features(encoder_of(checkpoint, model), images, nullcontext())
+        return image_features(encode, images, nullcontext())
     return features
 
 

@@ -381,3 +381,8 @@ class Run:
         torch.save(state, data)
         write_atomically(self.folder / "checkpoint.pt", data.getbuffer())
         self.saved = time.perf_counter()
+
+    def leave(self, step):
+        """Stopped and saved: end the script, with a sentence on how to go on."""
+        raise KeyboardInterrupt(f"stopped at step {step:,} and saved; python {Path(sys.argv[0]).name} --run {self.folder} --resume "
+                                f"goes on")

@@ -209,6 +209,17 @@ class TextEncoder(nn.Module):
         nn.init.normal_(self.term_head.weight, std=0.02)
         nn.init.zeros_(self.term_head.bias)
 
+    @torch.no_grad()
+    def start_at(self, counts):
+        """Set the biases of both output layers to the frequencies of counts (V + N,), words and pairs: what needs no context
+        is known from the start. Returns the terms' weights in a bag, (V + N,)."""
+        V = len(self.token_bias)
+        weights = term_weights(counts, V)
+        self.token_bias.copy_(((counts[:V] + 1) / (counts[:V] + 1).sum()).log())
+        expected = counts * weights + 0.5
+        self.term_head.bias.copy_((expected / expected.sum()).log())
+        return weights
+
     def forward(self, tokens, lengths=None):
         """tokens (B, T) int64, T ≤ window; lengths (B,) where sequences end in padding -> (B, T, D)."""
         visible = None if lengths is None else self._real(tokens, lengths)[:, None, None]       # (B, 1, 1, T)

@@ -11,7 +11,6 @@ some columns of the log's last row. What came out stands in EXPERIMENTS.md.
 
 import argparse
 import csv
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -19,7 +18,8 @@ from pathlib import Path
 
 import numpy as np
 
-ROOT = Path(__file__).resolve().parents[1]
+from planted_faults import ROOT, change, copy_of_the_code
+
 T, C, V, M = "minissl/transformer.py", "minissl/contrastive.py", "train_contrastive.py", "train_mlm.py"
 
 CONTRASTIVE = "train_contrastive.py --data cifar10 --limit 10000 --width 32 --steps 300 --evaluate-every 300".split()
@@ -77,18 +77,13 @@ def ask(name, seeds, data_dir, work):
     print(f"{name}: {question}. python {' '.join(command)}; mean ± deviation of {seeds} seeds", flush=True)
     rows = [["", "probe", *columns]]
     for arm, changes in arms.items():
-        copy = work / "code"
-        shutil.rmtree(copy, ignore_errors=True)
-        shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".git", "runs", "data", "__pycache__", ".venv"))
-        for file, old, new in (change for change in changes if isinstance(change, tuple)):
-            source = (copy / file).read_text(encoding="utf-8")
-            if source.count(old) != 1:
-                raise SystemExit(f"{name}, {arm}: {file} has {source.count(old)} of {old!r}; mend this list")
-            (copy / file).write_text(source.replace(old, new), encoding="utf-8")
-        found = []
+        copy = copy_of_the_code(work / f"code {len(rows)}")
+        for item in changes:
+            if isinstance(item, tuple):
+                change(copy, f"{name}, {arm}", *item)
+        flags, found = [item for item in changes if isinstance(item, str)], []
         for seed in range(seeds):
             run = work / f"{name} {len(rows)} {seed}"
-            flags = [change for change in changes if isinstance(change, str)]
             start(copy, *command, *flags, "--run", run, "--seed", seed, "--data-dir", data_dir)
             start(copy, "finetune.py", run, "--probe", "--labels", "100", "--seeds", 3, "--limit", 10_000)
             with open(run / "probe.csv", encoding="utf-8", newline="") as file:

@@ -116,7 +116,7 @@ def main():
         if last or run.stopping or run.due():
             run.save(done, model, optimizers, method="rotation", model_settings=dict(width=settings.width))
         if run.stopping:
-            raise KeyboardInterrupt(f"stopped at step {done:,} and saved; --resume goes on")
+            run.leave(done)
 
 
 if __name__ == "__main__":

@@ -77,18 +77,27 @@ FAULTS = [      # (what is wrong, file, what stands there, what is planted, test
 ]
 
 
+def copy_of_the_code(folder):
+    return Path(shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(".git", "runs", "data", "__pycache__", ".venv")))
+
+
+def change(copy, name, file, old, new):
+    """Put `new` in the place of `old`, which must stand once in the file of the copy. -> the file as it was"""
+    source = (copy / file).read_text(encoding="utf-8")
+    if source.count(old) != 1:
+        raise SystemExit(f"{name}: {file} has {source.count(old)} of {old!r}; mend this list")
+    (copy / file).write_text(source.replace(old, new), encoding="utf-8")
+    return source
+
+
 def main(words):
     seen, missed = 0, []
     with tempfile.TemporaryDirectory() as folder:
-        copy = Path(folder) / "minissl"
-        shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".git", "runs", "data", "__pycache__", ".venv"))
+        copy = copy_of_the_code(Path(folder) / "minissl")
         for name, file, old, new, test in FAULTS:
             if words and not any(word in name for word in words):
                 continue
-            source = (ROOT / file).read_text(encoding="utf-8")
-            if source.count(old) != 1:
-                raise SystemExit(f"{name}: {file} has {source.count(old)} of {old!r}; mend this list")
-            (copy / file).write_text(source.replace(old, new), encoding="utf-8")
+            source = change(copy, name, file, old, new)
             module, test = test.split("::")
             done = subprocess.run([sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", f"tests/test_{module}.py", "-k", test],
                                   cwd=copy, capture_output=True, text=True)

@@ -22,13 +22,12 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def torchrun(n, script, *arguments):
     """-> the running torchrun."""
-    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", n, "--", script, *arguments]
-    return start(command, os.environ)
+    return start(["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", n, "--", script, *arguments])
 
 
-def start(command, environment):
+def start(command, **environment):
     return subprocess.Popen([sys.executable, *map(str, command)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                            env=environment)
+                            env=os.environ | environment)
 
 
 def together(n, script, *arguments):
@@ -36,8 +35,8 @@ def together(n, script, *arguments):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    running = [start([script, *arguments], os.environ | dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(n),
-                                                             MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))) for rank in range(n)]
+    running = [start([script, *arguments], RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(n), MASTER_ADDR="127.0.0.1",
+                     MASTER_PORT=str(port)) for rank in range(n)]
     printed = "".join(process.communicate(timeout=120)[0] for process in running)
     return [process.returncode for process in running], printed
 

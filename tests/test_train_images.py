@@ -30,6 +30,14 @@ def runs(tmp_path_factory):
     return folder
 
 
+@pytest.fixture
+def brief(monkeypatch):
+    """A few steps, and every third strength of a probe, are enough to see what depends on what."""
+    train, probe = ImageTask.train_classifier, evaluation.probe
+    monkeypatch.setattr(ImageTask, "train_classifier", lambda *arguments, **options: train(*arguments, **options, images_seen=256))
+    monkeypatch.setattr(evaluation, "probe", lambda x, labels, classes, strengths: probe(x, labels, classes, strengths[::3]))
+
+
 def states(folder):
     return files.load_checkpoint(folder)["model"]
 
@@ -81,9 +89,8 @@ def test_evaluation_does_not_change_training(name, runs, run_script, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["simclr", "ae"])
-def test_a_short_training_raises_the_probe_above_the_random_encoder(name, run_script, tmp_path, monkeypatch):
+def test_a_short_training_raises_the_probe_above_the_random_encoder(name, run_script, tmp_path, brief):
     """On two textures that pixels averaged over the image do not tell apart."""
-    monkeypatch.setattr("minissl.finetuning.ImageTask.train_classifier", shorter(ImageTask.train_classifier))
     rng = np.random.default_rng(0)
     stripes = (np.sin(np.arange(16) * 1.6 + rng.uniform(0, 6, (600, 1))) * 60 + 128)[:, None, :].repeat(16, 1)
     labels = rng.integers(0, 2, 600)
@@ -128,7 +135,7 @@ def test_every_image_is_counted_whatever_the_batch(batch):
     assert torch.equal(features, images.flatten(1).float())
 
 
-def test_permuting_the_test_labels_changes_no_choice_and_no_weight(runs, run_script, monkeypatch):
+def test_permuting_the_test_labels_changes_no_choice_and_no_weight(runs, run_script, brief, monkeypatch):
     made, load = [], images.load_images
     monkeypatch.setattr(finetune, "write_results", lambda settings, checkpoint, name, results, chance, classifier, classes:
                         made.append(classifier.state_dict()))
@@ -138,7 +145,6 @@ def test_permuting_the_test_labels_changes_no_choice_and_no_weight(runs, run_scr
         test = np.flatnonzero(data.split == datasets.TEST)
         data.labels[test] = data.labels[test][::-1].copy()
         return data
-    monkeypatch.setattr("minissl.finetuning.ImageTask.train_classifier", shorter(ImageTask.train_classifier))
     for loader in (load, permuted):
         monkeypatch.setattr(finetune, "load_images", loader)
         code, printed = run_script(finetune, runs / "simclr", "--labels", 3, "--seeds", 1, "--limit", 100)
@@ -146,13 +152,7 @@ def test_permuting_the_test_labels_changes_no_choice_and_no_weight(runs, run_scr
     assert equal(*made)
 
 
-def shorter(train):
-    """A few steps are enough to see what depends on what."""
-    return lambda self, model, which, *arguments, **options: train(self, model, which, *arguments, **options, images_seen=256)
-
-
-def test_predictions_and_features_of_new_images(runs, run_script, tmp_path, monkeypatch):
-    monkeypatch.setattr("minissl.finetuning.ImageTask.train_classifier", shorter(ImageTask.train_classifier))
+def test_predictions_and_features_of_new_images(runs, run_script, tmp_path, brief):
     code, printed = run_script(finetune, runs / "ae", "--labels", 3, "--seeds", 1, "--limit", 100)
     assert code == 0 and "pixel PCA" in printed, printed
     array = images.load_images("shapes", limit=20)[:].permute(0, 2, 3, 1).numpy()
