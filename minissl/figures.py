@@ -24,7 +24,7 @@ def write_png(path, image):
     height, width, _ = image.shape
     rows = np.concatenate([np.zeros((height, 1), np.uint8), image.reshape(height, -1)], axis=1)     # 0: no row filter
     chunks = [(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)),                     # 8 bits, RGB
-              (b"IDAT", zlib.compress(rows.tobytes(), 9)), (b"IEND", b"")]
+              (b"IDAT", zlib.compress(rows.tobytes())), (b"IEND", b"")]
     write_atomically(path, b"\x89PNG\r\n\x1a\n" + b"".join(
         struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in chunks))
 

@@ -50,7 +50,7 @@ def server():
             def log_message(self, *arguments):
                 pass
         running.append(http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler))
-        threading.Thread(target=running[-1].serve_forever, daemon=True).start()
+        threading.Thread(target=running[-1].serve_forever, args=(0.01,), daemon=True).start()
         start.requests = Handler.requests
         return f"http://127.0.0.1:{running[-1].server_port}/data.bin"
 
