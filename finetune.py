@@ -19,7 +19,8 @@ cross-validation inside the draw; the test set is scored once, at the end):
     untrained     images: a probe of the same encoder with random weights, for many a feature is good before any learning
     from scratch  the same model without pretraining; rate and epochs, or augmentation, on held-out examples
     linear probe  logistic regression on the frozen features; strength by cross-validation
-    fine-tuned    starts from the probe, then moves the encoder, too; rate (0 among them) on held-out examples
+    fine-tuned    starts from the probe, then moves the encoder, too; rate (0 among them) and epochs on held-out examples.
+                  Of a text encoder the embeddings move, the blocks stay; so from scratch, where they are zero
 
 How each column is fitted: minissl/finetuning.py.
 """
@@ -56,6 +57,7 @@ class Settings:
     probe: bool = False  # the linear probe's column alone, into probe.csv
     features: str = ""  # instead of the table: write the features to this .npy
     predict: str = ""  # instead of the table: label the texts of this file, or the images of this .npy
+    no_flip: bool = False  # for pictures whose mirror image means something else; as for the run, unless given
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # for the encoder; the rest is small
     precision: Literal["auto", "float32", "bfloat16"] = "auto"  # of the encoder
 
@@ -177,7 +179,8 @@ def main():
                         f"per class, for images NAME.labels.npy beside NAME.npy")
     data = data.select(data.labels >= 0)
     task = TextTask(data, model, cast, device) if of_text else ImageTask(
-        data, model, partial(runs.new_model, checkpoint), trained, device, precision)
+        data, model, partial(runs.new_model, checkpoint), not (settings.no_flip or trained.get("no_flip")), trained.get("code"),
+        device, precision)
     write_results(settings, checkpoint, name, *table(settings, task), data.classes)
 
 

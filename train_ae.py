@@ -35,12 +35,12 @@ class Settings:
     resume: bool = False  # go on with the run in --run
     steps: int = 600  # optimizer steps
     batch_size: int = 256  # images a step; no gradient accumulation: batch norm would not see the rest
-    learning_rate: float = 0.02  # Muon's, on matrices and kernels; AdamW's on vectors is a tenth
+    learning_rate: float = 0.02  # Muon's, on matrices and kernels; Adam's on vectors is a tenth
     width: int = 32  # of the encoder's first feature map, doubled twice; 64 sees more and takes nearly four times as long
     seed: int = 0  # of everything random
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: the best there is
     precision: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 where it is measurably faster
-    compile: bool = False  # torch.compile the encoder: a minute first, then faster on a GPU
+    compile: bool = False  # torch.compile the model: a minute first, then faster on a GPU
     code: int = 128  # numbers in z
     beta: float = 0.0  # weight of the regularizer
     regularizer: Literal["none", "sparse", "decorrelated"] = "none"  # what R(z) asks for
@@ -114,8 +114,7 @@ def main():
     model = model.to(device, memory_format=torch.channels_last)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizers = [Muon([p for p in trained if p.ndim > 1], settings.learning_rate, weight_decay=0.02, precision=precision),
-                  torch.optim.AdamW([dict(params=[p for p in trained if p.ndim == 1], times=0.1)], weight_decay=0,
-                                    fused=device.type != "mps")]
+                  torch.optim.Adam([dict(params=[p for p in trained if p.ndim == 1], times=0.1)], fused=device.type != "mps")]
     first = run.begin(share_batch_norm(model), optimizers, f"{len(pool):,} images of {H} × {W} × {C}, checksum {fingerprint(data)}")
     look = Look(data, run.folder, corrupt, device)
     chance = float((look.images - look.images.mean(0)).square().mean())   # the error of the mean image
@@ -128,7 +127,7 @@ def main():
         images = pool[batches(step)].to(device).float() / 255            # (B, C, H, W)
         images, given = share(images), share(corrupt(images, step))      # of several processes, a slice each
         with cast:
-            rebuilt, z = model(given)
+            rebuilt, z = model(given)                                    # (B, C, H, W), (B, D)
             loss, error, penalty = autoencoder.autoencoder_loss(images, rebuilt, gather(z), settings.beta, settings.regularizer)
         loss.backward()
         stopping = average_gradients(trained, run.stopping)

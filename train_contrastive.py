@@ -41,7 +41,7 @@ class Settings:
     resume: bool = False  # go on with the run in --run
     steps: int = 600  # optimizer steps
     batch_size: int = 256  # images a step; no gradient accumulation: neither negatives nor batch norm would see the rest
-    learning_rate: float = 0.02  # Muon's, on matrices and kernels; AdamW's on vectors is a tenth
+    learning_rate: float = 0.02  # Muon's, on matrices and kernels; Adam's on vectors is a tenth
     width: int = 32  # of the encoder's first feature map, doubled twice; 64 sees more and takes nearly four times as long
     seed: int = 0  # of everything random
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: the best there is
@@ -128,8 +128,7 @@ def main():
     model = model.to(device, memory_format=torch.channels_last)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizers = [Muon([p for p in trained if p.ndim > 1], settings.learning_rate, weight_decay=0.02, precision=precision),
-                  torch.optim.AdamW([dict(params=[p for p in trained if p.ndim == 1], times=0.1)], weight_decay=0,
-                                    fused=device.type != "mps")]
+                  torch.optim.Adam([dict(params=[p for p in trained if p.ndim == 1], times=0.1)], fused=device.type != "mps")]
     first = run.begin(share_batch_norm(model), optimizers, f"{len(pool):,} images of {H} × {W} × {C}, checksum {fingerprint(data)}")
     look = Look(data, run.folder, draw, view, device)
     flops = count_flops(model, lambda: model.project(torch.zeros(V, 1, C, *size, device=device)))   # of an image, forward

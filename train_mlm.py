@@ -36,7 +36,7 @@ class Settings:
     run: str = "runs/mlm"  # the run's folder
     resume: bool = False  # go on with the run in --run
     steps: int = 1500  # in all, both stages
-    embedding_steps: int = 500  # of these, how many the embeddings learn alone: 100 times cheaper than the others
+    embedding_steps: int = 500  # of these, how many the embeddings learn alone: a fifth of the time each
     batch_size: int = 32  # × window = tokens a step; the first stage takes 8 times as many whole texts
     gradient_accumulation: int = 1  # split a step into parts, for little memory: the gradient stays the same
     learning_rate: float = 0.02  # Muon's, on the blocks; the other rates are fixed multiples of it
@@ -115,12 +115,12 @@ def main():
     evaluate = evaluation.MaskedText(texts, settings.window, settings.mask_share, device)
 
     model, weights = (part.to(device) for part in new_model(settings, pool))
-    matrices = list(model.blocks.parameters())                           # these learn by Muon, all else by AdamW
-    adamw = torch.optim.AdamW([dict(params=[model.token_embedding.weight, model.pair_embedding.weight], times=0.05),
-                               dict(params=[*model.term_head.parameters(), *model.token_dense.parameters(),
-                                            model.token_bias], times=0.15)],
-                              betas=(0.9, 0.99), weight_decay=0, fused=device.type != "mps")
-    optimizers = [adamw] + ([Muon(matrices, settings.learning_rate, precision=precision)] if matrices else [])
+    matrices = list(model.blocks.parameters())                           # these learn by Muon, all else by Adam
+    adam = torch.optim.Adam([dict(params=[model.token_embedding.weight, model.pair_embedding.weight], times=0.05),
+                             dict(params=[*model.term_head.parameters(), *model.token_dense.parameters(),
+                                          model.token_bias], times=0.15)],
+                            betas=(0.9, 0.99), fused=device.type != "mps")
+    optimizers = [adam] + ([Muon(matrices, settings.learning_rate, precision=precision)] if matrices else [])
     first = run.begin(model, optimizers, f"{len(pool):,} texts of {pool.lengths.sum():,} tokens, {len(model.pairs):,} pairs, "
                       f"checksum {fingerprint(texts)}")
     if settings.compile:
@@ -132,16 +132,17 @@ def main():
     for step in range(first, settings.steps):
         if step < settings.embedding_steps:                              # First stage: the embeddings alone, whole texts
             read, unread, owner, B = documents(step)
-            low, high = RANK * B // WORLD, (RANK + 1) * B // WORLD       # of several processes, some documents each
-            mine, B = (owner >= low) & (owner < high), high - low
-            tokens, read, unread, owner = len(read), read[mine].to(device), unread[mine].to(device), owner[mine].to(device) - low
-            z = transformer.norm(model.mean_of_embeddings(model.count_terms(read, owner, B)))     # (B, d)
-            bag = model.count_terms(unread, owner, B) * weights                                   # (B, V + N)
+            low, high = RANK * B // WORLD, (RANK + 1) * B // WORLD       # of several processes, b = high − low documents each
+            mine = (owner >= low) & (owner < high)
+            owner = owner[mine].to(device) - low
+            counts = model.count_terms(read[mine].to(device), owner, high - low)                  # (b, V + N)
+            z = transformer.norm(model.mean_of_embeddings(counts))                                # (b, d)
+            bag = model.count_terms(unread[mine].to(device), owner, high - low) * weights         # (b, V + N)
             filled = sum_over((bag.sum(1) > 0).sum()).clamp(min=1)
-            masked, document = nothing, transformer.document_loss(model.term_logits(z), bag, filled / WORLD)
+            masked, document = nothing, transformer.document_loss(model.term_head(z), bag, filled / WORLD)
             document.backward()
             rate = rate_at(step, settings.embedding_steps, warmup=20, decay=1)
-            run.count(tokens, 0, masked, document)
+            run.count(len(read), 0, masked, document)
         else:                                                            # Second stage: the transformer, windows
             tokens, lengths, rest, owner = windows(step - settings.embedding_steps)
             (B, T), real = tokens.shape, int(lengths.sum())
@@ -162,11 +163,12 @@ def main():
                     masked = transformer.masked_language_model_loss(model.token_logits(hidden), targets[here].to(device),
                                                                     len(targets) / WORLD) if settings.masked_weight else nothing
                     z = transformer.norm(model.mean(x, size))                                     # (b, d)
-                    document = transformer.document_loss(model.term_logits(z), bag[part],
+                    document = transformer.document_loss(model.term_head(z), bag[part],
                                                          filled / WORLD) if settings.document_weight else nothing
                 (settings.masked_weight * masked + settings.document_weight * document).backward()
                 run.count(0, 0, masked, document, steps=0)
             rate = rate_at(step - settings.embedding_steps, settings.steps - settings.embedding_steps, warmup=100)
+            # 2 for multiply and add, 3 for forward and backward; attention: q kᵀ and the product with v, T²D each
             run.count(real, 6 * (blocks * real + V * D * len(positions) + 2 * settings.layers * D * int((lengths**2).sum())))
 
         stopping = average_gradients(model.parameters(), run.stopping)

@@ -136,16 +136,15 @@ class Autoencoder(nn.Module):
             nn.Conv2d(first, 4 * C, 3, padding=1), nn.PixelShuffle(2))
 
     def maps(self, x):
-        """The encoder's last two feature maps: (B, 128, 2h, 2w) and (B, 256, h, w), where h, w are an eighth of H, W."""
+        """The encoder's feature maps before the last: (B, 128, 2h, 2w), where h, w are an eighth of H, W."""
         x = (x - self.mean) / self.deviation
         (H, W), (h, w) = x.shape[2:], self.grid
         x = F.pad(x, (0, 8 * w - W, 0, 8 * h - H), mode="replicate")
         x = F.pixel_unshuffle(x, 2)                                           # (B, 4C, H/2, W/2)
-        x = self.to_second(x.contiguous(memory_format=torch.channels_last))
-        return x, self.to_last(x)
+        return self.to_second(x.contiguous(memory_format=torch.channels_last))
 
     def codes(self, x):
-        return self.to_code(self.maps(x)[1].flatten(1))                       # (B, D)
+        return self.to_code(self.to_last(self.maps(x)).flatten(1))            # (B, D)
 
     def decode(self, z):
         """Codes (B, D) -> images (B, C, H, W), about in [0, 1]."""
@@ -154,8 +153,13 @@ class Autoencoder(nn.Module):
         return x[..., :self.size[0], :self.size[1]] * self.deviation + self.mean
 
     def features(self, x):
-        """Images (B, C, H, W), floats in [0, 1] -> (B, 8 · width): what `encode` returns, and why."""
-        return F.adaptive_avg_pool2d(self.maps(x)[0], 2).flatten(1)
+        """Images (B, C, H, W), floats in [0, 1] -> (B, 8 · width): the map before the last, averaged over its quadrants.
+
+        Not the code: z keeps what rebuilding needs, where each blob is and its colour, and mixes all of it in every column.
+        The maps on the way there say which patterns occur; averaged, without where. (A prototype's probe at 50 / 500 labels
+        a class on CIFAR-10: z 32 / 41, this 36 / 48; but an encoder with random weights has most of that, EXPERIMENTS.md.)
+        """
+        return F.adaptive_avg_pool2d(self.maps(x), 2).flatten(1)
 
     def forward(self, x):
         z = self.codes(x)
@@ -163,14 +167,7 @@ class Autoencoder(nn.Module):
 
 
 def encode(model, images):
-    """Features of images: not the code z but the map before the last, averaged over its four quadrants.
-
-    z keeps what rebuilding needs, where each blob is and its colour, and mixes all of it in every column. The maps on the
-    way there say which patterns occur; averaged, without where. (A prototype's probe at 50 / 500 labels a
-    class on CIFAR-10: z 32 / 41, this 36 / 48; but an encoder with random weights has most of that, EXPERIMENTS.md.)
-
-    images (B, C, H, W) uint8. Returns (B, 8 · width). Put the model in evaluation mode first, or batch norm moves.
-    """
+    """images (B, C, H, W) uint8 -> features (B, 8 · width). Put the model in evaluation mode first, or batch norm moves."""
     return model.features(images.float() / 255)
 
 

@@ -21,8 +21,8 @@ as a second network sees it, the target, a slow moving average of the first, whi
 
     L = mean ‖q/‖q‖ − z'/‖z'‖‖²    q = predictor(z),  z' of the target;    target ← r · target + (1 − r) · encoder
 
-Nothing in the loss forbids that all z be alike. That it does not happen is due to predictor, stop-gradient and average
-together: in a prototype without the predictor the effective rank of the projections fell, and the loss with it.
+Nothing in the loss forbids that all z be alike. Without the predictor the effective rank of the projections falls from 24
+to 9 in 300 steps, and the loss with it, to next to nothing (EXPERIMENTS.md, "What keeps BYOL from collapsing").
 
     Chen et al. 2020, "SimCLR", arXiv 2002.05709           two views, projection head, NT-Xent
     van den Oord et al. 2018, arXiv 1807.03748             InfoNCE
@@ -68,8 +68,8 @@ def info_nce(views, temperature=0.5, similarity="cosine"):
         z = F.normalize(z, dim=1)
     with torch.autocast(z.device.type, enabled=False):
         s = z @ z.T / temperature                                             # (VB, VB)
-    # The trap: to subtract exp(s_ii) from the sum gives the right value and a wrong gradient if s_ii keeps its own.
-    # Set to −∞ before the sum, it has neither. (A public library carried that mistake for a year: −4 points.)
+    # The trap: to subtract exp(s_ii) from the sum as a constant gives the right value and, with the dot product, a wrong
+    # gradient, for s_ii grows with u_i. (With cosine s_ii is 1/τ whatever u_i is.) At −∞ it has neither value nor gradient.
     itself = torch.eye(V * B, dtype=torch.bool, device=z.device)
     total = s.masked_fill(itself, float("-inf")).logsumexp(1).view(V, 1, B)   # of anchor (v, b)
     same_image = s.view(V, B, V, B).diagonal(dim1=1, dim2=3)                  # (V, V, B): anchor (v, b) with view w of b
@@ -113,7 +113,7 @@ def augment(images, size, numbers, crop=0.2, jitter=0.4, hue=0.1, grey=0.2, flip
     """A distorted view of each image, each with its own draw: a random crop, mirrored or not, in other colours.
 
     Arguments: images (B, C, H, W) uint8 or float in [0, 255], C 1 or 3; size (h, w) of the views; numbers (B, 12), uniform
-    in [0, 1), all the chance there is; crop, the least share of the area; jitter, the strength of brightness, contrast and
+    in [0, 1), all the chance there is; crop, the least share of the area, below 0.75; jitter, the strength of brightness, contrast and
     saturation; hue, in turns; grey, the share of views without colour; flip, whether mirroring is allowed.
     Returns (B, C, h, w) float32 in [0, 1].
 

@@ -39,7 +39,8 @@ def draw_labels(labels, per_class, seed):
 
 
 def knn_accuracy(features, labels, queries, query_labels, k=20):
-    """Percent of the (Q, D) queries whose k nearest of the (N, D) features, by cosine, vote for the right label.
+    """Percent of the (Q, D) queries whose k nearest of the (N, D) features vote for the right label: by cosine, after
+    the mean of the features is subtracted.
 
     Wu et al. 2018, arXiv 1805.01978, section 3.4, with each neighbour's vote weighted by exp(cosine / 0.07).
     """
@@ -58,7 +59,7 @@ def logistic_regression(x, labels, classes, strength, start=None, tolerance=1e-5
     """Weights (D + 1, C) that minimise mean cross-entropy + strength/2 ‖W‖², the last row the unpenalised bias.
 
     x (N, D) float32, dense or sparse CSR; labels (N,) int64. Convex: L-BFGS finds the one minimum from any `start`
-    (D + 1, C), to where no slope is above `tolerance`.
+    (D + 1, C), until no slope is above `tolerance` or float32 shows no more gain.
     """
     if x.layout == torch.strided and x.shape[1] > x.shape[0]:
         basis, _ = torch.linalg.qr(x.T)                                       # (D, N): the penalty keeps W in the examples' span

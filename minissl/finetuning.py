@@ -29,7 +29,7 @@ from minissl.documents import read_texts
 from minissl.files import progress, read_checkpoint
 from minissl.images import own_images
 from minissl.muon import Muon
-from minissl.training import Batches, autocast, generator
+from minissl.training import Batches, autocast, generator, rate_at
 
 
 @dataclass
@@ -118,12 +118,12 @@ def train_text_classifier(model, data, which, rate, unit, epochs, strength, seed
     batches = Batches(len(which), size, seed, "fine-tuning order")
     for step in range(steps):
         chosen = which[batches(step).numpy()]
-        logits = model(evaluation.rows(data.counts, chosen).to_dense(), data.context[chosen], data.words[chosen])
+        logits = model(evaluation.rows(data.counts, chosen).to_dense(), data.context[chosen], data.words[chosen])      # (B, C)
         loss = F.cross_entropy(logits, data.labels[chosen]) + strength / 2 * model.head.weight.square().sum()
         optimizer.zero_grad()
         loss.backward()
         for group, peak in zip(optimizer.param_groups, peaks):
-            group["lr"] = peak * (1 - step / steps)
+            group["lr"] = peak * rate_at(step, steps, warmup=0, decay=1)
         optimizer.step()
     return model
 
@@ -175,15 +175,16 @@ class TextTask:
 
     def fit_from_scratch(self, which, option, seed):
         """self: as made by `without_blocks`."""
+        rate, epochs = option
         table = 0.1 * torch.randn(self.table.shape, generator=generator(seed, "from scratch", 0))
         classifier = TextClassifier(table, self.mean, self.deviation, len(self.classes))
-        return train_text_classifier(classifier, self, which, option[0], 0.1, option[1], 0, seed)
+        return train_text_classifier(classifier, self, which, rate, 0.1, epochs, 0, seed)
 
     def fit_fine_tuned(self, which, option, seed):
-        weights, strength = self.probe.fit(which)
+        (rate, epochs), (weights, strength) = option, self.probe.fit(which)
         classifier = TextClassifier(self.table, self.mean, self.deviation, len(self.classes))
         classifier.start_from(weights)
-        return train_text_classifier(classifier, self, which, option[0], self.spread, option[1], strength, seed)
+        return train_text_classifier(classifier, self, which, rate, self.spread, epochs, strength, seed)
 
     def without_blocks(self):
         """The same for a model that has not been pretrained: its blocks add nothing, its vectors have no known scale."""
@@ -206,7 +207,7 @@ def rates_and_epochs(rates):
 # ---------------------------------------------------------------- images
 
 class ImageClassifier(Classifier):
-    """Images (B, C, H, W), floats in [0, 1] -> logits (B, K): an encoder, its features standardised, a linear layer."""
+    """Images (B, C, H, W), floats in [0, 1] -> logits (B, K), K classes: an encoder, its features standardised, a linear layer."""
 
     def __init__(self, body, mean, deviation, classes):
         super().__init__(mean, deviation, classes)
@@ -217,16 +218,17 @@ class ImageClassifier(Classifier):
 
 
 class ImageTask:
-    """data: Images with labels. model: the pretrained one; new_model(seed): the same, untrained. `settings`: the run's."""
+    """data: Images with labels. model: the pretrained one; new_model(seed): the same, untrained. flip: may training mirror
+    images? code: an autoencoder's numbers a code, for the column of as many principal components."""
 
     trials = 1                          # draws of labels on which an option is tried: an image encoder is trained whole
     rows = ["10", "50", "500", "all"]   # of the table
 
-    def __init__(self, data, model, new_model, settings, device, precision):
-        self.data, self.model, self.new_model, self.settings = data, model.to(device), new_model, settings
+    def __init__(self, data, model, new_model, flip, code, device, precision):
+        self.data, self.model, self.new_model, self.flip, self.code = data, model.to(device), new_model, flip, code
         self.device, self.precision, self.cast = device, precision, autocast(device, precision)
         self.images, self.labels = data.to(device), torch.from_numpy(data.labels)
-        self.classes, self.flip = data.classes, not settings.get("no_flip", False)
+        self.classes = data.classes
         self.train, self.held_out, self.test = (np.flatnonzero(data.split == s) for s in (TRAIN, HELD_OUT, TEST))
         z, self.mean, self.deviation = standardised(self.features(self.model), self.train)
         self.probe = Linear(z.__getitem__, self.labels, len(self.classes))
@@ -239,13 +241,13 @@ class ImageTask:
         """{name: Column}, in the table's order."""
         classes, columns = len(self.classes), {}
         some = self.train[evenly(len(self.train), 10_000)]
-        sample = self.images[some].cpu().flatten(1).float()
+        sample = self.images[some].cpu().flatten(1).float()                   # (≤ 10,000, C·H·W)
         mean, deviation = sample.mean(0), sample.std(0, correction=0).clamp(min=1)
         pixels = lambda which: (self.images[which].cpu().flatten(1).float() - mean) / deviation
         columns["pixels"] = Linear(pixels, self.labels, classes, (3, 1, 0.3, 0.1, 0.03)).column()
-        if "code" in self.settings:                                           # the autoencoder's linear relative
+        if self.code:                                                         # the autoencoder's linear relative
             _, _, directions = torch.linalg.svd(sample - mean, full_matrices=False)
-            directions = directions[:self.settings["code"]].T                 # (C·H·W, D)
+            directions = directions[:self.code].T                             # (C·H·W, D)
             scores = torch.cat([(self.images[part].cpu().flatten(1).float() - mean) @ directions for part in
                                 np.array_split(np.arange(len(self.images)), max(1, len(self.images) // 10_000))])
             columns["pixel PCA"] = Linear(standardised(scores, self.train)[0].__getitem__, self.labels, classes).column()
@@ -257,10 +259,11 @@ class ImageTask:
             untrained.train().features(self.images[some[:1000]].to(self.device).float() / 255)
         untrained = standardised(self.features(untrained), self.train)[0]
         columns["untrained"] = Linear(untrained.__getitem__, self.labels, classes).column()
-        columns["from scratch"] = Column(self.fit_from_scratch, self.answers, lambda n: [(0.005, 0.5), (0.02, 0.5), (0.02, 0.2)])
+        columns["from scratch"] = Column(self.fit_from_scratch, self.answers, lambda n: [
+            (0.005, 0.5), (0.02, 0.5), (0.02, 0.2)] if n <= 5000 else [(0.02, 0.5), (0.02, 0.2), (0.05, 0.2)])
         columns["linear probe"] = self.probe.column()
         columns["fine-tuned"] = Column(self.fit_fine_tuned, self.answers, lambda n: [
-            (0.0, 0.5), (0.0005, 0.5), (0.002, 0.5)] if n <= 5000 else [(0.002, 0.5), (0.01, 0.5), (0.02, 0.5)])
+            (0.0, 0.5), (0.0005, 0.5), (0.002, 0.5)] if n <= 5000 else [(0.0, 0.5), (0.005, 0.5), (0.02, 0.5), (0.05, 0.5)])
         return columns
 
     def fit_from_scratch(self, which, option, seed):
@@ -283,7 +286,7 @@ class ImageTask:
         kernels = [p for p in model.body.parameters() if p.requires_grad and p.ndim > 1]
         vectors = [p for p in model.parameters() if p.requires_grad and p.ndim == 1] + [model.head.weight]
         optimizers = [Muon(kernels, rate, precision=self.precision),
-                      torch.optim.AdamW(vectors, 0.1 * rate, weight_decay=0)]
+                      torch.optim.Adam(vectors, 0.1 * rate)]
         model.train(not frozen_norm)
         batches = Batches(n, B, seed, "fine-tuning order")
         for step in range(steps):

@@ -4,7 +4,7 @@ All are uint8 (N, C, H, W); a batch is an index operation. What fits moves to th
 stays on the disk, mapped, so it may be larger than memory. HELD_OUT makes every choice (learning rates, epochs), TEST
 only the final figures, as for texts in datasets.py.
 
-Read next: contrastive.py.
+Read next: evaluation.py.
 """
 
 import io
@@ -27,7 +27,7 @@ from minissl.training import generator
 @dataclass
 class Images:
     """N images as rows of one array: to select some copies no pixel."""
-    pixels: torch.Tensor             # (M, C, H, W) uint8: in memory, on a device, or mapped from the disk
+    pixels: torch.Tensor             # (rows, C, H, W) uint8: in memory, on a device, or mapped from the disk
     rows: torch.Tensor               # (N,) int64: which of them
     labels: np.ndarray               # (N,) int64, -1 where there is none
     split: np.ndarray                # (N,) uint8: TRAIN, HELD_OUT or TEST
@@ -120,7 +120,7 @@ def distance(shape, x, y):
 
     def star(points, inner):                       # fold the plane into one of 2 · points equal sectors: there it is a line
         sector = math.pi / points
-        angle = (torch.atan2(y, x) % (2 * sector) - sector).abs() - sector         # 0 at the notch … -sector at the tip
+        angle = (torch.atan2(y, x) % (2 * sector) - sector).abs() - sector         # 0 at the tip … -sector at the notch
         dx, dy = 1 - inner * math.cos(sector), inner * math.sin(sector)             # along the edge, and across
         return ((r * angle.cos() - 1) * dy - r * angle.sin() * dx) / math.hypot(dx, dy)
 

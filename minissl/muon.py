@@ -1,4 +1,4 @@
-"""Muon, the optimizer of the matrices and kernels here; vectors and embeddings go to torch's AdamW."""
+"""Muon, the optimizer of the matrices and kernels here; vectors, embeddings and output layers go to torch's Adam."""
 
 import torch
 

@@ -41,7 +41,7 @@ PIECE = re.compile(r" ?(?:[^\W\d_]{1,32}(?:'[^\W\d_]{1,8})?|\d{1,4}|(?:[^\w\s]|_
 
 
 def normalise(text):
-    """Fold case and white space. "A  Film,\\nBRILLIANT" -> "a film, brilliant"
+    """Fold case and white space.
 
     >>> normalise("A  Film,\\nBRILLIANT")
     'a film, brilliant'
@@ -87,7 +87,8 @@ def train(texts, vocabulary_size, minimum_count=2, report=None):
     Arguments: texts, an iterable of str; vocabulary_size, int, special tokens and bytes included;
     minimum_count, pairs rarer than this are not merged; report, called with (merges made, merges wanted).
     Returns a Tokenizer, with fewer entries than asked for when the text has no more pairs that repeat.
-    Ties go to the smaller pair, so the same texts give the same tokenizer, in any order.
+    Ties go to the smaller pair, so the same texts give the same tokenizer, in any order (up to a million
+    distinct pieces; beyond, the rarer half is dropped now and then).
     Raises ValueError if vocabulary_size has no room for the special tokens and the bytes.
     """
     if vocabulary_size < FIRST_MERGE:

@@ -197,7 +197,8 @@ def generator(seed, purpose, step):
 
 
 class Batches:
-    """Which of n examples step s takes, as a function of (seed, purpose, s): each epoch in an order of its own."""
+    """Which of n examples step s takes, as a function of (seed, purpose, s): each epoch in an order of its own, of which
+    the last n mod size are left for another epoch."""
 
     def __init__(self, n, size, seed, purpose):
         if n < size:
@@ -318,8 +319,10 @@ class Run:
         shown = [f"{name.replace('_', ' ')} {value:.4g}" + (f" (chance {chance[name]:.4g})" if chance[name] else "")
                  for name, value in losses.items() if value]
         shown += [f"{name.replace('_', ' ')} {value:,}" for name, value in more.items() if value != ""]
-        left = seconds / max(step - self.logged_step, 1) * (self.settings.steps - step) / 60
-        print(f"step {step:,}/{self.settings.steps:,}  " + "  ".join(shown) + f"  {left:.1f} min left", flush=True)
+        stage = getattr(self.settings, "embedding_steps", 0)                  # its steps say nothing about the later ones' time
+        left = seconds / max(step - self.logged_step, 1) * ((stage if step <= stage else self.settings.steps) - step) / 60
+        print(f"step {step:,}/{self.settings.steps:,}  " + "  ".join(shown) + f"  {left:.1f} min left"
+              + " of the first stage" * (step <= stage), flush=True)
         self.items, self.flops, self.counted, self.losses = 0, 0, 0, []
         self.logged, self.logged_step = time.perf_counter(), step
 

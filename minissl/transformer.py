@@ -25,16 +25,16 @@ what the whole text says, and that is what makes minutes pay (measured: EXPERIME
 Differences from the papers:
 - BERT: the norm stands before each sub-layer (post-norm needs a careful warm-up) and has no learned scale or
   shift; squared ReLU for GELU, no biases in the blocks: fewer numbers, no loss seen at this size. Rotary positions
-  for learned ones: those had to be found first, and the masked loss rested at the unigram entropy (6.6) for 1,000
-  steps instead of 200. The queries and keys are normed (Muon makes them grow otherwise). No [CLS] token
+  for learned ones: with those the masked loss was at 6.4 after 400 steps, near the entropy of single words (6.6), with
+  rotary positions and a longer first stage at 5.7 (EXPERIMENTS.md). The queries and keys are normed (Muon makes them grow otherwise). No [CLS] token
   and no next-sentence task, no dropout (no text is seen often enough at these budgets): the mean over the tokens is the document's vector.
 - Paragraph vectors: the vector is computed from the words by the encoder, not a parameter of each document, so new
   text needs no optimisation; and the words to predict are other words than those that were read. Predicting the
   same words rewards copying (6 points less at 10 labels a class).
 
-Where the encoder starts: each block's last matrix is zero, so at first h is the embedding itself, and the document
-vector a mean of embeddings. That model can be trained alone, a hundred times faster than the transformer: this is
-what `train_mlm.py` does in its first minute, and the transformer goes on exactly from there.
+Where the encoder starts: the last matrices of each block, of attention and of the dense layers, are zero, so at first h is the embedding itself, and the document
+vector a mean of embeddings. That model can be trained alone, thirty times as many tokens a second: this is what
+`train_mlm.py` does in its first stage, and the transformer goes on exactly from there.
 
 This file needs torch alone. Shapes: B sequences, T tokens, D width, V vocabulary, N word pairs, M masked positions,
 d document columns. Read next: train_mlm.py.
@@ -113,7 +113,7 @@ def document_loss(logits, bag, count=None):
 def term_weights(counts, vocabulary_size):
     """How much each word or pair counts in a bag: min(1, √(1e-4 / frequency)), and nothing if seen < 20 times.
 
-    Frequent words say little about a document: "the" would be a fifth of every bag. (The square root of Mikolov et
+    Frequent words say little about a document: "the" alone is a twentieth of a text. (The square root of Mikolov et
     al. 2013, arXiv 1310.4546, section 2.3, as a weight rather than a coin flip.) counts (V + N,) -> (V + N,).
     """
     frequency = counts / counts[:vocabulary_size].sum()
@@ -129,14 +129,14 @@ def norm(x):
 
 
 def rotate(x):
-    """Rotary positions: turn each pair of columns (i, i + half) of x (B, H, T, E) by the angle t / 10000^(i / half).
+    """Rotary positions: turn each pair of columns (i, i + half) of x (B, H, T, D/H) by the angle t / 10000^(i / half).
 
     Afterwards q · k depends on how far apart two tokens are, not on where they stand. Su et al. 2021, arXiv 2104.09864.
     """
     half = x.shape[-1] // 2
     exact = torch.promote_types(x.dtype, torch.float32)                   # bfloat16 cannot tell position 257 from 256
-    turn = 10000.0 ** -(torch.arange(half, device=x.device, dtype=exact) / half)        # (E/2,) radians a token
-    angle = torch.arange(x.shape[-2], device=x.device)[:, None] * turn    # (T, E/2)
+    turn = 10000.0 ** -(torch.arange(half, device=x.device, dtype=exact) / half)        # (D/2H,) radians a token
+    angle = torch.arange(x.shape[-2], device=x.device)[:, None] * turn    # (T, D/2H)
     cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
     a, b = x[..., :half], x[..., half:]
     return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
@@ -201,8 +201,8 @@ class TextEncoder(nn.Module):
         self.blocks = nn.ModuleList(Block(width, heads) for _ in range(layers))
         self.token_dense = nn.Linear(width, width)
         self.token_bias = nn.Parameter(torch.zeros(vocabulary_size))
-        self.term_head = nn.Linear(document_columns, vocabulary_size + len(pairs))
-        nn.init.normal_(self.token_embedding.weight, std=0.1)             # at 0.02 the masked loss rests for 1,000 steps
+        self.term_head = nn.Linear(document_columns, vocabulary_size + len(pairs))    # normed document vectors -> logits
+        nn.init.normal_(self.token_embedding.weight, std=0.1)             # at 0.02 the masked loss rests at 6.7 for 400 steps
         if document_columns < width:                                      # a rare word should not weigh in the mean
             self.token_embedding.weight.data[:, :document_columns] *= 0.2
         nn.init.zeros_(self.pair_embedding.weight)
@@ -239,15 +239,12 @@ class TextEncoder(nn.Module):
     def token_logits(self, x):
         """Token vectors (M, D), at the masked positions only -> logits (M, V), by the tied embedding.
 
-        Every position would be six times the work in this layer, and at this size the layer is half of the step. The
-        dense layer (BERT's, too) turns what the blocks say into the embedding's own coordinates.
+        All positions would be nearly seven times the work in this layer, and with 2 blocks that is more than half of the
+        forward pass instead of a sixth. The dense layer (BERT's, too) turns what the blocks say into the embedding's own
+        coordinates.
         """
         x = F.relu(self.token_dense(norm(x))).square()                    # (M, D)
         return F.linear(norm(x), self.token_embedding.weight, self.token_bias)
-
-    def term_logits(self, z):
-        """Normed document vectors (B, d) -> logits (B, V + N) over words and pairs."""
-        return self.term_head(z)
 
     def mean(self, x, lengths):
         """Token vectors (B, T, D) -> their mean over each sequence's real tokens, first d columns, (B, d) float32.

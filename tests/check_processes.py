@@ -48,7 +48,7 @@ def mlm(model, data):
                                                     len(targets) / W)
     filled = sum_over((bag[part].sum(1) > 0).sum()).clamp(min=1)
     z = transformer.norm(model.mean(x, lengths[part]).double())
-    return masked + 4 * transformer.document_loss(model.term_logits(z), bag[part], filled / W)
+    return masked + 4 * transformer.document_loss(model.term_head(z), bag[part], filled / W)
 
 
 def main():

@@ -72,7 +72,7 @@ class Settings:
     resume: bool = False  # go on with the run in --run
     steps: int = 300  # optimizer steps
     batch_size: int = 64  # images a step, each seen four ways up
-    learning_rate: float = 0.02  # Muon's; AdamW's on vectors is a tenth
+    learning_rate: float = 0.02  # Muon's; Adam's on vectors is a tenth
     width: int = 32  # of the encoder's first feature map
     seed: int = 0  # of everything random
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: the best there is
@@ -92,7 +92,7 @@ def main():
     torch.manual_seed(settings.seed)
     model = RotationModel(*mean_and_deviation(pool), settings.width).to(device, memory_format=torch.channels_last)
     optimizers = [Muon([p for p in model.parameters() if p.ndim > 1], settings.learning_rate, precision=precision),
-                  torch.optim.AdamW([dict(params=[p for p in model.parameters() if p.ndim == 1], times=0.1)], weight_decay=0)]
+                  torch.optim.Adam([dict(params=[p for p in model.parameters() if p.ndim == 1], times=0.1)])]
     first = run.begin(model, optimizers, f"{len(pool):,} images, checksum {fingerprint(data)}")
     neighbours = evaluation.Neighbours(data, device)
     flops = count_flops(model, lambda: model.features(torch.zeros(4, *pool.shape[1:], device=device)))

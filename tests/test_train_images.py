@@ -114,7 +114,7 @@ def test_a_probe_moves_neither_parameters_nor_buffers_of_the_encoder(runs):
     model, checkpoint = opened.load_run(runs / "simclr")
     before = {k: v.clone() for k, v in model.state_dict().items()}
     data = images.load_images("shapes", limit=200)
-    task = ImageTask(data, model, lambda seed: opened.new_model(checkpoint, seed), checkpoint["settings"], torch.device("cpu"), torch.float32)
+    task = ImageTask(data, model, lambda seed: opened.new_model(checkpoint, seed), flip=True, code=None, device=torch.device("cpu"), precision=torch.float32)
     columns = task.columns()
     which = task.train[evaluation.draw_labels(task.labels[task.train], 5, 0)]
     columns["linear probe"].answers(columns["linear probe"].fit(which, None, 0), task.test)

@@ -238,7 +238,7 @@ def test_the_forward_pass_and_both_output_layers_are_the_whole_transformer_by_ha
     tokens = torch.tensor([[2, 3, 3, 3, 5, 7], [4, 2, 11, 0, 0, 0], [9, 0, 0, 0, 0, 0], [7, 9, 2, MASK, 2, 0]])
     lengths = torch.tensor([6, 3, 1, 5])
     x = model(tokens, lengths)                                           # (B, T, D)
-    logits, terms = model.token_logits(x), model.term_logits(transformer.norm(model.mean(x, lengths)).double())
+    logits, terms = model.token_logits(x), model.term_head(transformer.norm(model.mean(x, lengths)).double())
     w = {name: parameter.detach().numpy() for name, parameter in model.named_parameters()}
     for b, T in enumerate(lengths.tolist()):
         expected = encoder_by_hand(model, tokens[b, :T].tolist())
@@ -305,7 +305,7 @@ def test_every_parameter_learns_from_the_two_losses_and_the_output_layer_is_tied
     x = model(inputs, lengths)
     bag = torch.rand(5, V + len(PAIRS), generator=generator(0))
     masked = masked_language_model_loss(model.token_logits(x.flatten(0, 1)[positions]), targets)
-    document = document_loss(model.term_logits(transformer.norm(model.mean(x, lengths))), bag)
+    document = document_loss(model.term_head(transformer.norm(model.mean(x, lengths))), bag)
     (masked + document).backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad.abs().max() > 1e-6, name
@@ -318,7 +318,7 @@ def test_from_checkpoint_rebuilds_the_same_encoder():
     again = transformer.from_checkpoint(dict(model=model.state_dict(), model_settings=settings))
     x, outputs = torch.randn(3, D), []
     for one in (model, again):
-        outputs.append((transformer.encode(one, tokens, lengths), one.token_logits(x), one.term_logits(x[:, :d])))
+        outputs.append((transformer.encode(one, tokens, lengths), one.token_logits(x), one.term_head(x[:, :d])))
     assert not again.training and all(torch.equal(a, b) for a, b in zip(*outputs))
 
 
