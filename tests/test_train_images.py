@@ -10,7 +10,7 @@ import torch
 import finetune
 import train_ae
 import train_contrastive
-from minissl import datasets, evaluation, files, images, runs as opened
+from minissl import contrastive, datasets, evaluation, files, images, runs as opened
 from minissl.finetuning import ImageTask
 from soak import log_of
 
@@ -114,7 +114,8 @@ def test_a_probe_moves_neither_parameters_nor_buffers_of_the_encoder(runs):
     model, checkpoint = opened.load_run(runs / "simclr")
     before = {k: v.clone() for k, v in model.state_dict().items()}
     data = images.load_images("shapes", limit=200)
-    task = ImageTask(data, model, lambda seed: opened.new_model(checkpoint, seed), flip=True, code=None, device=torch.device("cpu"), precision=torch.float32)
+    task = ImageTask(data, model, lambda seed: opened.new_model(checkpoint, seed), flip=True, code=None,
+                     device=torch.device("cpu"), precision=torch.float32)
     columns = task.columns()
     which = task.train[evaluation.draw_labels(task.labels[task.train], 5, 0)]
     columns["linear probe"].answers(columns["linear probe"].fit(which, None, 0), task.test)
@@ -126,6 +127,15 @@ def test_a_probe_moves_neither_parameters_nor_buffers_of_the_encoder(runs):
     still = columns["fine-tuned"].fit(which, (0.0, 0.5), 0)                        # rate 0 is the probe itself
     probe = columns["linear probe"]
     assert (columns["fine-tuned"].answers(still, task.test) == probe.answers(probe.fit(which, None, 0), task.test)).all()
+
+
+def test_what_must_not_be_mirrored_is_not_mirrored_while_fine_tuning_either(runs, run_script, monkeypatch, brief):
+    flips, augment = set(), contrastive.augment
+    monkeypatch.setattr(contrastive, "augment", lambda *arguments: flips.add(arguments[-1]) or augment(*arguments))
+    for flags, wanted in ([], {True}), (["--no-flip"], {False}):
+        assert run_script(finetune, runs / "ae", "--labels", 5, "--seeds", 1, "--limit", 200, *flags)[0] == 0
+        assert flips == wanted
+        flips.clear()
 
 
 @pytest.mark.parametrize("batch", [1, 7, 60, 61, 100])

@@ -41,6 +41,13 @@ def test_how_often_one_looks_does_not_change_what_is_learned(corpus, tmp_path, r
     assert_equal_states(files.load_checkpoint(trained)["model"], files.load_checkpoint(tmp_path / "b")["model"])
 
 
+def test_the_time_left_is_that_of_the_stage(corpus, tmp_path, run_script):
+    """A step of the second stage takes several times as long: the first says nothing about it."""
+    _, printed = run_script(train_mlm, "--data", corpus, "--data-dir", tmp_path, *TINY, "--run", tmp_path / "b", "--steps", 40)
+    last = {line.split()[1]: line.endswith("min left of the first stage") for line in printed.splitlines() if line.startswith("step ")}
+    assert last == {"1/40": True, "30/40": True, "40/40": False}
+
+
 @pytest.mark.parametrize("at", [20, 60])           # in the first stage, in the second
 def test_a_stopped_and_resumed_run_ends_as_one_that_was_never_stopped(at, corpus, tmp_path, run_script, trained, monkeypatch):
     log = training.Run.count
