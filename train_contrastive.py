@@ -48,7 +48,7 @@ class Settings:
     precision: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 where it is measurably faster
     compile: bool = False  # torch.compile the encoder: a minute first, then faster on a GPU
     method: Literal["simclr", "byol"] = "simclr"  # with negatives, or with a slow second network
-    views: int = 2  # of each image; 4 gave no more at equal time
+    views: int = 2  # of each image; 4 gave no more at equal time (a prototype; so, too, the next two)
     view_size: int = 0  # pixels, height of a view; 0: three quarters of the image's, +2 points over all of it at equal time
     temperature: float = 0.15  # of SimCLR's softmax; 0.1 to 0.4 were alike
     similarity: Literal["cosine", "dot"] = "cosine"  # of two projections

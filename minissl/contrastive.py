@@ -113,13 +113,15 @@ def augment(images, size, numbers, crop=0.2, jitter=0.4, hue=0.1, grey=0.2, flip
     """A distorted view of each image, each with its own draw: a random crop, mirrored or not, in other colours.
 
     Arguments: images (B, C, H, W) uint8 or float in [0, 255], C 1 or 3; size (h, w) of the views; numbers (B, 12), uniform
-    in [0, 1), all the chance there is; crop, the least share of the area, below 0.75; jitter, the strength of brightness, contrast and
-    saturation; hue, in turns; grey, the share of views without colour; flip, whether mirroring is allowed.
+    in [0, 1), all the chance there is (the last is not used); crop, the least share of the area; jitter, the strength of
+    brightness, contrast and saturation; hue, in turns; grey, the share of views without colour; flip, whether mirroring
+    is allowed.
     Returns (B, C, h, w) float32 in [0, 1].
 
     Crop and mirror are one affine map of the pixel grid, the colours one affine map of the colour space, so a view costs
     one resampling and one 3 × 3 product. Unlike torchvision's, colours are not clamped between the steps, the steps have
-    a fixed order, and a crop that would stick out of the image is narrowed instead of drawn again.
+    a fixed order, and a crop that would stick out of the image is narrowed instead of drawn again: with `crop` above 0.75
+    a view can hold somewhat less than that share.
     """
     return recolour(crop_and_flip(images, size, numbers[:, :5], crop, flip), numbers[:, 5:], jitter, hue, grey)
 
@@ -180,12 +182,14 @@ class Convolution(nn.Conv2d):
     def forward(self, x):
         if x.dtype != torch.bfloat16 or x.device.type != "cpu":
             return super().forward(x)
+        # Behind each image stand one or two zero columns, so that its width, and so its place in the wide image, is a
+        # multiple of the stride; of its outputs the first W' = ⌈W / stride⌉ are its own, the rest are the zeros'.
         (B, _, _, W), stride = x.shape, self.stride[0]
-        x = F.pad(x, (0, stride - W % stride)).permute(0, 2, 3, 1)            # (B, H, W + 1, C), or + 2 to keep the stride
+        x = F.pad(x, (0, stride - W % stride)).permute(0, 2, 3, 1)            # (B, H, W + 1, C), or W + 2
         x = x.unflatten(0, (math.gcd(B, 8), -1)).transpose(1, 2)              # (8, H, B/8, W + 1, C)
-        y = super().forward(x.flatten(2, 3).permute(0, 3, 1, 2))              # (8, C', H', B/8 (W + 1))
-        y = y.permute(0, 2, 3, 1).unflatten(2, (x.shape[2], -1)).transpose(1, 2)[:, :, :, :-(-W // stride)]
-        return y.flatten(0, 1).permute(0, 3, 1, 2)                            # (B, C', H', W')
+        y = super().forward(x.flatten(2, 3).permute(0, 3, 1, 2))              # (8, C', H', B/8 (W + 1) / stride)
+        y = y.permute(0, 2, 3, 1).unflatten(2, (x.shape[2], -1)).transpose(1, 2)      # (8, B/8, H', (W + 1) / stride, C')
+        return y[:, :, :, :-(-W // stride)].flatten(0, 1).permute(0, 3, 1, 2)         # (B, C', H', W')
 
 
 class ResidualBlock(nn.Module):
