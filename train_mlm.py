@@ -45,7 +45,7 @@ class Settings:
     precision: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 where it is measurably faster
     compile: bool = False  # torch.compile the encoder: a minute first, then faster on a GPU
     vocabulary_size: int = 8192  # subwords
-    pairs: int = 16384  # frequent word pairs with an embedding of their own: +3 points at 10 labels; 32,768 gave no more
+    pairs: int = 16384  # frequent word pairs with an embedding of their own: +3 points at 10 labels in a prototype, where 32,768 gave no more
     width: int = 256  # of a token vector
     layers: int = 2  # blocks
     heads: int = 4  # of attention; 64 columns each

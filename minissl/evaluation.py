@@ -61,23 +61,25 @@ def logistic_regression(x, labels, classes, strength, start=None, tolerance=1e-5
     x (N, D) float32, dense or sparse CSR; labels (N,) int64. Convex: L-BFGS finds the one minimum from any `start`
     (D + 1, C), until no slope is above `tolerance` or float32 shows no more gain.
     """
-    if x.layout == torch.strided and x.shape[1] > x.shape[0]:
-        basis, _ = torch.linalg.qr(x.T)                                       # (D, N): the penalty keeps W in the examples' span
-        start = None if start is None else torch.cat([basis.T @ start[:-1], start[-1:]])
-        inside = logistic_regression(x @ basis, labels, classes, strength, start, tolerance)
-        return torch.cat([basis @ inside[:-1], inside[-1:]])
+    D, labels = x.shape[1], torch.as_tensor(labels)
+    start = torch.zeros(D + 1, classes) if start is None else start
     if x.layout != torch.strided:      # a term that none of these texts holds gets weight 0: leave it out of the search
         used, column = x.col_indices().unique(return_inverse=True)
-        x, columns = csr(x.crow_indices(), column, x.values(), (x.shape[0], len(used))), x.shape[1]
-        x_transposed = x.to_sparse_coo().T.coalesce().to_sparse_csr()
-    else:
-        x_transposed = x.T
-    labels = torch.as_tensor(labels)
-    weights = torch.zeros(x.shape[1] + 1, classes)
-    if start is not None:
-        weights.copy_(start if x.layout == torch.strided else start[torch.cat([used, torch.tensor([columns])])])
-    weights.requires_grad_()
-    wanted = F.one_hot(labels, classes).float()
+        x, rows = csr(x.crow_indices(), column, x.values(), (len(labels), len(used))), torch.cat([used, torch.tensor([D])])
+        found = minimise(x, x.to_sparse_coo().T.coalesce().to_sparse_csr(), labels, strength, start[rows], tolerance)
+        return torch.zeros(D + 1, classes).index_copy(0, rows, found)
+    if D > len(labels):                # the penalty keeps W in the examples' span: search there
+        basis, _ = torch.linalg.qr(x.T)                                       # (D, N)
+        x = x @ basis
+        found = minimise(x, x.T, labels, strength, torch.cat([basis.T @ start[:-1], start[-1:]]), tolerance)
+        return torch.cat([basis @ found[:-1], found[-1:]])
+    return minimise(x, x.T, labels, strength, start, tolerance)
+
+
+def minimise(x, x_transposed, labels, strength, start, tolerance):
+    """The search of `logistic_regression` for a matrix x (N, D) as it is."""
+    weights = start.clone().requires_grad_()                                  # (D + 1, C)
+    wanted = F.one_hot(labels, weights.shape[1]).float()                      # (N, C)
     optimizer = torch.optim.LBFGS([weights], max_iter=200, history_size=10, tolerance_grad=tolerance,
                                   line_search_fn="strong_wolfe")
 
@@ -89,9 +91,7 @@ def logistic_regression(x, labels, classes, strength, start=None, tolerance=1e-5
         return F.cross_entropy(logits, labels) + strength / 2 * weights[:-1].square().sum()
 
     optimizer.step(loss_and_gradient)
-    if x.layout == torch.strided:
-        return weights.detach()
-    return torch.zeros(columns + 1, classes).index_copy(0, torch.cat([used, torch.tensor([columns])]), weights.detach())
+    return weights.detach()
 
 
 def predict(x, weights):

@@ -5,7 +5,7 @@ get a classifier from a few labels. A column's fit sees the labels of the exampl
 
 How a text encoder is fine-tuned here. The document vector is a mean of token vectors, and each token vector its
 embedding plus what the blocks add from the context. Fine-tuning moves the embeddings, where what a label says about
-a word belongs; the blocks' part is computed once and stays. Moving the blocks, too, takes a hundred times longer.
+a word belongs; the blocks' part is computed once and stays, so a step is a product with the counts of words.
 From scratch the blocks' last matrices are zero, so there the model is its embeddings.
 
 An image encoder is fine-tuned whole. With few labels its batch norm stays as pretraining left it: a hundred images say
