@@ -60,12 +60,13 @@ def scatter(points, labels, size=480):
 # ---------------------------------------------------------------- curves and tables
 
 def short(value):
-    """At most six characters for an axis.
+    """At most six characters for an axis, or it is cut off.
 
-    >>> short(4.2221), short(1277487), short(0.1084)
-    ('4.222', '1277k', '0.1084')
+    >>> short(4.2221), short(1277487), short(0.1084), short(0.08296)
+    ('4.222', '1277k', '0.1084', '0.083')
     """
-    return f"{value / 1000:.0f}k" if abs(value) >= 10000 else f"{value:.4g}"
+    digits = f"{value / 1000:.0f}k" if abs(value) >= 10000 else f"{value:.4g}"
+    return digits if len(digits) <= 6 else f"{value:.2g}"
 
 
 def curve(steps, values, width=300, height=140):
