@@ -36,7 +36,7 @@ class Settings:
     run: str = "runs/mlm"  # the run's folder
     resume: bool = False  # go on with the run in --run
     steps: int = 1500  # in all, both stages
-    embedding_steps: int = 500  # of these, how many the embeddings learn alone: a fifth of the time each
+    embedding_steps: int = -1  # of these, how many the embeddings learn alone, a fifth of the time each; below 0: a third
     batch_size: int = 32  # × window = tokens a step; the first stage takes 8 times as many whole texts
     gradient_accumulation: int = 1  # split a step into parts, for little memory: the gradient stays the same
     learning_rate: float = 0.02  # Muon's, on the blocks; the other rates are fixed multiples of it
@@ -58,6 +58,8 @@ class Settings:
     fill: str = ""  # instead of training: what the run in --run puts for each [MASK] of this text
 
     def check(self):
+        if self.embedding_steps < 0:
+            self.embedding_steps = self.steps // 3
         at_least(1, steps=self.steps, batch_size=self.batch_size, gradient_accumulation=self.gradient_accumulation,
                  width=self.width, heads=self.heads, window=self.window, evaluate_every=self.evaluate_every)
         at_least(0, limit=self.limit, embedding_steps=self.embedding_steps, layers=self.layers, pairs=self.pairs,
