@@ -37,7 +37,7 @@ ALL_LOGITS = (M, """hidden = x.flatten(0, 1)[(positions[here] - low).to(device)]
 
 EXPERIMENTS = {     # name: (the question, the command, columns of the log, {arm: flags and changes})
     "temperature": ("InfoNCE's temperature", CONTRASTIVE, ["effective_rank", "uniformity"],
-                    {t: ["--temperature", t] for t in ("0.05", "0.15", "0.5", "1.0")}),
+                    {"0.05": ["--temperature", "0.05"], "0.15": [], "0.5": ["--temperature", "0.5"], "1.0": ["--temperature", "1"]}),
     "batch": ("the batch, at the same number of images", CONTRASTIVE, ["seconds"],
               {"64": ["--batch-size", "64", "--steps", "1200"], "256": [], "1024": ["--batch-size", "1024", "--steps", "75"]}),
     "views": ("which part of the augmentation pays", CONTRASTIVE, ["effective_rank"],
@@ -61,7 +61,7 @@ EXPERIMENTS = {     # name: (the question, the command, columns of the log, {arm
     "beta": ("each R(z), and how much of it", AUTOENCODER, ["held_out", "sparsity", "correlation"],
              {"none": [], **{f"{r} {b}": ["--regularizer", r, "--beta", b] for r in ("sparse", "decorrelated") for b in ("0.001", "0.01", "0.1")}}),
     "share": ("the share of tokens masked", MASKED, ["held_out", "accuracy"],
-              {s: ["--mask-share", s] for s in ("0.15", "0.3", "0.5")}),
+              {"0.15": [], "0.3": ["--mask-share", "0.3"], "0.5": ["--mask-share", "0.5"]}),
     "replacement": ("what stands where a token was masked", MASKED, ["held_out", "accuracy"],
                     {"80/10/10": [], "always [MASK]": [(T, "kind < 0.8, MASK", "kind < 2, MASK")],
                      "the token itself": [(T, "hidden = torch.where(kind < 0.8, MASK, torch.where(kind < 0.9, random, targets))",
@@ -72,7 +72,8 @@ EXPERIMENTS = {     # name: (the question, the command, columns of the log, {arm
 }
 
 
-def ask(name, seeds, data_dir, work):
+def ask(name, seeds, data_dir, work, known):
+    """known: the results of runs so far, so that an arm of several questions is trained once."""
     question, command, columns, arms = EXPERIMENTS[name]
     print(f"{name}: {question}. python {' '.join(command)}; mean ± deviation of {seeds} seeds", flush=True)
     rows = [["", "probe", *columns]]
@@ -83,13 +84,16 @@ def ask(name, seeds, data_dir, work):
                 change(copy, f"{name}, {arm}", *item)
         flags, found = [item for item in changes if isinstance(item, str)], []
         for seed in range(seeds):
-            run = work / f"{name} {len(rows)} {seed}"
-            start(copy, *command, *flags, "--run", run, "--seed", seed, "--data-dir", data_dir)
-            start(copy, "finetune.py", run, "--probe", "--labels", "100", "--seeds", 3, "--limit", 10_000)
-            with open(run / "probe.csv", encoding="utf-8", newline="") as file:
-                probe = np.mean([float(row["test_accuracy"]) for row in csv.DictReader(file)])
-            with open(run / "metrics.csv", encoding="utf-8", newline="") as file:
-                *_, last = csv.DictReader(file)
+            same = *command, *changes, seed
+            if same not in known:
+                run = work / f"{name} {len(rows)} {seed}"
+                start(copy, *command, *flags, "--run", run, "--seed", seed, "--data-dir", data_dir)
+                start(copy, "finetune.py", run, "--probe", "--labels", "100", "--seeds", 3, "--limit", 10_000)
+                with open(run / "probe.csv", encoding="utf-8", newline="") as file:
+                    probe = np.mean([float(row["test_accuracy"]) for row in csv.DictReader(file)])
+                with open(run / "metrics.csv", encoding="utf-8", newline="") as file:
+                    known[same] = probe, list(csv.DictReader(file))[-1]
+            probe, last = known[same]
             found.append([probe, *(float(last[column]) for column in columns)])
             print(f"  {arm}, seed {seed}: " + ", ".join(f"{title} {value:.4g}" for title, value in zip(rows[0][1:], found[-1])), flush=True)
         rows.append([arm, *(f"{m:.4g} ± {s:.2g}" for m, s in zip(np.mean(found, 0), np.std(found, 0, ddof=seeds > 1)))])
@@ -108,7 +112,7 @@ if __name__ == "__main__":
     parser.add_argument("names", nargs="*", metavar="NAME", help="which of the experiments")
     parser.add_argument("--seeds", type=int, default=3, help="pretraining runs an arm")
     parser.add_argument("--data-dir", type=Path, default=ROOT / "data", help="where archives lie")
-    options = parser.parse_args()
+    options, known = parser.parse_args(), {}
     for name in options.names or EXPERIMENTS:
         if name not in EXPERIMENTS:
             parser.error(f"there is no experiment {name}")
@@ -116,4 +120,4 @@ if __name__ == "__main__":
             print(f"{name:12}{EXPERIMENTS[name][0]}: {', '.join(EXPERIMENTS[name][3])}")
             continue
         with tempfile.TemporaryDirectory() as folder:
-            ask(name, options.seeds, options.data_dir.resolve(), Path(folder))
+            ask(name, options.seeds, options.data_dir.resolve(), Path(folder), known)
