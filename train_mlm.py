@@ -117,7 +117,8 @@ def main():
     evaluate = evaluation.MaskedText(texts, settings.window, settings.mask_share, device)
 
     model, weights = (part.to(device) for part in new_model(settings, pool))
-    matrices = list(model.blocks.parameters())                           # these learn by Muon, all else by Adam
+    matrices = list(model.blocks.parameters())       # these learn by Muon, all else by Adam at rates of a prototype:
+    # 0.01 in the first stage; then 0.003 for the output layers and 0.001 for the embeddings, which know something already
     adam = torch.optim.Adam([dict(params=[model.token_embedding.weight, model.pair_embedding.weight], times=0.05),
                              dict(params=[*model.term_head.parameters(), *model.token_dense.parameters(),
                                           model.token_bias], times=0.15)],
