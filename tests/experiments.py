@@ -5,8 +5,8 @@
 
 An arm is flags, or a change in a copy of the code as a fork would make it: a file, what stands there, what is put there.
 The sizes are small, so the differences count and the figures do not: 10,000 images or 20,000 reviews, about a minute a run.
-Printed: for each arm the mean and standard deviation over pretraining seeds of a linear probe's test accuracy, and of
-some columns of the log's last row. What came out stands in EXPERIMENTS.md.
+Printed: for each arm the mean and standard deviation over pretraining seeds of a linear probe's test accuracy at 10, 100
+and 500 labels a class, and of some columns of the log's last row. What came out stands in EXPERIMENTS.md.
 """
 
 import argparse
@@ -35,6 +35,7 @@ ALL_LOGITS = (M, """hidden = x.flatten(0, 1)[(positions[here] - low).to(device)]
               """everywhere = model.token_logits(x.flatten(0, 1))
                     masked = transformer.masked_language_model_loss(everywhere[(positions[here] - low).to(device)],""")
 
+LABELS = ["10", "100", "500"]
 EXPERIMENTS = {     # name: (the question, the command, columns of the log, {arm: flags and changes})
     "temperature": ("InfoNCE's temperature", CONTRASTIVE, ["effective_rank", "uniformity"],
                     {"0.05": ["--temperature", "0.05"], "0.15": [], "0.5": ["--temperature", "0.5"], "1.0": ["--temperature", "1"]}),
@@ -43,6 +44,8 @@ EXPERIMENTS = {     # name: (the question, the command, columns of the log, {arm
     "views": ("which part of the augmentation pays", CONTRASTIVE, ["effective_rank"],
               {"all": [], "no crop": ["--crop", "1"], "no colours": ["--jitter", "0", "--hue", "0", "--grey", "0"],
                "no grey": ["--grey", "0"], "no flip": ["--no-flip"], "whole size": ["--view-size", "32"]}),
+    "budget": ("more pretraining against more labels", CONTRASTIVE, ["seconds"],
+               {"75 steps": ["--steps", "75"], "300": [], "1,200": ["--steps", "1200"]}),
     "muon": ("Muon against AdamW on the same tensors", CONTRASTIVE, ["loss"],
              {"Muon 0.02": [], "AdamW 0.001": [ADAMW, "--learning-rate", "0.001"], "AdamW 0.003": [ADAMW, "--learning-rate", "0.003"]}),
     "itself": ("the similarity of a view with itself left in the sum", CONTRASTIVE, ["loss"],
@@ -50,7 +53,9 @@ EXPERIMENTS = {     # name: (the question, the command, columns of the log, {arm
                 "subtracted, its gradient kept": [(C, 's.masked_fill(itself, float("-inf")).logsumexp(1)',
                                                    "(s.exp().sum(1) - s.detach().diagonal().exp()).log()")]}),
     "collapse": ("what keeps BYOL from collapsing", BYOL, ["loss", "effective_rank", "alignment"],
-                 {"BYOL": [], "no predictor": [(C, "return self.predictor(projections.flatten(0, 1)).view_as(projections)",
+                 {"BYOL": [], "no norm after the projection": [(C, "            self.projection_head.append(nn.BatchNorm1d(columns, affine=False))\n",
+                                                                 "            pass\n")],
+                  "no predictor": [(C, "return self.predictor(projections.flatten(0, 1)).view_as(projections)",
                                                 "return projections")],
                   "no stop-gradient, no target": [(C, "(prediction, target.detach())", "(prediction, target)"),
                                                   (C, "    @torch.no_grad()\n    def project_by_target(self, views):\n"
@@ -76,7 +81,7 @@ def ask(name, seeds, data_dir, work, known):
     """known: the results of runs so far, so that an arm of several questions is trained once."""
     question, command, columns, arms = EXPERIMENTS[name]
     print(f"{name}: {question}. python {' '.join(command)}; mean ± deviation of {seeds} seeds", flush=True)
-    rows = [["", "probe", *columns]]
+    rows = [["", *(f"probe {n}" for n in LABELS), *columns]]
     for arm, changes in arms.items():
         copy = copy_of_the_code(work / f"code {len(rows)}")
         for item in changes:
@@ -88,13 +93,14 @@ def ask(name, seeds, data_dir, work, known):
             if same not in known:
                 run = work / f"{name} {len(rows)} {seed}"
                 start(copy, *command, *flags, "--run", run, "--seed", seed, "--data-dir", data_dir)
-                start(copy, "finetune.py", run, "--probe", "--labels", "100", "--seeds", 3, "--limit", 10_000)
+                start(copy, "finetune.py", run, "--probe", "--labels", *LABELS, "--seeds", 3, "--limit", 10_000)
                 with open(run / "probe.csv", encoding="utf-8", newline="") as file:
-                    probe = np.mean([float(row["test_accuracy"]) for row in csv.DictReader(file)])
+                    draws = list(csv.DictReader(file))
+                probes = [np.mean([float(row["test_accuracy"]) for row in draws if row["labels_a_class"] == n]) for n in LABELS]
                 with open(run / "metrics.csv", encoding="utf-8", newline="") as file:
-                    known[same] = probe, list(csv.DictReader(file))[-1]
-            probe, last = known[same]
-            found.append([probe, *(float(last[column]) for column in columns)])
+                    known[same] = probes, list(csv.DictReader(file))[-1]
+            probes, last = known[same]
+            found.append([*probes, *(float(last[column]) for column in columns)])
             print(f"  {arm}, seed {seed}: " + ", ".join(f"{title} {value:.4g}" for title, value in zip(rows[0][1:], found[-1])), flush=True)
         rows.append([arm, *(f"{m:.4g} ± {s:.2g}" for m, s in zip(np.mean(found, 0), np.std(found, 0, ddof=seeds > 1)))])
     widths = [max(map(len, column)) for column in zip(*rows)]
