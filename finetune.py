@@ -25,8 +25,10 @@ cross-validation inside the draw; the test set is scored once, at the end):
 How each column is fitted: minissl/finetuning.py.
 """
 
+import contextlib
 import csv
 import io
+import sys
 import time
 from dataclasses import dataclass, field
 from functools import partial
@@ -37,7 +39,8 @@ import numpy as np
 import torch
 
 from minissl import UserError, evaluation, figures, report, runs
-from minissl.documents import load_texts
+from minissl.datasets import texts_of
+from minissl.documents import load_texts, own_strings
 from minissl.files import progress, write_atomically
 from minissl.finetuning import CLASSIFIER_FORMAT, ImageTask, TextTask, label_images, label_texts
 from minissl.images import load_images
@@ -64,6 +67,10 @@ class Settings:
     def check(self):
         at_least(1, seeds=self.seeds)
         at_least(0, limit=self.limit)
+        if self.features and self.predict:
+            raise UserError("--features and --predict: give one of them")
+        if self.features and not Path(self.features).absolute().parent.is_dir():
+            raise UserError(f"--features {self.features}: there is no such folder; make it first")
         for rows in self.labels:
             if rows != "all" and not (rows.isdecimal() and int(rows) > 0):
                 raise UserError(f"--labels {rows}: must be whole numbers above 0, or all")
@@ -157,12 +164,18 @@ def main():
     settings.check()
     model, checkpoint = runs.load_run(settings.run)
     trained, of_text = checkpoint["settings"], checkpoint["method"] == "mlm"
-    device, precision, _ = choose_machine(settings)
+    with contextlib.redirect_stdout(sys.stderr if settings.predict else sys.stdout):      # there, answers alone
+        device, precision, _ = choose_machine(settings)
     cast = autocast(device, precision)
     if settings.predict:
         return (label_texts if of_text else label_images)(settings.run, settings.predict, checkpoint, model, cast, device)
     name, data_dir = settings.data or trained["data"], settings.data_dir or trained["data_dir"]
-    if of_text:
+    images = name in ("shapes", "cifar10") or name.endswith(".npy")
+    if of_text and images or not of_text and (name in ("pydocs", "imdb") or name.endswith(".txt")):
+        raise UserError(f"--data {name}: the run in {settings.run} learned from {'texts' if of_text else 'images'}; give it such data")
+    if of_text and settings.features and name not in ("pydocs", "imdb"):     # a row for each, doubled ones, too
+        data = texts_of(own_strings(Path(name))[:settings.limit or None], runs.tokenizer_of(checkpoint))
+    elif of_text:
         data = load_texts(name, data_dir, trained["vocabulary_size"], settings.limit, runs.tokenizer_of(checkpoint))
     else:
         data = load_images(name, data_dir, settings.limit, keep_all=bool(settings.features))

@@ -184,6 +184,11 @@ def _own_texts(path):
                                           for text in read_texts(file, least=4 * TEXT_BYTES)), None
 
 
+def own_strings(path):
+    """All texts of a .txt file or a folder of them: files by their sorted paths, each file's texts in order."""
+    return [text for text, *_ in _own_texts(path)[1]()]
+
+
 def read_texts(path, least=0):
     """The texts of one UTF-8 file: its paragraphs, or its lines where no blank line separates paragraphs.
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from minissl import figures, transformer
 from minissl.datasets import HELD_OUT, TRAIN
 from minissl.tokenizer import MASK
-from minissl.training import generator
+from minissl.training import diverged, generator
 
 
 def accuracy(predictions, labels):
@@ -225,6 +225,8 @@ class Neighbours:
 
     def __call__(self, encode, cast, folder):
         known, asked = (image_features(encode, part, cast, self.device) for part in (self.known, self.asked))
+        if not (known.isfinite().all() and asked.isfinite().all()):
+            raise diverged("features are", "at a look at held-out images", folder)
         near, far = (F.normalize(part - known.mean(0), dim=1) for part in (asked, known))
         nearest = (near[:10] @ far.T).topk(min(8, len(far))).indices                                        # (10, 8)
         figures.write_png(folder / "neighbours.png", figures.grid([

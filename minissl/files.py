@@ -169,7 +169,7 @@ def read_checkpoint(path, format):
     """
     if not path.exists():
         raise UserError(f"{path}: there is no such file; " + ("give the folder of a run that a training script has made"
-                        if path.name == "checkpoint.pt" else "finetune.py makes it when it prints its table"))
+                        if path.name == "checkpoint.pt" else f"run finetune.py {path.parent} without --probe first: it is made with the table"))
     try:
         with zipfile.ZipFile(path) as archive:      # torch.load does not look at the checksums: a flipped bit would pass
             if broken := archive.testzip():

@@ -328,7 +328,9 @@ def read_classifier(run, checkpoint):
 def label_texts(run, path, checkpoint, model, cast, device):
     """Print label, probability and text for each text of a file."""
     if not Path(path).is_file():
-        raise UserError(f"--predict {path}: there is no such file; give a text a line or a paragraph")
+        raise UserError(f"--predict {path}: there is no such file; give a .txt, a text a line or a paragraph")
+    if Path(path).suffix == ".npy":
+        raise UserError(f"--predict {path}: the run learned from texts; give a .txt")
     strings = list(read_texts(Path(path)))
     if not strings:
         raise UserError(f"--predict {path}: there is no text in it")
@@ -344,6 +346,8 @@ def label_texts(run, path, checkpoint, model, cast, device):
 
 def label_images(run, path, checkpoint, model, cast, device):
     """Print label, probability and index for each image of a .npy."""
+    if Path(path).suffix != ".npy":
+        raise UserError(f"--predict {path}: the run learned from images; give a .npy of them")
     images = own_images(Path(path), keep_all=True)
     runs.check_images(images, model, path)
     state, classes = read_classifier(run, checkpoint)

@@ -315,4 +315,6 @@ def _load_array(path):
     try:
         return np.load(path, mmap_mode="c", allow_pickle=False)     # mapped: what is not asked for is not read
     except Exception as error:              # a damaged header can fail in any way: TokenError, OverflowError, ...
-        raise UserError(f"{path} cannot be read as a NumPy array ({str(error)[:100]})") from None
+        with open(path, "rb") as file:
+            ours = file.read(6) == b"\x93NUMPY"
+        raise UserError(f"{path} cannot be read as a NumPy array ({str(error)[:100] if ours else 'it is no .npy file'})") from None

@@ -225,7 +225,13 @@ def rate_at(step, steps, warmup, decay=0.5):
 
 # ---------------------------------------------------------------- the run's folder
 
-MAY_CHANGE = {"steps", "device", "resume", "run", "data_dir", "fill", "evaluate_every", "save_every"}      # when a run is resumed
+def diverged(what, when, folder):
+    return UserError(f"the {what} not finite {when}: start another run, with a lower --learning-rate and another --run; {folder} keeps "
+                     f"its last good checkpoint, if there is one")
+
+
+MAY_CHANGE = {"steps", "device", "resume", "run", "data", "data_dir", "fill", "evaluate_every", "save_every"}      # when a run is resumed;
+# the data may lie elsewhere, and is known by its checksum
 
 
 class Run:
@@ -243,10 +249,12 @@ class Run:
             self.checkpoint = load_checkpoint(self.folder)
             self._compare(self.checkpoint["settings"])
             self.rows = self._read_rows()
+        elif self.folder.exists() and not self.folder.is_dir():
+            raise UserError(f"--run {self.folder}: a file; give the name of a folder")
         elif self.folder.exists() and any(self.folder.iterdir()):
-            what = "a run" if (self.folder / "config.json").exists() else "something else"
-            raise UserError(f"{self.folder} holds {what} already: --resume goes on with a run, --run with another name "
-                            f"starts one beside it, or delete the folder")
+            if not (self.folder / "config.json").exists():
+                raise UserError(f"{self.folder} holds something that is no run: give --run another name")
+            raise UserError(f"{self.folder} holds a run already: --resume goes on with it, --run with another name starts one beside it")
 
     def begin(self, model, optimizers, data):
         """Open the folder; put the checkpoint's state, if there is one, into the model and the optimizers.
@@ -288,10 +296,12 @@ class Run:
             signal.signal(number, signal.SIG_DFL)
 
     def _compare(self, old):
+        if old.keys() != asdict(self.settings).keys():
+            raise UserError(f"the run in {self.folder} was made by another script, or another version of minissl: resume it with that")
         for name, value in asdict(self.settings).items():
-            if name not in MAY_CHANGE and old.get(name) != value:
+            if name not in MAY_CHANGE and old[name] != value:
                 raise UserError(f"--{name.replace('_', '-')} {value}: the run in {self.folder} was started with "
-                                f"{old.get(name)}; resume with that, or start another run")
+                                f"{old[name]}; resume with that, or start another run")
         if self.settings.steps < self.checkpoint["step"]:
             raise UserError(f"--steps {self.settings.steps}: the run in {self.folder} has made {self.checkpoint['step']}")
 
@@ -310,8 +320,7 @@ class Run:
         totals = processes.sum_over(torch.stack([total.float() for total in self.losses])) / processes.WORLD
         losses = {name: round(total / self.counted, 5) or "" for name, total in zip(chance, totals.tolist())}        # "": is off
         if not all(math.isfinite(value or 0) for value in losses.values()):
-            raise UserError(f"the loss is {losses} at step {step}: try a lower --learning-rate; the last good checkpoint, "
-                            f"if there is one, is {self.folder / 'checkpoint.pt'}")
+            raise diverged("loss is", f"at step {step}", self.folder)
         more = dict(rate_per_second=round(self.items / seconds),
                     share_of_peak=round(self.flops / seconds / peak / processes.WORLD, 3) if self.flops else "", **more)
         self.rows.append(dict(step=step, seconds=round(time.perf_counter() - self.started, 1), **losses, **more))
@@ -375,8 +384,7 @@ class Run:
         if processes.RANK:
             return
         if not all(bool(p.isfinite().all()) for p in model.parameters()):
-            raise UserError(f"the weights are not finite at step {step}: try a lower --learning-rate; {self.folder} keeps "
-                            f"its last good checkpoint")
+            raise diverged("weights are", f"at step {step}", self.folder)
         state = dict(format=CHECKPOINT_FORMAT, step=step, data=self.data, settings=asdict(self.settings), model=model.state_dict(),
                      optimizers=[optimizer.state_dict() for optimizer in optimizers],
                      unlogged=[self.counted, [float(loss) for loss in self.losses]], **more)

@@ -30,7 +30,7 @@ def test_the_table_has_every_row_and_column_and_lands_in_csv_and_page(trained, r
 
     (trained.parent / "new.txt").write_text("the ship sails\nthe tower opens\n", encoding="utf-8")
     code, printed = run_script(finetune, trained, "--predict", trained.parent / "new.txt")
-    assert code == 0 and [line.split("\t")[0] for line in printed.splitlines()[-2:]] == ["sea", "city"], printed
+    assert code == 0 and [line.split("\t")[0] for line in printed.splitlines()[:2]] == ["sea", "city"], printed
 
 
 def test_the_probe_can_be_had_alone_and_leaves_the_table_as_it_is(trained, run_script):
@@ -79,9 +79,21 @@ def test_features_are_written_one_row_a_text(trained, corpus, run_script, tmp_pa
     np.testing.assert_allclose(runs.load_encoder(trained)(texts), features[[0, 7]], atol=0.02 * np.abs(features).max())
 
 
+def test_doubled_texts_have_their_rows_of_features_too_in_the_order_of_the_paths(trained, corpus, run_script, tmp_path):
+    for name, source in (("b/1.txt", "city/000.txt"), ("a/2.txt", "sea/000.txt"), ("a/10.txt", "city/000.txt")):
+        (tmp_path / "texts" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "texts" / name).write_bytes((corpus / source).read_bytes())
+    code, printed = run_script(finetune, trained, "--features", tmp_path / "out.npy", "--data", tmp_path / "texts")
+    assert code == 0, printed
+    first, second, third = np.load(tmp_path / "out.npy")                 # a/10, a/2, b/1
+    assert np.array_equal(first, third) and not np.allclose(first, second, atol=0.1)
+
+
 @pytest.mark.parametrize("flags, sentence", [
     (["--labels", "1000"], "no 1000 labels a class"), (["--labels", "some"], "whole numbers above 0, or all"),
-    (["--predict", "not/there.txt"], "not/there.txt"), (["--data", "not/there"], "there is nothing there")])
+    (["--predict", "not/there.txt"], "not/there.txt"), (["--data", "not/there"], "there is nothing there"),
+    (["--predict", "a.txt", "--features", "b.npy"], "give one of them"), (["--features", "not/there/b.npy"], "there is no such folder"),
+    (["--data", "cifar10"], "learned from texts")])
 def test_what_cannot_be_done_is_said_in_one_sentence(flags, sentence, trained, run_script):
     code, printed = run_script(finetune, trained, "--data-dir", trained.parent / "data", *flags)
     assert code == 2 and sentence in printed.splitlines()[-1] and "Traceback" not in printed

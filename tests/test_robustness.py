@@ -35,7 +35,7 @@ def full(descriptor):
 
 
 FAULTS = {"the disk is full": (1, "No space left on device"), "the folder is deleted": (1, "No such file or directory"),
-          "a loss is not finite": (2, "the loss is {'"), "the weights are not finite": (2, "the weights are not finite at step 7")}
+          "a loss is not finite": (2, "the loss is not finite at step 7: start another run"), "the weights are not finite": (2, "the weights are not finite at step 7")}
 
 
 @pytest.mark.parametrize("fault", FAULTS)

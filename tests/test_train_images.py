@@ -182,6 +182,18 @@ def test_predictions_and_features_of_new_images(runs, run_script, tmp_path, brie
     assert code == 2 and "images of 32 × 32 × 1; the run learned from 32 × 32 × 3" in printed
 
 
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_training_that_diverges_before_a_look_ends_with_a_sentence(name, run_script, tmp_path):
+    script, flags = SCRIPTS[name]
+    code, printed = run_script(script, "--run", tmp_path / "run", *flags, *TINY, "--learning-rate", 1e30)
+    assert code == 2 and "not finite" in printed.splitlines()[-1] and "Traceback" not in printed, printed
+
+
+def test_a_run_is_resumed_by_the_script_that_made_it_and_no_other(runs, run_script):
+    code, printed = run_script(train_ae, "--run", runs / "simclr", "--resume")
+    assert code == 2 and "was made by another script" in printed.splitlines()[-1], printed
+
+
 @pytest.mark.parametrize("script, flags, sentence", [
     (train_contrastive, ["--batch-size", 1], "--batch-size 1: must be at least 2"), (train_contrastive, ["--views", 1], "--views 1"),
     (train_contrastive, ["--temperature", 0], "--temperature 0.0"), (train_contrastive, ["--crop", 2], "must be at most 1"),

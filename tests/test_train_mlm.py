@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -142,10 +143,18 @@ def test_a_run_is_never_overwritten_or_resumed_with_other_settings(trained, corp
     assert (trained / "checkpoint.pt").read_bytes() == before
 
 
+def test_a_run_goes_on_with_the_same_texts_at_another_place(corpus, run_script, tmp_path):
+    flags = ["--data-dir", tmp_path, "--run", tmp_path / "run", *TINY, "--embedding-steps", 10, "--steps"]
+    assert run_script(train_mlm, "--data", corpus, *flags, 12)[0] == 0
+    corpus_elsewhere = shutil.copytree(corpus, tmp_path / "elsewhere")
+    code, printed = run_script(train_mlm, "--data", corpus_elsewhere, *flags, 14, "--resume")
+    assert code == 0 and "12 of 14 steps are made" in printed, printed
+
+
 def test_a_run_folder_with_something_else_in_it_is_refused(tmp_path, corpus, run_script):
     (tmp_path / "thesis.tex").write_text("precious", encoding="utf-8")
     code, printed = run_script(train_mlm, "--data", corpus, "--data-dir", tmp_path / "d", "--run", tmp_path, *TINY)
-    assert code == 2 and "holds something else already" in printed
+    assert code == 2 and "holds something that is no run" in printed and "delete" not in printed
 
 
 def test_a_diverging_run_stops_with_a_sentence_and_keeps_the_last_good_checkpoint(trained, tmp_path):
