@@ -113,7 +113,7 @@ def table(settings, task):
         for name, column in columns.items():
             progress(f"{row} labels a class, {name}: choosing on held-out examples")
             chosen[name] = choose(column, task, size)
-        print(f"{row} labels a class: chosen in {time.perf_counter() - begin:.0f} s: "
+        print(f"{row} labels a class" + f": chosen in {time.perf_counter() - begin:.0f} s: " * any(chosen.values())
               + ", ".join(f"{name} {option}" for name, option in chosen.items() if option))
         pool = task.train if size else known                                  # all means all: the choices are made
         found = {name: ([], []) for name in columns}

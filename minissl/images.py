@@ -286,7 +286,8 @@ def own_images(path, keep_all=False):
     if array.ndim == 4 and array.shape[1] in (1, 3) and array.shape[3] not in (1, 3):
         raise UserError(f"{found}: the channels stand first; {wanted}: convert it with a.transpose(0, 2, 3, 1)")
     if array.ndim not in (3, 4) or array.ndim == 4 and array.shape[3] not in (1, 3):
-        raise UserError(f"{found}; {wanted}")
+        how = {2: ": one image is a[None]", 4: ": leave out what is no colour with a[..., :3]" * (array.shape[-1] == 4)}.get(array.ndim, "")
+        raise UserError(f"{found}; {wanted}{how}")
     if min(array.shape[1:3]) < SMALLEST:
         raise UserError(f"{found}: an image must be at least {SMALLEST} pixels high and wide; enlarge them")
     if len(array) < (1 if keep_all else 20):
