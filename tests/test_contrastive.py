@@ -134,6 +134,16 @@ def test_the_target_takes_no_gradient_and_moves_by_exactly_its_rate_buffers_too(
                            model.target[0].layers[1].running_mean)
 
 
+def test_every_number_of_byols_projections_varies_as_much_as_every_other_its_targets_too():
+    torch.manual_seed(0)
+    views, spread = torch.rand(2, 32, 3, 16, 16), {}
+    for byol in (False, True):
+        model = ContrastiveModel(torch.zeros(3), torch.ones(3), byol=byol, width=8)
+        projections = [model.project(views)] + ([model.project_by_target(views)] if byol else [])
+        spread[byol] = [z.flatten(0, 1).std(0, correction=0) for z in projections]             # (D,) each
+    assert all((s - 1).abs().max() < 0.01 for s in spread[True]) and (spread[False][0] - 1).abs().min() > 0.01
+
+
 # ---------------------------------------------------------------- diagnostics
 
 def test_alignment_uniformity_and_effective_rank_of_known_cases():
