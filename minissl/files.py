@@ -167,6 +167,8 @@ def read_checkpoint(path, format):
 
     Raises UserError where there is none, or it is damaged, or another program's, or another version's.
     """
+    if path.name == "checkpoint.pt" and not path.exists() and (path.parent / "config.json").exists():
+        raise UserError(f"{path.parent} was stopped before its first checkpoint: start its training again, without --resume")
     if not path.exists():
         raise UserError(f"{path}: there is no such file; " + ("give the folder of a run that a training script has made"
                         if path.name == "checkpoint.pt" else f"run finetune.py {path.parent} without --probe first: it is made with the table"))

@@ -245,6 +245,7 @@ class Run:
         """Look, and touch nothing yet: a mistake in the settings or the data must not leave a folder behind."""
         self.folder, self.settings, self.checkpoint = Path(settings.run), settings, None
         self.stopping, self.rows = False, []
+        begun, saved = ((self.folder / name).exists() for name in ("config.json", "checkpoint.pt"))
         if settings.resume:
             self.checkpoint = load_checkpoint(self.folder)
             self._compare(self.checkpoint["settings"])
@@ -252,9 +253,11 @@ class Run:
         elif self.folder.exists() and not self.folder.is_dir():
             raise UserError(f"--run {self.folder}: a file; give the name of a folder")
         elif self.folder.exists() and any(self.folder.iterdir()):
-            if not (self.folder / "config.json").exists():
+            if not begun and not saved:
                 raise UserError(f"{self.folder} holds something that is no run: give --run another name")
-            raise UserError(f"{self.folder} holds a run already: --resume goes on with it, --run with another name starts one beside it")
+            if saved:                                 # without one there is nothing to lose
+                raise UserError(f"{self.folder} holds a run already: --resume goes on with it, --run with another name "
+                                f"starts one beside it")
 
     def begin(self, model, optimizers, data):
         """Open the folder; put the checkpoint's state, if there is one, into the model and the optimizers.

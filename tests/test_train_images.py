@@ -10,7 +10,7 @@ import torch
 import finetune
 import train_ae
 import train_contrastive
-from minissl import contrastive, datasets, evaluation, files, images, runs as opened
+from minissl import UserError, contrastive, datasets, evaluation, files, images, runs as opened
 from minissl.finetuning import ImageTask
 from soak import log_of
 
@@ -187,6 +187,23 @@ def test_a_training_that_diverges_before_a_look_ends_with_a_sentence(name, run_s
     script, flags = SCRIPTS[name]
     code, printed = run_script(script, "--run", tmp_path / "run", *flags, *TINY, "--learning-rate", 1e30)
     assert code == 2 and "not finite" in printed.splitlines()[-1] and "Traceback" not in printed, printed
+
+
+def test_a_run_that_was_killed_before_its_first_checkpoint_is_started_again(runs, run_script, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_bytes((runs / "ae" / "config.json").read_bytes())
+    script, flags = SCRIPTS["ae"]
+    code, printed = run_script(script, "--run", tmp_path / "run", "--resume")
+    assert code == 2 and "start its training again, without --resume" in printed.splitlines()[-1], printed
+    code, printed = run_script(script, "--run", tmp_path / "run", *flags, *TINY)
+    assert code == 0 and equal(states(tmp_path / "run"), states(runs / "ae")), printed
+
+
+def test_an_array_that_is_not_uint8_is_refused_by_the_encoder_of_a_run(runs):
+    encode = opened.load_encoder(runs / "ae")
+    for array in (np.zeros((2, 32, 32, 3), np.float32), np.zeros((32, 32), np.uint8)):
+        with pytest.raises(UserError, match=r"expected uint8 \(N, H, W, C\)"):
+            encode(array)
 
 
 def test_a_run_is_resumed_by_the_script_that_made_it_and_no_other(runs, run_script):
