@@ -39,8 +39,7 @@ import numpy as np
 import torch
 
 from minissl import UserError, evaluation, figures, report, runs
-from minissl.datasets import texts_of
-from minissl.documents import load_texts, own_strings
+from minissl.documents import load_texts
 from minissl.files import progress, write_atomically
 from minissl.finetuning import CLASSIFIER_FORMAT, ImageTask, TextTask, label_images, label_texts
 from minissl.images import load_images
@@ -69,7 +68,7 @@ class Settings:
         at_least(0, limit=self.limit)
         if self.features and self.predict:
             raise UserError("--features and --predict: give one of them")
-        if self.features and not Path(self.features).absolute().parent.is_dir():
+        if self.features and not Path(self.features).parent.is_dir():
             raise UserError(f"--features {self.features}: there is no such folder; make it first")
         for rows in self.labels:
             if rows != "all" and not (rows.isdecimal() and int(rows) > 0):
@@ -113,8 +112,8 @@ def table(settings, task):
         for name, column in columns.items():
             progress(f"{row} labels a class, {name}: choosing on held-out examples")
             chosen[name] = choose(column, task, size)
-        print(f"{row} labels a class" + f": chosen in {time.perf_counter() - begin:.0f} s: " * any(chosen.values())
-              + ", ".join(f"{name} {option}" for name, option in chosen.items() if option))
+        options = ", ".join(f"{name} {option}" for name, option in chosen.items() if option)
+        print(f"{row} labels a class" + (f": chosen in {time.perf_counter() - begin:.0f} s: {options}" if options else ""))
         pool = task.train if size else known                                  # all means all: the choices are made
         found = {name: ([], []) for name in columns}
         for seed in range(settings.seeds if size else min(settings.seeds, 2)):
@@ -173,10 +172,9 @@ def main():
     images = name in ("shapes", "cifar10") or name.endswith(".npy")
     if of_text and images or not of_text and (name in ("pydocs", "imdb") or name.endswith(".txt")):
         raise UserError(f"--data {name}: the run in {settings.run} learned from {'texts' if of_text else 'images'}; give it such data")
-    if of_text and settings.features and name not in ("pydocs", "imdb"):     # a row for each, doubled ones, too
-        data = texts_of(own_strings(Path(name))[:settings.limit or None], runs.tokenizer_of(checkpoint))
-    elif of_text:
-        data = load_texts(name, data_dir, trained["vocabulary_size"], settings.limit, runs.tokenizer_of(checkpoint))
+    if of_text:
+        data = load_texts(name, data_dir, trained["vocabulary_size"], settings.limit, runs.tokenizer_of(checkpoint),
+                          keep_all=bool(settings.features))
     else:
         data = load_images(name, data_dir, settings.limit, keep_all=bool(settings.features))
         runs.check_images(data, model, name)

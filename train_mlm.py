@@ -109,16 +109,12 @@ def main():
     pool = texts.select(texts.split == TRAIN).cut(1024)                  # a book is not one document
     print(f"data: {settings.data}, {len(pool):,} texts to learn from, {pool.lengths.sum():,} tokens, vocabulary {V:,}"
           + "".join(f"; {note}" for note in texts.notes))
-    if pool.lengths.sum() < settings.batch_size * settings.window:
-        raise UserError(f"--data {settings.data}: a step needs {settings.batch_size * settings.window:,} tokens (batch size "
-                        f"× window), found {pool.lengths.sum():,}; give more text, or a lower --batch-size or --window")
-    documents = Documents(pool, 8 * settings.batch_size, settings.seed)
     windows = Windows(pool, settings.window, settings.batch_size, settings.seed, rest=settings.document_weight > 0)
+    documents = Documents(pool, 8 * settings.batch_size, settings.seed)
     evaluate = evaluation.MaskedText(texts, settings.window, settings.mask_share, device)
 
     model, weights = (part.to(device) for part in new_model(settings, pool))
-    matrices = list(model.blocks.parameters())       # these learn by Muon, all else by Adam at rates of a prototype:
-    # 0.01 in the first stage; then 0.003 for the output layers and 0.001 for the embeddings, which know something already
+    matrices = list(model.blocks.parameters())       # these learn by Muon, all else by Adam, at the rates of a prototype
     adam = torch.optim.Adam([dict(params=[model.token_embedding.weight, model.pair_embedding.weight], times=0.05),
                              dict(params=[*model.term_head.parameters(), *model.token_dense.parameters(),
                                           model.token_bias], times=0.15)],
@@ -154,9 +150,7 @@ def main():
             bag = model.count_terms(rest.to(device), owner.to(device), B) * weights               # (B, V + N)
             filled = (bag.sum(1) > 0).sum().clamp(min=1)
             # One part, unless gradients are accumulated or other processes have theirs: the mean of all is the whole.
-            for rows in torch.arange(B).tensor_split(k * WORLD)[RANK::WORLD]:
-                if not len(rows):
-                    continue
+            for rows in torch.arange(B).tensor_split(min(k * WORLD, B))[RANK::WORLD]:
                 part, low = slice(rows[0], rows[-1] + 1), rows[0] * T
                 here = (positions >= low) & (positions < low + len(rows) * T)
                 size = lengths[part].to(device)

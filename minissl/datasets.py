@@ -269,6 +269,9 @@ class Windows:
     almost nothing is padding; a batch holds about batch_size · window tokens."""
 
     def __init__(self, texts, window, batch_size, seed, rest):
+        if texts.lengths.sum() < batch_size * window:
+            raise UserError(f"a step needs {batch_size * window:,} tokens (batch size × window), found {texts.lengths.sum():,}; "
+                            f"give more text, or a lower --batch-size or --window")
         self.texts, self.seed = texts, seed
         # With the document term half of a short text stays outside the window, to be guessed.
         self.sizes = np.minimum(window, -(-texts.lengths // 2) if rest else texts.lengths)       # (N,)

@@ -22,18 +22,19 @@ import numpy as np
 
 from minissl import UserError
 from minissl.datasets import (CACHE_FORMAT, HELD_OUT, SAMPLE_BYTES, TEST, TRAIN, encode_documents, evenly, read_cache,
-                              split_blocks)
+                              split_blocks, texts_of)
 from minissl.files import download, hash_of, progress, read_archive
 
 TEXT_BYTES = 2**20        # a longer paragraph or line of a file is read as several texts
 
 
-def load_texts(data, data_dir="data", vocabulary_size=8192, limit=0, tokenizer=None):
+def load_texts(data, data_dir="data", vocabulary_size=8192, limit=0, tokenizer=None, keep_all=False):
     """Texts by name ("pydocs", "imdb") or from a .txt file or a folder of them.
 
     Arguments: data, the name or path; data_dir, where archives and caches lie; vocabulary_size, of the tokenizer
     that is trained on the texts outside the test set, unless `tokenizer` is given; limit, keep about this many
-    texts of each split, evenly spaced (0: all).
+    texts of each split, evenly spaced (0: all); keep_all, all texts of a path, doubled ones, too, files by their sorted
+    paths (of them `limit` takes the first), without labels, for features: needs `tokenizer`.
     Returns Texts. Raises UserError with one sentence for anything the user can mend.
     """
     if data == "pydocs":
@@ -42,6 +43,8 @@ def load_texts(data, data_dir="data", vocabulary_size=8192, limit=0, tokenizer=N
         key, documents, split = _imdb(Path(data_dir))
     else:
         key, documents, split = _own_texts(Path(data))
+        if keep_all:
+            return texts_of([text for text, *_ in documents()][:limit or None], tokenizer)
     for settings in (str(vocabulary_size), tokenizer.to_json() if tokenizer else ""):
         name = hashlib.sha256(f"{CACHE_FORMAT} {key} {settings}".encode()).hexdigest()[:16]
         cache = Path(data_dir) / "cache" / f"{Path(data).stem}-{name}"
@@ -182,11 +185,6 @@ def _own_texts(path):
     split = split_blocks(np.array([number.get(name, -1) for name in names]))
     return _digest(files, path), lambda: ((text, name, part) for file, name, part in zip(files, names, split)
                                           for text in read_texts(file, least=4 * TEXT_BYTES)), None
-
-
-def own_strings(path):
-    """All texts of a .txt file or a folder of them: files by their sorted paths, each file's texts in order."""
-    return [text for text, *_ in _own_texts(path)[1]()]
 
 
 def read_texts(path, least=0):

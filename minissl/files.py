@@ -149,7 +149,10 @@ def write_atomically(path, data):
 
 def load_checkpoint(folder):
     """The checkpoint of a run's folder; see read_checkpoint."""
-    return read_checkpoint(Path(folder) / "checkpoint.pt", CHECKPOINT_FORMAT)
+    path = Path(folder) / "checkpoint.pt"
+    if not path.exists() and (path.parent / "config.json").exists():
+        raise UserError(f"{path.parent} was stopped before its first checkpoint: start its training again, without --resume")
+    return read_checkpoint(path, CHECKPOINT_FORMAT, "give the folder of a run that a training script has made")
 
 
 MISFITS = (KeyError, TypeError, ValueError, IndexError, AttributeError, RuntimeError)
@@ -162,16 +165,13 @@ def misfit(folder, error):
                      f"changed; start another run")
 
 
-def read_checkpoint(path, format):
+def read_checkpoint(path, format, remedy):
     """A dict of tensors, numbers, strings, lists and dicts, on the CPU, that says of itself that it has this format.
 
-    Raises UserError where there is none, or it is damaged, or another program's, or another version's.
+    Raises UserError where there is none, with the remedy, or it is damaged, or another program's, or another version's.
     """
-    if path.name == "checkpoint.pt" and not path.exists() and (path.parent / "config.json").exists():
-        raise UserError(f"{path.parent} was stopped before its first checkpoint: start its training again, without --resume")
     if not path.exists():
-        raise UserError(f"{path}: there is no such file; " + ("give the folder of a run that a training script has made"
-                        if path.name == "checkpoint.pt" else f"run finetune.py {path.parent} without --probe first: it is made with the table"))
+        raise UserError(f"{path}: there is no such file; {remedy}")
     try:
         with zipfile.ZipFile(path) as archive:      # torch.load does not look at the checksums: a flipped bit would pass
             if broken := archive.testzip():

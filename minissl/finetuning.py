@@ -319,7 +319,8 @@ CLASSIFIER_FORMAT = "minissl classifier 1"
 
 def read_classifier(run, checkpoint):
     """classifier.pt of the run's folder -> (state, names of its classes)."""
-    saved = read_checkpoint(Path(run) / "classifier.pt", CLASSIFIER_FORMAT)
+    saved = read_checkpoint(Path(run) / "classifier.pt", CLASSIFIER_FORMAT,
+                            f"run finetune.py {run} without --probe first: it is made with the table")
     if saved["step"] != checkpoint["step"]:
         raise UserError(f"{run} has been trained further since its classifier was made: run finetune.py {run} again")
     return saved["model"], saved["classes"]

@@ -286,7 +286,8 @@ def own_images(path, keep_all=False):
     if array.ndim == 4 and array.shape[1] in (1, 3) and array.shape[3] not in (1, 3):
         raise UserError(f"{found}: the channels stand first; {wanted}: convert it with a.transpose(0, 2, 3, 1)")
     if array.ndim not in (3, 4) or array.ndim == 4 and array.shape[3] not in (1, 3):
-        how = {2: ": one image is a[None]", 4: ": leave out what is no colour with a[..., :3]" * (array.shape[-1] == 4)}.get(array.ndim, "")
+        how = (": one image is a[None]" if array.ndim == 2 else
+               ": leave out what is no colour with a[..., :3]" if array.ndim == 4 and array.shape[3] == 4 else "")
         raise UserError(f"{found}; {wanted}{how}")
     if min(array.shape[1:3]) < SMALLEST:
         raise UserError(f"{found}: an image must be at least {SMALLEST} pixels high and wide; enlarge them")
@@ -314,8 +315,6 @@ def _load_array(path):
     if not path.exists():
         raise UserError(f"{path}: there is no such file")
     try:
-        return np.load(path, mmap_mode="c", allow_pickle=False)     # mapped: what is not asked for is not read
+        return np.lib.format.open_memmap(path, mode="c")            # mapped: what is not asked for is not read
     except Exception as error:              # a damaged header can fail in any way: TokenError, OverflowError, ...
-        with open(path, "rb") as file:
-            ours = file.read(6) == b"\x93NUMPY"
-        raise UserError(f"{path} cannot be read as a NumPy array ({str(error)[:100] if ours else 'it is no .npy file'})") from None
+        raise UserError(f"{path} cannot be read as a NumPy array ({str(error)[:100]})") from None

@@ -230,8 +230,8 @@ def diverged(what, when, folder):
                      f"its last good checkpoint, if there is one")
 
 
-MAY_CHANGE = {"steps", "device", "resume", "run", "data", "data_dir", "fill", "evaluate_every", "save_every"}      # when a run is resumed;
-# the data may lie elsewhere, and is known by its checksum
+MAY_CHANGE = {"steps", "device", "resume", "run", "data", "data_dir", "fill", "evaluate_every", "save_every"}      # when a run
+# is resumed; the data may lie elsewhere, and is known by its checksum
 
 
 class Run:
@@ -245,19 +245,17 @@ class Run:
         """Look, and touch nothing yet: a mistake in the settings or the data must not leave a folder behind."""
         self.folder, self.settings, self.checkpoint = Path(settings.run), settings, None
         self.stopping, self.rows = False, []
-        begun, saved = ((self.folder / name).exists() for name in ("config.json", "checkpoint.pt"))
         if settings.resume:
             self.checkpoint = load_checkpoint(self.folder)
             self._compare(self.checkpoint["settings"])
             self.rows = self._read_rows()
         elif self.folder.exists() and not self.folder.is_dir():
             raise UserError(f"--run {self.folder}: a file; give the name of a folder")
-        elif self.folder.exists() and any(self.folder.iterdir()):
-            if not begun and not saved:
-                raise UserError(f"{self.folder} holds something that is no run: give --run another name")
-            if saved:                                 # without one there is nothing to lose
-                raise UserError(f"{self.folder} holds a run already: --resume goes on with it, --run with another name "
-                                f"starts one beside it")
+        elif (self.folder / "checkpoint.pt").exists():       # without one a run may start anew: there is nothing to lose
+            raise UserError(f"{self.folder} holds a run already: --resume goes on with it, --run with another name "
+                            f"starts one beside it")
+        elif self.folder.exists() and any(self.folder.iterdir()) and not (self.folder / "config.json").exists():
+            raise UserError(f"{self.folder} holds something that is no run: give --run another name")
 
     def begin(self, model, optimizers, data):
         """Open the folder; put the checkpoint's state, if there is one, into the model and the optimizers.
