@@ -72,6 +72,8 @@ class Settings:
         for name in ("crop", "jitter", "grey", "target_rate"):
             if getattr(self, name) > 1:
                 raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be at most 1")
+        if self.method == "byol" and (self.temperature, self.similarity) != (Settings.temperature, Settings.similarity):
+            raise UserError("--method byol has neither --temperature nor --similarity: leave them out")
         if self.view_size and self.view_size < 8:
             raise UserError(f"--view-size {self.view_size}: the encoder needs at least 8 pixels")
 

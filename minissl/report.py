@@ -70,7 +70,7 @@ def write_page(folder):
 def origin(path):
     """config.json -> who made the run, with what."""
     found = json.loads(path.read_text(encoding="utf-8"))
-    return "<p><code>{}</code><br>started {}, Python {}, torch {}</p>".format(
+    return "<p><code>{}</code><br>last started {}, Python {}, torch {}</p>".format(
         *(html.escape(str(found[name])) for name in ("command", "started", "python", "torch")))
 
 
@@ -106,7 +106,7 @@ def curves(path):
         rows, figures = list(csv.DictReader(file)), []
     for name in rows[0]:
         points = [(int(row["step"]), float(row[name])) for row in rows if row[name] not in ("", None)]
-        if name not in ("step", "seconds") and len(points) > 1:
+        if name not in ("step", "seconds") and points:
             figures.append(f"<figure>{curve(*zip(*points))}<figcaption><b>{html.escape(name.replace('_', ' '))}</b> "
                            f"now {short(points[-1][1])}</figcaption></figure>")
     return f'<h2>Learning</h2><div class="curves">{"".join(figures)}</div>'

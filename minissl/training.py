@@ -43,7 +43,8 @@ def read_settings(cls, description, argv=None, positional=()):
     why = dict(re.findall(r"^    (\w+): .*?#\s*(.+)$", inspect.getsource(cls), re.MULTILINE))
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = lambda message: sys.exit(_say(f"{parser.prog}: {message}; --help lists what there is", 2))
+    parser.error = lambda message: sys.exit(_say(f"{parser.prog}: " + message.replace(
+        "the following arguments are required:", "missing, and to stand before all flags:") + "; --help lists what there is", 2))
     for item in fields(cls):
         flag = item.name if item.name in positional else "--" + item.name.replace("_", "-")
         default = item.default_factory() if callable(item.default_factory) else item.default
@@ -230,8 +231,8 @@ def diverged(what, when, folder):
                      f"its last good checkpoint, if there is one")
 
 
-MAY_CHANGE = {"steps", "device", "resume", "run", "data", "data_dir", "fill", "evaluate_every", "save_every"}      # when a run
-# is resumed; the data may lie elsewhere, and is known by its checksum
+# When a run is resumed. The data may lie elsewhere: they are known by their checksum.
+MAY_CHANGE = {"steps", "device", "resume", "run", "data", "data_dir", "fill", "evaluate_every", "save_every"}
 
 
 class Run:
@@ -277,12 +278,10 @@ class Run:
             except MISFITS as error:
                 raise misfit(self.folder, error) from None
             print(f"resuming: {step:,} of {self.settings.steps:,} steps are made")
-        else:
-            config = dict(settings=asdict(self.settings), command=shlex.join(["python", *sys.argv]),
-                          python=sys.version.split()[0], torch=torch.__version__, numpy=np.__version__,
-                          started=time.strftime("%Y-%m-%d %H:%M:%S"))
-            if not processes.RANK:
-                write_atomically(self.folder / "config.json", json.dumps(config, indent=2).encode())
+        config = dict(settings=asdict(self.settings), command=shlex.join(["python", *sys.argv]), python=sys.version.split()[0],
+                      torch=torch.__version__, numpy=np.__version__, started=time.strftime("%Y-%m-%d %H:%M:%S"))
+        if not processes.RANK:
+            write_atomically(self.folder / "config.json", json.dumps(config, indent=2).encode())
         self.saved, self.logged = -math.inf, time.perf_counter()         # the first step is saved: from there on --resume works
         self.started = self.logged - (float(self.rows[-1]["seconds"]) if self.rows else 0)
         self.logged_step, self.items, self.flops = step, 0, 0

@@ -216,6 +216,7 @@ def test_a_run_is_resumed_by_the_script_that_made_it_and_no_other(runs, run_scri
     (train_contrastive, ["--temperature", 0], "--temperature 0.0"), (train_contrastive, ["--crop", 2], "must be at most 1"),
     (train_contrastive, ["--batch-size", 500, "--limit", 400], "there are only 400 images"),
     (train_contrastive, ["--data", "no_such_name"], "give shapes, cifar10 or a .npy"), (train_contrastive, ["--method", "dino"], "invalid choice"),
+    (train_contrastive, ["--method", "byol", "--temperature", 0.2], "--method byol has neither --temperature nor"),
     (train_ae, ["--beta", -1], "--beta -1.0"), (train_ae, ["--beta", 1], "give both or neither"), (train_ae, ["--masked", 1], "at most 0.95"),
     (train_ae, ["--data", "not_there.npy"], "there is no such file")])
 def test_a_mistake_is_one_sentence_and_leaves_no_folder(script, flags, sentence, run_script, tmp_path):

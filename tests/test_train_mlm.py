@@ -77,6 +77,7 @@ def test_metrics_have_no_gap_and_no_row_twice_after_a_resumption(corpus, tmp_pat
     assert run_script(train_mlm, *flags, "--steps", 90, "--resume")[0] == 0
     with open(tmp_path / "b" / "metrics.csv", encoding="utf-8", newline="") as file:
         assert [int(row["step"]) for row in csv.DictReader(file)] == [1, 30, 60, 90]
+    assert "<code>steps=90</code>" in (tmp_path / "b" / "report.html").read_text(encoding="utf-8")
 
 
 def test_gradient_accumulation_does_not_change_the_gradient(corpus, tmp_path, run_script):

@@ -7,7 +7,8 @@ from typing import Literal
 import pytest
 import torch
 
-from minissl import UserError, files, muon, training
+import finetune
+from minissl import UserError, files, muon, report, training
 
 
 @dataclass
@@ -34,6 +35,19 @@ def test_a_wrong_flag_is_one_line_and_exit_code_2(flags, capsys):
         training.read_settings(Settings, "", flags)
     said = capsys.readouterr()
     assert stop.value.code == 2 and said.err.count("\n") == 1 and not said.out
+
+
+def test_an_argument_that_a_flag_of_several_values_has_taken_is_missed_with_the_way_out(capsys):
+    with pytest.raises(SystemExit):
+        training.read_settings(finetune.Settings, "", ["--labels", "5", "runs/mlm"], positional=("run",))
+    assert "missing, and to stand before all flags: RUN" in capsys.readouterr().err
+
+
+def test_what_was_measured_once_stands_on_the_page_too(tmp_path):
+    (tmp_path / "metrics.csv").write_text("step,seconds,loss,knn\n50,1.0,2.5,\n100,2.0,2.25,61.5\n", encoding="utf-8")
+    report.write_page(tmp_path)
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "<b>loss</b> now 2.25" in page and "<b>knn</b> now 61.5" in page
 
 
 def test_draws_are_a_function_of_seed_purpose_and_step_and_of_nothing_else():
