@@ -68,7 +68,7 @@ class Look:
     blank = dict.fromkeys(("held_out", "sparsity", "correlation", "knn"), "")
 
     def __init__(self, data, folder, corrupt, device):
-        self.folder, self.device = folder, device
+        self.folder = folder
         self.images = data.of(HELD_OUT, 512)[:].to(device).float() / 255                     # (B, C, H, W)
         self.given = corrupt(self.images, "look")
         self.neighbours = evaluation.Neighbours(data, device)
@@ -79,9 +79,10 @@ class Look:
             rebuilt, z = model(self.given)
             start, end = z[:8].float(), z.roll(1, 0)[:8].float()
             walks = [model.decode(start.lerp(end, step / 7)) for step in range(8)]               # 8 × (8, C, H, W)
-        rows = [self.images[:12], self.given[:12], rebuilt[:12]]
-        figures.write_png(self.folder / "reconstructions.png", figures.grid(
-            [row.float().cpu() for row in (rows if not torch.equal(*rows[:2]) else rows[::2])]))
+        rows = [self.images[:12], rebuilt[:12]]
+        if not torch.equal(self.images, self.given):
+            rows.insert(1, self.given[:12])
+        figures.write_png(self.folder / "reconstructions.png", figures.grid([row.float().cpu() for row in rows]))
         figures.write_png(self.folder / "walks.png", figures.grid(list(torch.stack(walks, 1).float().cpu())))
         accuracy = self.neighbours(lambda images: autoencoder.encode(model, images), cast, self.folder)
         _, error, _ = autoencoder.autoencoder_loss(self.images, rebuilt, z)
@@ -103,6 +104,8 @@ def main():
     B, (C, H, W) = settings.batch_size, pool.shape[1:]
     print(f"data: {settings.data}, {len(pool):,} images of {H} × {W} × {C} to learn from"
           + "".join(f"; {note}" for note in data.notes))
+    if settings.masked and max(H, W) <= 8:
+        raise UserError(f"--masked {settings.masked}: these images are one patch of 8 × 8; leave it out, or enlarge them")
     batches = Batches(len(pool), B, settings.seed, "image order")
 
     def corrupt(images, step):

@@ -49,7 +49,7 @@ class Settings:
     compile: bool = False  # torch.compile the encoder: a minute first, then faster on a GPU
     method: Literal["simclr", "byol"] = "simclr"  # with negatives, or with a slow second network
     views: int = 2  # of each image; 4 gave no more at equal time (a prototype; so, too, the next two)
-    view_size: int = 0  # pixels, height of a view; 0: three quarters of the image's, +2 points over all of it at equal time
+    view_size: int = 0  # pixels, height of a view, an even number; 0: three quarters of the image's, +2 points over all of it at equal time
     temperature: float = 0.15  # of SimCLR's softmax; 0.1 to 0.4 were alike
     similarity: Literal["cosine", "dot"] = "cosine"  # of two projections
     target_rate: float = 0.98  # of BYOL's moving average at the start; it rises to 1
@@ -115,7 +115,8 @@ def main():
     print(f"data: {settings.data}, {len(pool):,} images of {H} × {W} × {C} to learn from"
           + "".join(f"; {note}" for note in data.notes))
     batches = Batches(len(pool), B, settings.seed, "image order")
-    size = [max(8, round(side * (settings.view_size or 0.75 * H) / H / 2) * 2) for side in (H, W)]
+    height = settings.view_size or 0.75 * H
+    size = [max(8, 2 * round(side * height / H / 2)) for side in (H, W)]  # even, in the proportions of the image
 
     def draw(n, purpose, step):
         return torch.rand(n, 12, generator=generator(settings.seed, purpose, step))
@@ -148,14 +149,14 @@ def main():
             figures.write_png(run.folder / "views.png", figures.grid([v[:12].cpu() for v in views]))
         with cast:
             projections = model.project(views)                           # (V, B, D)
-            if byol:                                                     # each view predicts the next one's projection
+            if byol:                                                     # each view predicts the projection of the one before
                 targets = model.project_by_target(views).roll(1, 0)
                 loss = contrastive.byol_loss(model.predict(projections).flatten(0, 1), targets.flatten(0, 1))
             else:
                 loss = contrastive.info_nce(gather(projections, 1), settings.temperature, settings.similarity)
         loss.backward()
         stopping = average_gradients(trained, run.stopping)
-        run.count(B, 3 * flops * B, loss)
+        run.count(B, (4 if byol else 3) * flops * B, loss)               # BYOL: the target's forward pass, too
 
         rate = rate_at(step, settings.steps, warmup=settings.steps // 20, decay=1)
         for optimizer in optimizers:

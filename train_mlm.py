@@ -36,7 +36,7 @@ class Settings:
     run: str = "runs/mlm"  # the run's folder
     resume: bool = False  # go on with the run in --run
     steps: int = 1500  # in all, both stages
-    embedding_steps: int = -1  # of these, how many the embeddings learn alone, a fifth of the time each; below 0: a third
+    embedding_steps: int = -1  # how many of these train the embeddings alone; below 0: a third
     batch_size: int = 32  # × window = tokens a step; the first stage takes 8 times as many whole texts
     gradient_accumulation: int = 1  # split a step into parts, for little memory: the gradient stays the same
     learning_rate: float = 0.02  # Muon's, on the blocks; the other rates are fixed multiples of it
@@ -45,7 +45,7 @@ class Settings:
     precision: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 where it is measurably faster
     compile: bool = False  # torch.compile the encoder: a minute first, then faster on a GPU
     vocabulary_size: int = 8192  # subwords
-    pairs: int = 16384  # frequent word pairs with an embedding of their own: +3 points at 10 labels in a prototype, where 32,768 gave no more
+    pairs: int = 16384  # frequent word pairs with an embedding of their own: +3 points at 10 labels (a prototype)
     width: int = 256  # of a token vector
     layers: int = 2  # blocks
     heads: int = 4  # of attention; 64 columns each
@@ -166,7 +166,8 @@ def main():
                 run.count(0, 0, masked, document, steps=0)
             rate = rate_at(step - settings.embedding_steps, settings.steps - settings.embedding_steps, warmup=100)
             # 2 for multiply and add, 3 for forward and backward; attention: q kᵀ and the product with v, T²D each
-            run.count(real, 6 * (blocks * real + V * D * len(positions) + 2 * settings.layers * D * int((lengths**2).sum())))
+            run.count(real, 6 * (blocks * real + V * D * len(positions) + 2 * settings.layers * D * int((lengths**2).sum())),
+                      nothing, nothing)                                  # for a process that had no part
 
         stopping = average_gradients(model.parameters(), run.stopping)
         for optimizer in optimizers:

@@ -79,8 +79,9 @@ def correlation(z):
 # ---------------------------------------------------------------- corruption
 
 def corrupt(x, noise=0.0, masked=0.0, patch=8, generator=None):
-    """x̃: a copy of x (B, C, H, W) in [0, 1] with Gaussian noise of deviation `noise`, and with the share `masked` of its
-    patch × patch squares set to the batch's mean colour, the same number in each image, drawn for each image anew.
+    """x̃: x (B, C, H, W) in [0, 1] with Gaussian noise of deviation `noise`, and with the share `masked` of its
+    patch × patch squares set to the batch's mean colour: in each image the same number, at least one and never all,
+    drawn for each image anew.
 
     generator: a CPU generator, so that the draw is the same on every device.
     """
@@ -90,7 +91,8 @@ def corrupt(x, noise=0.0, masked=0.0, patch=8, generator=None):
     if masked:
         h, w = -(-H // patch), -(-W // patch)
         draw = torch.rand(B, h * w, generator=generator)
-        hidden = draw.argsort(1).argsort(1) < round(masked * h * w)           # (B, h·w)
+        count = min(max(1, round(masked * h * w)), h * w - 1)
+        hidden = draw.argsort(1).argsort(1) < count                           # (B, h·w)
         hidden = hidden.view(B, 1, h, w).repeat_interleave(patch, 2).repeat_interleave(patch, 3)[..., :H, :W].to(x.device)
         x = torch.where(hidden, x.mean((0, 2, 3), keepdim=True), x)
     return x
@@ -123,7 +125,8 @@ class Autoencoder(nn.Module):
 
     def __init__(self, size, mean, deviation, code=128, width=64):
         super().__init__()
-        self.channels, self.size, self.grid = len(mean), tuple(size), tuple(-(-side // 8) for side in size)             # h, w of the smallest map
+        self.channels, self.size = len(mean), tuple(size)
+        self.grid = tuple(-(-side // 8) for side in size)                     # h, w of the smallest map
         self.register_buffer("mean", torch.as_tensor(mean).float().view(-1, 1, 1))
         self.register_buffer("deviation", torch.as_tensor(deviation).float().view(-1, 1, 1))
         C, (h, w), (first, second, last) = len(self.mean), self.grid, (width, 2 * width, 4 * width)

@@ -3,7 +3,7 @@
 **SimCLR.** Distort each of B images V times at random, encode, project: z (V, B, D). A view should be found by the
 other views of its image among all views of the batch. For each anchor i and each of its V − 1 positives p,
 
-    L_{i,p} = −log( exp(s_ip / τ) / Σ_{j ≠ i} exp(s_ij / τ) )         s_ij = cosine of z_i and z_j (or z_i · z_j)
+    L_{i,p} = −log( exp(s_ip) / Σ_{j ≠ i} exp(s_ij) )         s_ij = 1/τ · the cosine of z_i and z_j (or z_i · z_j)
 
 and InfoNCE is the mean over all i and p. The matrix s for V = 2, B = 3, rows the anchors:
 
@@ -70,7 +70,7 @@ def info_nce(views, temperature=0.5, similarity="cosine"):
     with torch.autocast(z.device.type, enabled=False):
         s = z @ z.T / temperature                                             # (VB, VB)
     # The trap: to subtract exp(s_ii) from the sum as a constant gives the right value and, with the dot product, a wrong
-    # gradient, for s_ii grows with u_i. (With cosine s_ii is 1/τ whatever u_i is.) At −∞ it has neither value nor gradient.
+    # gradient, for s_ii grows with the length of z_i. (With the cosine it is 1/τ always.) At −∞ it has neither value nor gradient.
     itself = torch.eye(V * B, dtype=torch.bool, device=z.device)
     total = s.masked_fill(itself, float("-inf")).logsumexp(1).view(V, 1, B)   # of anchor (v, b)
     same_image = s.view(V, B, V, B).diagonal(dim1=1, dim2=3)                  # (V, V, B): anchor (v, b) with view w of b
@@ -218,12 +218,11 @@ class ImageEncoder(nn.Module):
         super().__init__()
         self.register_buffer("mean", torch.as_tensor(mean).float().view(-1, 1, 1))
         self.register_buffer("deviation", torch.as_tensor(deviation).float().view(-1, 1, 1))
-        layers, channels = [], 4 * self.mean.shape[0]
-        for n, width in enumerate((width, 2 * width, 4 * width)):
-            layers += [Convolution(channels, width, stride=1 if n == 0 else 2), nn.BatchNorm2d(width), nn.ReLU()]
-            layers += [ResidualBlock(width)] * (n > 0)
-            channels = width
-        self.layers = nn.Sequential(*layers)
+        C, first, second, last = len(self.mean), width, 2 * width, 4 * width
+        self.layers = nn.Sequential(
+            Convolution(4 * C, first), nn.BatchNorm2d(first), nn.ReLU(),
+            Convolution(first, second, stride=2), nn.BatchNorm2d(second), nn.ReLU(), ResidualBlock(second),
+            Convolution(second, last, stride=2), nn.BatchNorm2d(last), nn.ReLU(), ResidualBlock(last))
 
     def forward(self, x):
         x = (x - self.mean) / self.deviation

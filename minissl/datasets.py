@@ -10,8 +10,8 @@ index operations and a corpus larger than memory reads like a small one:
     split      TRAIN    HELD_OUT      TEST               (N,)
 
 What is HELD_OUT makes every choice (learning rates, epochs), TEST only the final figures. Held-out texts are
-contiguous blocks, not random ones: neighbouring files are often about the same film or by the same author, and a
-random draw would put such twins on both sides. A text that stands in two splits is dropped from the less
+contiguous blocks (of docstrings, whole files), not random ones: neighbouring files are often about the same film or by the
+same author, and a random draw would put such twins on both sides. A text that stands in two splits is dropped from the less
 precious one.
 
 Where the texts come from: documents.py. Read next: images.py.
@@ -162,7 +162,7 @@ def texts_of(strings, tokenizer):
     encoded = [tokenizer.encode(text) for text in strings]
     lengths = np.array([len(ids) for ids in encoded], np.int64)
     if not len(lengths) or not lengths.all():
-        raise UserError("there is a text without any character in it: leave it out")
+        raise UserError("there is no text, or one without any character in it: leave it out")
     return Texts(np.concatenate(encoded), np.cumsum(lengths) - lengths, lengths, np.full(len(lengths), -1),
                  np.zeros(len(lengths), np.uint8), [], tokenizer)
 

@@ -190,8 +190,8 @@ def _own_texts(path):
 def read_texts(path, least=0):
     """The texts of one UTF-8 file: its paragraphs, or its lines where no blank line separates paragraphs.
 
-    Yields str, none longer than about TEXT_BYTES, however long the lines; with `least` neighbours are joined to texts of
-    at least so many characters. Raises UserError at bytes that are not UTF-8, with their offset.
+    Yields str, none longer than about the larger of TEXT_BYTES and `least`, however long the lines; with `least` neighbours
+    are joined to texts of at least so many characters. Raises UserError at bytes that are not UTF-8, with their offset.
     """
     with open(path, "rb") as file:
         start = file.read(TEXT_BYTES)

@@ -59,7 +59,7 @@ def logistic_regression(x, labels, classes, strength, start=None, tolerance=1e-5
     """Weights (D + 1, C) that minimise mean cross-entropy + strength/2 ‖W‖², the last row the unpenalised bias.
 
     x (N, D) float32, dense or sparse CSR; labels (N,) int64. Convex: L-BFGS finds the one minimum from any `start`
-    (D + 1, C), until no slope is above `tolerance` or float32 shows no more gain.
+    (D + 1, C), until no slope is above `tolerance` float32 shows no more gain, or 200 iterations are made.
     """
     D, labels = x.shape[1], torch.as_tensor(labels)
     start = torch.zeros(D + 1, classes) if start is None else start
@@ -249,7 +249,10 @@ class MaskedText:
     def __init__(self, texts, window, share, device):
         self.device, self.tokenizer = device, texts.tokenizer
         held_out = texts.select(texts.split == HELD_OUT)
-        held_out = (held_out if len(held_out) else texts).cut(window).spaced(512)
+        if not len(held_out):
+            print("too few texts to hold one out: the held-out loss below is of texts that are trained on")
+            held_out = texts
+        held_out = held_out.cut(window).spaced(512)
         self.tokens, self.lengths = map(torch.from_numpy, held_out.padded(np.arange(len(held_out))))
         self.inputs, self.positions, self.targets = transformer.mask_tokens(
             self.tokens, self.lengths, len(texts.tokenizer), share, generator(0, "held-out masks", 0))

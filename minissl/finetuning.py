@@ -207,7 +207,7 @@ def rates_and_epochs(rates):
 # ---------------------------------------------------------------- images
 
 class ImageClassifier(Classifier):
-    """Images (B, C, H, W), floats in [0, 1] -> logits (B, K), K classes: an encoder, its features standardised, a linear layer."""
+    """Images (B, C, H, W), floats in [0, 1] -> logits (B, classes): an encoder, its features standardised, a linear layer."""
 
     def __init__(self, body, mean, deviation, classes):
         super().__init__(mean, deviation, classes)
@@ -256,7 +256,7 @@ class ImageTask:
             if isinstance(module, nn.BatchNorm2d):
                 module.momentum = None
         with torch.no_grad():
-            untrained.train().features(self.images[some[:1000]].to(self.device).float() / 255)
+            untrained.train().features(self.images[some[evenly(len(some), 1000)]].to(self.device).float() / 255)
         untrained = standardised(self.features(untrained), self.train)[0]
         columns["untrained"] = Linear(untrained.__getitem__, self.labels, classes).column()
         columns["from scratch"] = Column(self.fit_from_scratch, self.answers, lambda n: [
@@ -292,7 +292,8 @@ class ImageTask:
         for step in range(steps):
             chosen = which[batches(step).numpy()]
             numbers = torch.rand(B, 12, generator=generator(seed, "fine-tuning views", step)).to(self.device)
-            x = contrastive.augment(self.images[chosen].to(self.device), self.images.shape[2:], numbers, crop, 0.2, 0.05, 0.0, self.flip)
+            x = contrastive.augment(self.images[chosen].to(self.device), self.images.shape[2:], numbers, crop,
+                                    jitter=0.2, hue=0.05, grey=0.0, flip=self.flip)
             with self.cast:
                 logits = model(x)
             loss = F.cross_entropy(logits.float(), self.labels[chosen].to(self.device), label_smoothing=smoothing)

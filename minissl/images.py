@@ -66,7 +66,8 @@ class Images:
 
 def load_images(data, data_dir="data", limit=0, keep_all=False):
     """Images by name ("shapes", "cifar10") or from NAME.npy; limit keeps this many of each split (0: all);
-    keep_all, also images of NAME.npy that occur twice, however few, so that a row of features is a row of the array.
+    keep_all, also images of NAME.npy that occur twice, however few, so that a row of features is a row of the array; of
+    them `limit` takes the first.
 
     Raises UserError with one sentence for anything the user can mend.
     """
@@ -76,7 +77,9 @@ def load_images(data, data_dir="data", limit=0, keep_all=False):
         found = cifar10(Path(data_dir))
     else:
         found = own_images(Path(data), keep_all)
-    if limit:
+    if limit and keep_all:
+        found = found.select(np.arange(min(limit, len(found))))
+    elif limit:
         parts = [np.flatnonzero(found.split == split) for split in (TRAIN, HELD_OUT, TEST)]
         found = found.select(np.concatenate([part[evenly(len(part), limit)] for part in parts]))
     return found
@@ -222,7 +225,7 @@ def _cifar10(files, where):
 
 
 def read_cifar_pickle(data):
-    """The bytes of a batch of CIFAR-10's Python version -> pixels (N, 3072) uint8, labels (N,) uint8.
+    """The bytes of a batch of CIFAR-10's Python version -> pixels (N, 3072) uint8, labels (N,) int64.
 
     A pickle may call anything that it names. This one can name four things only, and none is what it seems: they build
     bytes and the classes below, which hold what stands in the file and do nothing. Raises ValueError.
@@ -230,6 +233,10 @@ def read_cifar_pickle(data):
     class Bytes:
         def __setstate__(self, state):
             _, self.shape, _, _, self.data = state
+
+    class Ignored:
+        def __setstate__(self, state):
+            pass
 
     class Unpickler(pickle.Unpickler):
         def find_class(self, module, name):
@@ -240,11 +247,6 @@ def read_cifar_pickle(data):
             if (module, name) == ("_codecs", "encode"):             # how Python 3 writes bytes for Python 2
                 return lambda text, encoding: str(text).encode("latin1")
             raise ValueError(f"it wants to run {module}.{name}")
-
-    class Ignored:
-        def __setstate__(self, state):
-            pass
-
 
     try:
         batch = Unpickler(io.BytesIO(data), encoding="bytes").load()

@@ -1,4 +1,4 @@
-"""Muon, the optimizer of the matrices and kernels here; vectors, embeddings and output layers go to torch's Adam."""
+"""Muon, the optimizer of the text encoder's blocks and of every matrix and kernel of the image models. All else: torch's Adam."""
 
 import torch
 

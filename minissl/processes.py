@@ -25,7 +25,6 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from minissl import UserError
 
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))        # torchrun sets them
 
@@ -74,9 +73,7 @@ def first_alone():
 
 
 def share(batch):
-    """This process's slice of a batch (B, ...), whose B is a multiple of the number of processes."""
-    if len(batch) % WORLD:
-        raise UserError(f"--batch-size {len(batch)} is no multiple of the {WORLD} processes")
+    """This process's slice of a batch (B, ...), whose B is a multiple of the number of processes (training.Batches sees to it)."""
     return batch.chunk(WORLD)[RANK]
 
 

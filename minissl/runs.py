@@ -7,6 +7,7 @@
 from contextlib import nullcontext
 from functools import partial
 
+import numpy as np
 import torch
 
 from minissl import UserError, autoencoder, contrastive, transformer
@@ -63,8 +64,8 @@ def load_encoder(run):
         return lambda strings: text_features(encode, texts_of(strings, tokenizer), nullcontext())
 
     def features(images):
-        images = torch.as_tensor(images)
-        if images.dtype != torch.uint8 or images.ndim not in (3, 4):
+        images = torch.as_tensor(np.ascontiguousarray(images))
+        if images.dtype != torch.uint8 or images.ndim not in (3, 4) or not images.numel():
             raise UserError(f"the array is {str(images.dtype)[6:]} of shape {tuple(images.shape)}; expected uint8 (N, H, W, C) or (N, H, W)")
         images = images.view(*images.shape[:3], -1).permute(0, 3, 1, 2)                           # (N, C, H, W)
         check_images(images, model, "the array")

@@ -204,6 +204,8 @@ class Batches:
     def __init__(self, n, size, seed, purpose):
         if n < size:
             raise UserError(f"--batch-size {size}: there are only {n:,} images to learn from; give more or a lower --batch-size")
+        if size % processes.WORLD:
+            raise UserError(f"--batch-size {size}: no multiple of the {processes.WORLD} processes that are to share it")
         self.n, self.size, self.seed, self.purpose, self.epoch = n, size, seed, purpose, None
 
     def __call__(self, step):
@@ -232,6 +234,7 @@ def diverged(what, when, folder):
 
 
 # When a run is resumed. The data may lie elsewhere: they are known by their checksum.
+LEFT_OVER = {"lock", "config.json.tmp"}               # by a run that was killed before it had a config.json
 MAY_CHANGE = {"steps", "device", "resume", "run", "data", "data_dir", "fill", "evaluate_every", "save_every"}
 
 
@@ -255,7 +258,7 @@ class Run:
         elif (self.folder / "checkpoint.pt").exists():       # without one a run may start anew: there is nothing to lose
             raise UserError(f"{self.folder} holds a run already: --resume goes on with it, --run with another name "
                             f"starts one beside it")
-        elif self.folder.exists() and any(self.folder.iterdir()) and not (self.folder / "config.json").exists():
+        elif self.folder.exists() and {path.name for path in self.folder.iterdir()} - LEFT_OVER and not (self.folder / "config.json").exists():
             raise UserError(f"{self.folder} holds something that is no run: give --run another name")
 
     def begin(self, model, optimizers, data):
@@ -270,8 +273,8 @@ class Run:
                 raise UserError(f"{self.folder} learned from {self.checkpoint['data']}, and now there is {data}: give it the "
                                 f"same data, or start another run")
             try:
-                step, (counted, losses) = self.checkpoint["step"] + 0, self.checkpoint["unlogged"]
-                self.counted, self.losses = counted + 0, [torch.tensor(float(loss)) for loss in losses]
+                step, (counted, losses) = int(self.checkpoint["step"]), self.checkpoint["unlogged"]
+                self.counted, self.losses = int(counted), [torch.tensor(float(loss)) for loss in losses]
                 model.load_state_dict(self.checkpoint["model"])
                 for optimizer, state in zip(optimizers, self.checkpoint["optimizers"], strict=True):
                     optimizer.load_state_dict(state)
@@ -329,9 +332,9 @@ class Run:
                  for name, value in losses.items() if value]
         shown += [f"{name.replace('_', ' ')} {value:,}" for name, value in more.items() if value != ""]
         stage = getattr(self.settings, "embedding_steps", 0)                  # its steps say nothing about the later ones' time
-        left = seconds / max(step - self.logged_step, 1) * ((stage if step <= stage else self.settings.steps) - step) / 60
-        print(f"step {step:,}/{self.settings.steps:,}  " + "  ".join(shown) + f"  {left:.1f} min left"
-              + " of the first stage" * (step <= stage), flush=True)
+        end, of_what = (stage, " of the first stage") if step <= stage else (self.settings.steps, "")
+        left = seconds / max(step - self.logged_step, 1) * (end - step) / 60
+        print(f"step {step:,}/{self.settings.steps:,}  " + "  ".join(shown) + f"  {left:.1f} min left{of_what}", flush=True)
         self.items, self.flops, self.counted, self.losses = 0, 0, 0, []
         self.logged, self.logged_step = time.perf_counter(), step
 

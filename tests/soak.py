@@ -78,9 +78,6 @@ def kills(folder, count, draw, planted=""):
             attempt += 1
             while True:
                 resume = ["--resume"] if (run / "checkpoint.pt").exists() else []
-                if run.exists() and not resume:                        # killed before its first step: nothing was there to lose
-                    for path in run.iterdir():
-                        path.unlink()
                 process = subprocess.Popen([*python, ROOT / script, "--run", run, *flags, *resume], stdout=subprocess.PIPE,
                                            stderr=subprocess.STDOUT, text=True)
                 try:

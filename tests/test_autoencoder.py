@@ -93,6 +93,14 @@ def test_exactly_the_share_of_patches_is_hidden_in_each_image_elsewhere_nothing_
     assert len(set(places)) == 5                                                   # each image has its own draw
 
 
+@pytest.mark.parametrize("share, count", [(0.01, 1), (0.5, 2), (0.95, 3)])
+def test_of_few_patches_at_least_one_is_hidden_and_never_all(share, count):
+    x = torch.rand(5, 3, 16, 16)
+    y = corrupt(x, masked=share, generator=torch.Generator().manual_seed(0))
+    changed = (x != y).any(1).unflatten(1, (2, 8)).unflatten(3, (2, 8)).all((2, 4))          # (5, 2, 2) patches
+    assert changed.flatten(1).sum(1).tolist() == [count] * 5
+
+
 def test_noise_has_its_deviation_and_no_corruption_is_none():
     x = torch.rand(8, 3, 32, 32)
     noise = corrupt(x, noise=0.2, generator=torch.Generator().manual_seed(0)) - x

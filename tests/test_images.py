@@ -145,6 +145,8 @@ def test_own_images_come_back_as_they_are(shape, tmp_path):
     np.save(tmp_path / "a.npy", np.concatenate([array[:30], array[:30]]))         # each image twice
     assert len(images.load_images(str(tmp_path / "a.npy"))) < 60
     assert len(images.load_images(str(tmp_path / "a.npy"), keep_all=True)) == 60
+    some = images.load_images(str(tmp_path / "a.npy"), keep_all=True, limit=30)[:]
+    assert (some.permute(0, 2, 3, 1).numpy().reshape(30, *shape[1:]) == array[:30]).all()     # row by row the array
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux says what of a process's memory is mapped files")

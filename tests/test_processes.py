@@ -15,7 +15,7 @@ import torch
 import train_ae
 import train_contrastive
 import train_mlm
-from minissl import UserError, files, processes
+from minissl import UserError, files, processes, training
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -98,5 +98,5 @@ def test_when_a_process_dies_all_end_with_a_sentence(tmp_path):
 def test_a_batch_that_does_not_split_is_refused(monkeypatch):
     monkeypatch.setattr(processes, "WORLD", 2)
     assert len(processes.share(torch.zeros(16, 3))) == 8
-    with pytest.raises(UserError, match="--batch-size 15 is no multiple of the 2 processes"):
-        processes.share(torch.zeros(15, 3))
+    with pytest.raises(UserError, match="--batch-size 15: no multiple of the 2 processes"):
+        training.Batches(100, 15, 0, "order")

@@ -2,6 +2,7 @@
 
 import csv
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ import torch
 import finetune
 import train_ae
 import train_contrastive
-from minissl import UserError, contrastive, datasets, evaluation, files, images, runs as opened
+from minissl import UserError, contrastive, datasets, evaluation, files, images, runs as opened, training
 from minissl.finetuning import ImageTask
 from soak import log_of
 
@@ -191,6 +192,9 @@ def test_a_training_that_diverges_before_a_look_ends_with_a_sentence(name, run_s
 
 def test_a_run_that_was_killed_before_its_first_checkpoint_is_started_again(runs, run_script, tmp_path):
     (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "lock").write_bytes(b"")                   # the first file of a run: killed there, it can start, too
+    run = training.Run(SimpleNamespace(run=tmp_path / "run", resume=False))
+    assert run.checkpoint is None
     (tmp_path / "run" / "config.json").write_bytes((runs / "ae" / "config.json").read_bytes())
     script, flags = SCRIPTS["ae"]
     code, printed = run_script(script, "--run", tmp_path / "run", "--resume")
@@ -201,9 +205,20 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_is_started_again(runs
 
 def test_an_array_that_is_not_uint8_is_refused_by_the_encoder_of_a_run(runs):
     encode = opened.load_encoder(runs / "ae")
-    for array in (np.zeros((2, 32, 32, 3), np.float32), np.zeros((32, 32), np.uint8)):
+    for array in (np.zeros((2, 32, 32, 3), np.float32), np.zeros((32, 32), np.uint8), np.zeros((0, 32, 32, 3), np.uint8)):
         with pytest.raises(UserError, match=r"expected uint8 \(N, H, W, C\)"):
             encode(array)
+
+
+def test_the_encoder_of_a_run_takes_a_view_with_turned_channels(runs):
+    encode, array = opened.load_encoder(runs / "ae"), np.arange(2 * 32 * 32 * 3, dtype=np.uint8).reshape(2, 32, 32, 3)
+    assert torch.equal(encode(array[..., ::-1]), encode(array[..., ::-1].copy()))
+
+
+def test_masking_an_image_of_one_patch_is_refused(run_script, tmp_path):
+    np.save(tmp_path / "a.npy", np.random.default_rng(0).integers(0, 255, (60, 8, 8)).astype(np.uint8))
+    code, printed = run_script(train_ae, "--run", tmp_path / "run", "--data", tmp_path / "a.npy", "--masked", 0.6, *TINY)
+    assert code == 2 and "are one patch of 8 × 8" in printed.splitlines()[-1] and not (tmp_path / "run").exists()
 
 
 def test_a_run_is_resumed_by_the_script_that_made_it_and_no_other(runs, run_script):

@@ -90,6 +90,15 @@ def test_gradient_accumulation_does_not_change_the_gradient(corpus, tmp_path, ru
         torch.testing.assert_close(one[key]["momentum"], other[key]["momentum"], rtol=1e-3, atol=1e-6)
 
 
+def test_where_no_text_is_left_to_be_held_out_it_is_said(corpus, tmp_path, run_script):
+    (tmp_path / "books").mkdir()
+    for name, part in (("a", "city"), ("b", "sea")):
+        text = " ".join(path.read_text(encoding="utf-8") for path in sorted((corpus / part).iterdir()))
+        (tmp_path / "books" / f"{name}.txt").write_text(text, encoding="utf-8")
+    code, printed = run_script(train_mlm, "--data", tmp_path / "books", "--data-dir", tmp_path, *TINY, "--run", tmp_path / "b", "--steps", 31)
+    assert code == 0 and "the held-out loss below is of texts that are trained on" in printed, printed
+
+
 def test_the_masked_loss_falls_well_below_the_entropy_of_single_words(corpus, tmp_path, run_script):
     flags = ["--data", corpus, "--data-dir", tmp_path, *TINY, "--run", tmp_path / "b", "--steps", 500, "--evaluate-every", 250]
     assert run_script(train_mlm, *flags)[0] == 0
