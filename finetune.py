@@ -19,8 +19,8 @@ cross-validation inside the draw; the test set is scored once, at the end):
     untrained     images: a probe of the same encoder with random weights, for many a feature is good before any learning
     from scratch  the same model without pretraining; rate and epochs, or augmentation, on held-out examples
     linear probe  logistic regression on the frozen features; strength by cross-validation
-    fine-tuned    starts from the probe, then moves the encoder, too; rate (0 among them), of texts also epochs, on held-out examples.
-                  Of a text encoder the embeddings move, the blocks stay; so from scratch, where they are zero
+    fine-tuned    starts from the probe, then moves the encoder, too; rate (0 among them), of texts also epochs, on held-out
+                  examples. Of a text encoder the embeddings move, the blocks stay; so from scratch, where they are zero
 
 How each column is fitted: minissl/finetuning.py.
 """

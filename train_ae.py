@@ -154,7 +154,8 @@ def main():
             if looking:
                 report.write_page(run.folder)
         if last or stopping or run.due():
-            run.save(done, model, optimizers, method="autoencoder", model_settings=dict(size=[H, W], code=settings.code, width=settings.width))
+            run.save(done, model, optimizers, method="autoencoder",
+                     model_settings=dict(size=[H, W], code=settings.code, width=settings.width))
         if stopping and not last:
             run.leave(done)
     print(f"done: {run.folder / 'report.html'} shows what it learned; python finetune.py {run.folder} what it is worth")

@@ -49,7 +49,7 @@ class Settings:
     compile: bool = False  # torch.compile the encoder: a minute first, then faster on a GPU
     method: Literal["simclr", "byol"] = "simclr"  # with negatives, or with a slow second network
     views: int = 2  # of each image; 4 gave no more at equal time (a prototype; so, too, the next two)
-    view_size: int = 0  # pixels, height of a view, an even number; 0: three quarters of the image's, +2 points over all of it at equal time
+    view_size: int = 0  # pixels, height of a view, an even number; 0: three quarters of the image's, +2 points at equal time
     temperature: float = 0.15  # of SimCLR's softmax; 0.1 to 0.4 were alike
     similarity: Literal["cosine", "dot"] = "cosine"  # of two projections
     target_rate: float = 0.98  # of BYOL's moving average at the start; it rises to 1
@@ -138,7 +138,7 @@ def main():
     if settings.compile:
         model.encoder.compile()
     print(f"views: crops of at least {settings.crop} of the area, colour jitter {settings.jitter}, hue {settings.hue}, grey "
-          f"{settings.grey} (" + ("usual for this data, unless given)" if settings.data in USUAL else "usual for photographs, unless given)"))
+          f"{settings.grey} (usual for {'this data' if settings.data in USUAL else 'photographs'}, unless given)")
     print(f"model: {sum(p.numel() for p in trained):,} parameters; views of {size[0]} × {size[1]}, "
           f"{flops / 2e6:,.0f} million multiply-adds an image")
 

@@ -111,7 +111,8 @@ def shapes(limit=0):
             drawn = draw_shapes(min(1000, n - begin), generator(0, f"shapes {split}", begin))
             images.append(drawn[0])
             labels.append(drawn[1])
-    return Images(torch.cat(images), torch.arange(sum(sizes)), torch.cat(labels).numpy(), np.repeat(np.uint8([TRAIN, HELD_OUT, TEST]), sizes), SHAPES)
+    split = np.repeat(np.uint8([TRAIN, HELD_OUT, TEST]), sizes)
+    return Images(torch.cat(images), torch.arange(sum(sizes)), torch.cat(labels).numpy(), split, SHAPES)
 
 
 def distance(shape, x, y):

@@ -33,7 +33,8 @@ h1 { font-size: 1.5rem; margin: 0 } h2 { font-size: 1.1rem; margin: 2rem 0 .5rem
 code { font: .85rem ui-monospace, monospace; overflow-wrap: anywhere }
 .curves { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 17rem), 1fr)); gap: 1rem }
 figure { margin: 0 } figcaption { font-size: .85rem; color: var(--soft) } figcaption b { color: var(--ink) }
-img { image-rendering: pixelated; max-width: 100%; height: auto } svg { width: 100%; height: auto; display: block } svg text { font: 11px system-ui, sans-serif; fill: var(--soft) }
+img { image-rendering: pixelated; max-width: 100%; height: auto }
+svg { width: 100%; height: auto; display: block } svg text { font: 11px system-ui, sans-serif; fill: var(--soft) }
 .wide { overflow-x: auto } table { border-collapse: collapse; font-variant-numeric: tabular-nums }
 td, th { padding: .3rem .8rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap }
 blockquote { margin: 0 0 1rem; padding-left: .8rem; border-left: 3px solid var(--line); overflow-wrap: anywhere }

@@ -163,7 +163,6 @@ def matrix_product_rate(device, dtype, n=1536, seconds=0.3):
 def count_flops(model, run):
     """FLOPs of the matrix products and convolutions in run(), with the model in evaluation mode: batch norm stays."""
     from torch.utils.flop_counter import FlopCounterMode        # here, for the import takes a second
-
     model.eval()
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         run()
@@ -233,9 +232,8 @@ def diverged(what, when, folder):
                      f"its last good checkpoint, if there is one")
 
 
-# When a run is resumed. The data may lie elsewhere: they are known by their checksum.
 LEFT_OVER = {"lock", "config.json.tmp"}               # by a run that was killed before it had a config.json
-MAY_CHANGE = {"steps", "device", "resume", "run", "data", "data_dir", "fill", "evaluate_every", "save_every"}
+MAY_CHANGE = {"steps", "device", "resume", "run", "data", "data_dir", "fill", "evaluate_every", "save_every"}       # on --resume
 
 
 class Run:
@@ -258,7 +256,8 @@ class Run:
         elif (self.folder / "checkpoint.pt").exists():       # without one a run may start anew: there is nothing to lose
             raise UserError(f"{self.folder} holds a run already: --resume goes on with it, --run with another name "
                             f"starts one beside it")
-        elif self.folder.exists() and {path.name for path in self.folder.iterdir()} - LEFT_OVER and not (self.folder / "config.json").exists():
+        elif (self.folder.exists() and not (self.folder / "config.json").exists()
+              and {path.name for path in self.folder.iterdir()} - LEFT_OVER):
             raise UserError(f"{self.folder} holds something that is no run: give --run another name")
 
     def begin(self, model, optimizers, data):
@@ -362,13 +361,12 @@ class Run:
         return [row for row, step in zip(rows, steps) if step <= self.checkpoint["step"]]
 
     def _write_rows(self):
-        if processes.RANK:
-            return
         text = io.StringIO()
         writer = csv.DictWriter(text, list(self.rows[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(self.rows)
-        write_atomically(self.folder / "metrics.csv", text.getvalue().encode())
+        if not processes.RANK:
+            write_atomically(self.folder / "metrics.csv", text.getvalue().encode())
 
     @contextlib.contextmanager
     def pause(self):

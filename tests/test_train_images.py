@@ -132,7 +132,7 @@ def test_a_probe_moves_neither_parameters_nor_buffers_of_the_encoder(runs):
 
 def test_what_must_not_be_mirrored_is_not_mirrored_while_fine_tuning_either(runs, run_script, monkeypatch, brief):
     flips, augment = set(), contrastive.augment
-    monkeypatch.setattr(contrastive, "augment", lambda *arguments: flips.add(arguments[-1]) or augment(*arguments))
+    monkeypatch.setattr(contrastive, "augment", lambda *arguments, **named: flips.add(named["flip"]) or augment(*arguments, **named))
     for flags, wanted in ([], {True}), (["--no-flip"], {False}):
         assert run_script(finetune, runs / "ae", "--labels", 5, "--seeds", 1, "--limit", 200, *flags)[0] == 0
         assert flips == wanted
