@@ -55,7 +55,7 @@ FAULTS = [      # (what is wrong, file, what stands there, what is planted, test
     ("a draw that forgets its step", R, 'f"{seed} {purpose} {step}"', 'f"{seed} {purpose}"', "training::draws_are_a_function"),
     ("momentum without Nesterov", M, 'update = gradient.add(state["momentum"], alpha=group["momentum"])', 'update = state["momentum"].clone()',
      "training::muon_remembers"),
-    ("losses before a save are forgotten", R, "self.counted, self.losses = counted + 0, [", "self.counted, self.losses = 0, [",
+    ("losses before a save are forgotten", R, "self.counted, self.losses = int(counted), [", "self.counted, self.losses = 0, [",
      "train_mlm::a_stopped_and_resumed_run"),
     ("a checkpoint's checksums are not read", "minissl/files.py", "if broken := archive.testzip():", "if broken := None:",
      "training::a_flipped_bit"),
