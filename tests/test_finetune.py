@@ -1,7 +1,6 @@
 """Fine-tuning, probes and the baseline: what they may see, and that they count everything."""
 
 import csv
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -32,19 +31,6 @@ def test_the_table_has_every_row_and_column_and_lands_in_csv_and_page(trained, r
     (trained.parent / "new.txt").write_text("the ship sails\nthe tower opens\n", encoding="utf-8")
     code, printed = run_script(finetune, trained, "--predict", trained.parent / "new.txt")
     assert code == 0 and [line.split("\t")[0] for line in printed.splitlines()[:2]] == ["sea", "city"], printed
-
-
-def test_half_of_the_words_are_left_out_anew_each_step_and_the_rest_counts_twice():
-    counts = torch.full((64, 500), 3.0).to_sparse_csr()
-    data = SimpleNamespace(counts=counts, context=torch.zeros(64, 4), words=torch.full((64, 1), 1500.0), labels=torch.arange(64) % 2)
-    model, seen = finetuning.TextClassifier(torch.randn(500, 4), torch.zeros(4), torch.ones(4), 2), []
-    model.register_forward_pre_hook(lambda module, given: seen.append(given[0]))
-    finetuning.train_text_classifier(model, data, np.arange(64), (0.1, 2, 0.5), 1.0, 0.0, seed=0)
-    first, second = seen
-    assert first.unique().tolist() == [0, 6] and float((first > 0).float().mean()) == pytest.approx(0.5, abs=0.02)
-    assert not torch.equal(first, second) and not torch.equal(first[0], first[1])
-    finetuning.train_text_classifier(model, data, np.arange(64), (0.1, 1, 0.0), 1.0, 0.0, seed=0)
-    assert torch.equal(seen[-1], counts.to_dense())
 
 
 def test_the_probe_can_be_had_alone_and_leaves_the_table_as_it_is(trained, run_script):
