@@ -34,7 +34,7 @@ def grid(rows, gap=2):
     (H', W', 3) uint8: a row a batch, small images enlarged to about 64 pixels."""
     lines = []
     for batch in rows:
-        pixels = np.asarray(batch if batch.dtype.is_floating_point is False else (batch.clamp(0, 1) * 255).round().byte())
+        pixels = np.asarray((batch.clamp(0, 1) * 255).round().byte() if batch.dtype.is_floating_point else batch)
         pixels = np.repeat(pixels, 3 // pixels.shape[1], axis=1).transpose(0, 2, 3, 1)              # (N, H, W, 3)
         times = max(1, 64 // max(pixels.shape[1:3]))
         pixels = pixels.repeat(times, axis=1).repeat(times, axis=2)
@@ -87,13 +87,11 @@ def curve(steps, values, width=300, height=140):
 
 def label_table(path):
     """finetune.csv -> rows of strings: labels a class, then mean ± deviation of each method."""
-    cells, labels, methods = {}, [], []
+    cells = {}
     with open(path, encoding="utf-8", newline="") as file:
         for row in csv.DictReader(file):
-            key = row["labels_a_class"], row["method"]
-            labels += [key[0]] * (key[0] not in labels)
-            methods += [key[1]] * (key[1] not in methods)
-            cells.setdefault(key, []).append(float(row["test_accuracy"]))
+            cells.setdefault((row["labels_a_class"], row["method"]), []).append(float(row["test_accuracy"]))
+    labels, methods = (list(dict.fromkeys(names)) for names in zip(*cells))
     return [["labels a class", *methods]] + [
         [label, *(f"{np.mean(cells[label, m]):.1f} ± {np.std(cells[label, m], ddof=len(cells[label, m]) > 1):.1f}"
                   for m in methods)]
