@@ -101,19 +101,20 @@ def table(settings, task):
     print(f"{len(task.classes)} classes; labelled: {len(task.train):,} to draw from, {len(task.held_out):,} held out for choices, "
           f"{len(task.test):,} to test on, of which the commonest class is {chance:.1f} %")
     columns = {"linear probe": task.probe.column()} if settings.probe else task.columns()
-    for row in settings.labels or task.rows:
-        size = None if row == "all" else int(row)
-        if size is not None and size > least:
-            if not settings.labels:
-                print(f"{row} labels a class: left out, the smallest class has {least} to train on")
-                continue
+    for row in settings.labels:
+        if row != "all" and int(row) > least:
             raise UserError(f"--labels {row}: there are no {row} labels a class, the smallest class has {least} to train on")
-        begin, chosen = time.perf_counter(), {}
+    for row in settings.labels or task.rows:
+        size, chosen = None if row == "all" else int(row), {}
+        if size is not None and size > least:
+            print(f"{row} labels a class: left out, the smallest class has {least} to train on")
+            continue
+        print(f"{row} labels a class", flush=True)
         for name, column in columns.items():
             progress(f"{row} labels a class, {name}: choosing on held-out examples")
             chosen[name] = choose(column, task, size)
-        options = ", ".join(f"{name} {option}" for name, option in chosen.items() if option)
-        print(f"{row} labels a class" + (f": chosen in {time.perf_counter() - begin:.0f} s: {options}" if options else ""))
+            if chosen[name]:
+                print(f"  {name}: chose {chosen[name]}", flush=True)
         pool = task.train if size else known                                  # all means all: the choices are made
         found = {name: ([], []) for name in columns}
         for seed in range(settings.seeds if size else min(settings.seeds, 2)):

@@ -159,6 +159,8 @@ def texts_of(strings, tokenizer):
     """Texts, without labels, from a list of strings; UserError if one of them is empty."""
     if isinstance(strings, str):                     # a list of its characters, or so it would be taken
         raise UserError("one string where a list of strings was expected: put it into brackets")
+    if not all(isinstance(text, str) for text in strings):
+        raise UserError("a text must be a str: there is something else among them")
     encoded = [tokenizer.encode(text) for text in strings]
     lengths = np.array([len(ids) for ids in encoded], np.int64)
     if not len(lengths) or not lengths.all():

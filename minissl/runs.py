@@ -67,7 +67,7 @@ def load_encoder(run):
         images = torch.as_tensor(np.ascontiguousarray(images))
         if images.dtype != torch.uint8 or images.ndim not in (3, 4) or not images.numel():
             raise UserError(f"the array is {str(images.dtype)[6:]} of shape {tuple(images.shape)}; expected uint8 (N, H, W, C) "
-                            f"or (N, H, W)")
+                            f"or (N, H, W), one image at least")
         images = images.view(*images.shape[:3], -1).permute(0, 3, 1, 2)                           # (N, C, H, W)
         check_images(images, model, "the array")
         return image_features(encode, images, nullcontext())

@@ -48,7 +48,7 @@ def read_settings(cls, description, argv=None, positional=()):
     for item in fields(cls):
         flag = item.name if item.name in positional else "--" + item.name.replace("_", "-")
         default = item.default_factory() if callable(item.default_factory) else item.default
-        shown = "" if default is False or default == "" or item.name in positional else f" (default {default})"
+        shown = "" if default is False or default in ("", []) or item.name in positional else f" (default {default})"
         help = why[item.name].replace("%", "%%") + shown
         options = dict(default=default, help=help)
         kind = typing.get_origin(item.type) or item.type

@@ -90,13 +90,13 @@ def test_doubled_texts_have_their_rows_of_features_too_in_the_order_of_the_paths
 
 
 @pytest.mark.parametrize("flags, sentence", [
-    (["--labels", "1000"], "no 1000 labels a class"), (["--labels", "some"], "whole numbers above 0, or all"),
+    (["--labels", "1", "1000"], "no 1000 labels a class"), (["--labels", "some"], "whole numbers above 0, or all"),
     (["--predict", "not/there.txt"], "not/there.txt"), (["--data", "not/there"], "there is nothing there"),
     (["--predict", "a.txt", "--features", "b.npy"], "give one of them"), (["--features", "not/there/b.npy"], "there is no such folder"),
     (["--data", "cifar10"], "learned from texts")])
 def test_what_cannot_be_done_is_said_in_one_sentence(flags, sentence, trained, run_script):
     code, printed = run_script(finetune, trained, "--data-dir", trained.parent / "data", *flags)
-    assert code == 2 and sentence in printed.splitlines()[-1] and "Traceback" not in printed
+    assert code == 2 and sentence in printed.splitlines()[-1] and "Traceback" not in printed and "draw 1" not in printed
 
 
 def test_a_file_without_text_and_a_string_that_is_no_list_are_refused(trained, run_script, tmp_path):
@@ -105,6 +105,8 @@ def test_a_file_without_text_and_a_string_that_is_no_list_are_refused(trained, r
     assert code == 2 and "there is no text in it" in printed.splitlines()[-1]
     with pytest.raises(UserError, match="one string where a list of strings"):
         runs.load_encoder(trained)("the ship sails")
+    with pytest.raises(UserError, match="must be a str"):
+        runs.load_encoder(trained)(["the ship sails", None])
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path, run_script):
