@@ -5,24 +5,20 @@
     python finetune.py runs/cifar --probe                       the linear probe alone: minutes instead of half an hour
     python finetune.py runs/mlm --data my_classes/              your own texts: a folder with a sub-folder per class
     python finetune.py runs/ae --data my_images.npy             your own images, labels in my_images.labels.npy
-    python finetune.py runs/imdb --predict new.txt              label new text, or images, with the classifier the table
-                                                                ended with
+    python finetune.py runs/imdb --predict new.txt              label new text, or images (after the table)
     python finetune.py runs/imdb --features out.npy --data my_texts/         (N, d) float32, a row a text or an image
 
-The columns, all on the same draws of labels, and what each may choose (always on held-out training examples or by
-cross-validation inside the draw; the test set is scored once, at the end):
+The columns (how each is fitted: minissl/finetuning.py), all on the same draws of labels, and what each may choose, on held-out
+training examples or by cross-validation inside the draw; the test set is scored once, at the end:
 
-    tf-idf        texts: what a user would do instead: one- and two-word features over the same tokens, logistic regression;
-                  strength by cross-validation
-    pixels        images: what a user would do instead: logistic regression; for the autoencoder also on as many principal
+    tf-idf        texts, what a user would do instead: logistic regression on one- and two-word features of the same tokens
+    pixels        images, what a user would do instead: logistic regression; for the autoencoder also on as many principal
                   components as its code has numbers (pixel PCA)
     untrained     images: a probe of the same encoder with random weights, for many a feature is good before any learning
     from scratch  the same model without pretraining; rate and epochs, or augmentation, on held-out examples
     linear probe  logistic regression on the frozen features; strength by cross-validation
     fine-tuned    starts from the probe, then moves the encoder, too; rate (0 among them), of texts also epochs, on held-out
                   examples. Of a text encoder the embeddings move, the blocks stay; so from scratch, where they are zero
-
-How each column is fitted: minissl/finetuning.py.
 """
 
 import contextlib
@@ -39,6 +35,7 @@ import numpy as np
 import torch
 
 from minissl import UserError, evaluation, figures, report, runs
+from minissl.datasets import TRAIN, fingerprint
 from minissl.documents import load_texts
 from minissl.files import progress, write_atomically
 from minissl.finetuning import CLASSIFIER_FORMAT, ImageTask, TextTask, label_images, label_texts
@@ -179,6 +176,9 @@ def main():
     else:
         data = load_images(name, data_dir, settings.limit, keep_all=bool(settings.features))
         runs.check_images(data, model, name)
+        if fingerprint(data) in checkpoint["data"] and not checkpoint["data"].startswith(f"{len(data.of(TRAIN)):,} "):
+            print("mind: the run has learned from other ones of these images, so test images may be among them, because there were "
+                  "no labels, or others, beside them; train another run with these")
     if settings.features:
         features_of = evaluation.text_features if of_text else evaluation.image_features
         features = features_of(runs.encoder_of(checkpoint, model.to(device)), data, cast, device, progress=progress)

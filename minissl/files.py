@@ -150,7 +150,7 @@ def write_atomically(path, data):
 def load_checkpoint(folder):
     """The checkpoint of a run's folder; see read_checkpoint."""
     path = Path(folder) / "checkpoint.pt"
-    if not path.exists() and (path.parent / "config.json").exists():
+    if not path.exists() and any((path.parent / name).exists() for name in ("config.json", "lock")):
         raise UserError(f"{path.parent} was stopped before its first checkpoint: start its training again, without --resume")
     return read_checkpoint(path, CHECKPOINT_FORMAT, "give the folder of a run that a training script has made")
 

@@ -269,8 +269,8 @@ class Run:
             lock(self.folder)
         if self.checkpoint:
             if self.checkpoint["data"] != data:
-                raise UserError(f"{self.folder} learned from {self.checkpoint['data']}, and now there is {data}: give it the "
-                                f"same data, or start another run")
+                raise UserError(f"{self.folder} learned from {self.checkpoint['data']}, and now finds {data}: give it the "
+                                f"same data (with labels beside it if there were any), or start another run")
             try:
                 step, (counted, losses) = int(self.checkpoint["step"]), self.checkpoint["unlogged"]
                 self.counted, self.losses = int(counted), [torch.tensor(float(loss)) for loss in losses]

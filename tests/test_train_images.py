@@ -210,6 +210,19 @@ def test_an_array_that_is_not_uint8_is_refused_by_the_encoder_of_a_run(runs):
             encode(array)
 
 
+def test_labels_that_came_after_the_pretraining_are_warned_of(run_script, tmp_path, brief):
+    rng = np.random.default_rng(0)
+    np.save(tmp_path / "a.npy", rng.integers(0, 255, (200, 8, 8)).astype(np.uint8))
+    flags = ["--run", tmp_path / "run", "--data", tmp_path / "a.npy", "--view-size", 8, *TINY]
+    assert run_script(train_contrastive, *flags)[0] == 0
+    np.save(tmp_path / "a.labels.npy", rng.integers(0, 2, 200))
+    code, printed = run_script(finetune, tmp_path / "run", "--labels", 5, "--seeds", 1, "--probe")
+    assert code == 0 and "so test images may be among them" in printed, printed
+    assert run_script(train_contrastive, *flags, "--run", tmp_path / "other")[0] == 0
+    code, printed = run_script(finetune, tmp_path / "other", "--labels", 5, "--seeds", 1, "--probe")
+    assert code == 0 and "mind:" not in printed, printed
+
+
 def test_the_encoder_of_a_run_takes_a_view_with_turned_channels(runs):
     encode, array = opened.load_encoder(runs / "ae"), np.arange(2 * 32 * 32 * 3, dtype=np.uint8).reshape(2, 32, 32, 3)
     assert torch.equal(encode(array[..., ::-1]), encode(array[..., ::-1].copy()))
