@@ -284,7 +284,8 @@ def own_images(path, keep_all=False):
             scale = 1 if np.nan_to_num(array[:100]).max(initial=0) > 1 else 255
             how = f"(np.nan_to_num(a) * {scale}).clip(0, 255).round().astype(np.uint8)"
         else:
-            how = "(a // 256).astype(np.uint8)" if array.dtype == np.uint16 else "a.clip(0, 255).astype(np.uint8)"
+            how = {"bool": "a.astype(np.uint8) * 255", "uint16": "(a // 256).astype(np.uint8)"}.get(
+                str(array.dtype), "a.clip(0, 255).astype(np.uint8)")
         raise UserError(f"{found}; {wanted}: convert it with {how}")
     if array.ndim == 4 and array.shape[1] in (1, 3) and array.shape[3] not in (1, 3):
         raise UserError(f"{found}: the channels stand first; {wanted}: convert it with a.transpose(0, 2, 3, 1)")
