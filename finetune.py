@@ -12,10 +12,9 @@ The columns (how each is fitted: minissl/finetuning.py), all on the same draws o
 training examples or by cross-validation inside the draw; the test set is scored once, at the end:
 
     tf-idf        texts, what a user would do instead: logistic regression on one- and two-word features of the same tokens
-    pixels        images, what a user would do instead: logistic regression; for the autoencoder also on as many principal
-                  components as its code has numbers (pixel PCA)
+    pixels        images, what a user would do instead: logistic regression; after train_ae.py also on their principal components
     untrained     images: a probe of the same encoder with random weights, for many a feature is good before any learning
-    from scratch  the same model without pretraining; rate and epochs, or augmentation, on held-out examples
+    from scratch  the same model without pretraining; rate, of texts also epochs, of images also crops, on held-out examples
     linear probe  logistic regression on the frozen features; strength by cross-validation
     fine-tuned    starts from the probe, then moves the encoder, too; rate (0 among them), of texts also epochs, on held-out
                   examples. Of a text encoder the embeddings move, the blocks stay; so from scratch, where they are zero
@@ -65,8 +64,8 @@ class Settings:
         at_least(0, limit=self.limit)
         if self.features and self.predict:
             raise UserError("--features and --predict: give one of them")
-        if self.features and not Path(self.features).parent.is_dir():
-            raise UserError(f"--features {self.features}: there is no such folder; make it first")
+        if self.features and (Path(self.features).suffix != ".npy" or not Path(self.features).parent.is_dir()):
+            raise UserError(f"--features {self.features}: give the name of a new .npy, in a folder that there is")
         for rows in self.labels:
             if rows != "all" and not (rows.isdecimal() and int(rows) > 0):
                 raise UserError(f"--labels {rows}: must be whole numbers above 0, or all")
@@ -180,10 +179,11 @@ def main():
             print("mind: the run has learned from other ones of these images, so test images may be among them, because there were "
                   "no labels, or others, beside them; train another run with these")
     if settings.features:
+        if Path(settings.features).resolve() == Path(name).resolve():
+            raise UserError(f"--features {settings.features}: that is the data; give another name")
         features_of = evaluation.text_features if of_text else evaluation.image_features
         features = features_of(runs.encoder_of(checkpoint, model.to(device)), data, cast, device, progress=progress)
-        with open(settings.features, "wb") as file:
-            np.save(file, features.numpy())
+        np.save(settings.features, features.numpy())
         return print(f"{settings.features}: {features.shape[0]:,} × {features.shape[1]} features"
                      + "".join(f"; {note}" for note in data.notes))
     if len(data.classes) < 2:

@@ -42,7 +42,7 @@ class Settings:
     precision: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 where it is measurably faster
     compile: bool = False  # torch.compile the model: a minute first, then faster on a GPU
     code: int = 128  # numbers in z
-    beta: float = 0.0  # weight of the regularizer
+    beta: float = 0.0  # weight of the regularizer, such as 0.01: both or neither
     regularizer: Literal["none", "sparse", "decorrelated"] = "none"  # what R(z) asks for
     noise: float = 0.0  # deviation of Gaussian noise on the input, in units of white: a denoising autoencoder
     masked: float = 0.0  # share of 8 × 8 patches cut out of the input

@@ -330,7 +330,8 @@ def read_classifier(run, checkpoint):
 def label_texts(run, path, checkpoint, model, cast, device):
     """Print label, probability and text for each text of a file."""
     if not Path(path).is_file():
-        raise UserError(f"--predict {path}: there is no such file; give a .txt, a text a line or a paragraph")
+        raise UserError(f"--predict {path}: {'a folder' if Path(path).is_dir() else 'there is no such file'}; give a .txt, a text a line "
+                        f"or a paragraph")
     if Path(path).suffix == ".npy":
         raise UserError(f"--predict {path}: the run learned from texts; give a .txt")
     strings = list(read_texts(Path(path)))

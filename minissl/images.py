@@ -281,16 +281,18 @@ def own_images(path, keep_all=False):
     wanted = "expected uint8 (N, H, W, C) or (N, H, W), with 1 or 3 channels C"
     if array.dtype != np.uint8:
         if array.dtype.kind == "f":
-            scale = 1 if np.nan_to_num(array[:100]).max(initial=0) > 1 else 255
-            how = f"(np.nan_to_num(a) * {scale}).clip(0, 255).round().astype(np.uint8)"
+            least, most = (reduce(np.nan_to_num(array[:100]), initial=0) for reduce in (np.min, np.max))
+            how = f"(np.nan_to_num(a) * {1 if most > 1 else 255}).clip(0, 255).round().astype(np.uint8)"
+            how = "((a - a.min()) / (a.max() - a.min()) * 255).round().astype(np.uint8)" if least < 0 else how
+        elif array.dtype == np.uint16:
+            how = "(a // 256).astype(np.uint8)"
         else:
-            how = {"bool": "a.astype(np.uint8) * 255", "uint16": "(a // 256).astype(np.uint8)"}.get(
-                str(array.dtype), "a.clip(0, 255).astype(np.uint8)")
+            how = "a.astype(np.uint8) * 255" if array[:100].max(initial=0) <= 1 else "a.clip(0, 255).astype(np.uint8)"
         raise UserError(f"{found}; {wanted}: convert it with {how}")
     if array.ndim == 4 and array.shape[1] in (1, 3) and array.shape[3] not in (1, 3):
         raise UserError(f"{found}: the channels stand first; {wanted}: convert it with a.transpose(0, 2, 3, 1)")
     if array.ndim not in (3, 4) or array.ndim == 4 and array.shape[3] not in (1, 3):
-        how = (": one image is a[None]" if array.ndim == 2 else
+        how = (": one image is a[None], flat ones are a.reshape(-1, height, width)" if array.ndim == 2 else
                ": leave out what is no colour with a[..., :3]" if array.ndim == 4 and array.shape[3] == 4 else "")
         raise UserError(f"{found}; {wanted}{how}")
     if min(array.shape[1:3]) < SMALLEST:
@@ -309,7 +311,8 @@ def own_images(path, keep_all=False):
     split, hashes = split_blocks(labels), np.array([hash(image.tobytes()) for image in array])
     keep = without_twins(hashes, split, labels) | keep_all
     if not keep_all and (split[keep] == HELD_OUT).sum() < 2:
-        raise UserError(f"{found}: no two images are left to be held out; give at least 20 that differ, 10 of each class")
+        raise UserError(f"{found}: no two images are left to be held out; give at least 20 that differ, 10 of each class"
+                        + f" (there are {len(classes)} classes)" * (len(classes) > 1))
     pixels = torch.from_numpy(array).view(*array.shape[:3], -1).permute(0, 3, 1, 2)
     notes = [f"{(~keep).sum():,} images dropped that stand elsewhere in the data, too"] * (not keep.all())
     return Images(pixels, torch.arange(len(array)), labels, split, classes, notes).select(keep)

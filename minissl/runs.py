@@ -22,8 +22,11 @@ MODELS = dict(mlm=transformer, autoencoder=autoencoder, contrastive=contrastive)
 def load_run(run):
     """-> (model in evaluation mode, on the CPU; checkpoint) of the folder of any run."""
     checkpoint = load_checkpoint(run)
+    method = checkpoint.get("method")
+    if isinstance(method, str) and method not in MODELS:
+        raise UserError(f"{run} was made by the method {method}, which is not among the MODELS of minissl/runs.py")
     try:
-        return MODELS[checkpoint["method"]].from_checkpoint(checkpoint), checkpoint
+        return MODELS[method].from_checkpoint(checkpoint), checkpoint
     except MISFITS as error:
         raise misfit(run, error) from None
 

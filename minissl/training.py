@@ -43,8 +43,8 @@ def read_settings(cls, description, argv=None, positional=()):
     why = dict(re.findall(r"^    (\w+): .*?#\s*(.+)$", inspect.getsource(cls), re.MULTILINE))
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = lambda message: sys.exit(_say(f"{parser.prog}: " + message.replace(
-        "the following arguments are required:", "missing, and to stand before all flags:") + "; --help lists what there is", 2))
+    parser.error = lambda message: sys.exit(_say(f"{parser.prog}: " + re.sub(
+        "the following arguments are required: (.*)", r"\1 is missing: give it before all flags", message) + "; --help lists what there is", 2))
     for item in fields(cls):
         flag = item.name if item.name in positional else "--" + item.name.replace("_", "-")
         default = item.default_factory() if callable(item.default_factory) else item.default
@@ -320,7 +320,7 @@ class Run:
         level, if it has one, then `more`. A loss that is not finite ends the run."""
         seconds = time.perf_counter() - self.logged
         totals = processes.sum_over(torch.stack([total.float() for total in self.losses])) / processes.WORLD
-        losses = {name: round(total / self.counted, 5) or "" for name, total in zip(chance, totals.tolist())}        # "": is off
+        losses = {name: float(f"{total / self.counted:.6g}") or "" for name, total in zip(chance, totals.tolist())}      # "": is off
         if not all(math.isfinite(value or 0) for value in losses.values()):
             raise diverged("loss is", f"at step {step}", self.folder)
         more = dict(rate_per_second=round(self.items / seconds),
@@ -328,7 +328,7 @@ class Run:
         self.rows.append(dict(step=step, seconds=round(time.perf_counter() - self.started, 1), **losses, **more))
         self._write_rows()
         shown = [f"{name.replace('_', ' ')} {value:.4g}" + (f" (chance {chance[name]:.4g})" if chance[name] else "")
-                 for name, value in losses.items() if value]
+                 for name, value in losses.items() if value != ""]
         shown += [f"{name.replace('_', ' ')} {value:,}" for name, value in more.items() if value != ""]
         stage = getattr(self.settings, "embedding_steps", 0)                  # its steps say nothing about the later ones' time
         end, of_what = (stage, " of the first stage") if step <= stage else (self.settings.steps, "")

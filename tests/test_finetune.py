@@ -92,7 +92,8 @@ def test_doubled_texts_have_their_rows_of_features_too_in_the_order_of_the_paths
 @pytest.mark.parametrize("flags, sentence", [
     (["--labels", "1", "1000"], "no 1000 labels a class"), (["--labels", "some"], "whole numbers above 0, or all"),
     (["--predict", "not/there.txt"], "not/there.txt"), (["--data", "not/there"], "there is nothing there"),
-    (["--predict", "a.txt", "--features", "b.npy"], "give one of them"), (["--features", "not/there/b.npy"], "there is no such folder"),
+    (["--predict", "a.txt", "--features", "b.npy"], "give one of them"), (["--features", "not/there/b.npy"], "in a folder that there is"), (["--features", "out.txt"], "a new .npy"),
+    (["--predict", "."], "a folder; give a .txt"),
     (["--data", "cifar10"], "learned from texts")])
 def test_what_cannot_be_done_is_said_in_one_sentence(flags, sentence, trained, run_script):
     code, printed = run_script(finetune, trained, "--data-dir", trained.parent / "data", *flags)

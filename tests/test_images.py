@@ -167,6 +167,7 @@ def test_an_own_array_stays_on_the_disk_and_only_what_a_batch_takes_is_in_memory
     (np.zeros((20, 8, 8), np.uint16), "uint16 of shape (20, 8, 8); expected uint8.*a // 256"),
     (np.ones((20, 8, 8), bool), r"bool.*astype\(np.uint8\) \* 255"),
     (np.random.default_rng(0).random((20, 8, 8, 3)), r"float64.*\* 255\)"),
+    (np.full((20, 8, 8), -1.0), r"float64.*a - a.min"), (np.ones((20, 8, 8), np.int64), r"int64.*\* 255"),
     (np.full((20, 8, 8), np.nan, np.float32), "float32.*nan_to_num"),
     (np.zeros((20, 3, 32, 32), np.uint8), "channels stand first.*transpose"),
     (np.zeros((20, 32, 32, 4), np.uint8), "with 1 or 3 channels C: .*a\\[..., :3\\]"),

@@ -221,6 +221,8 @@ def test_labels_that_came_after_the_pretraining_are_warned_of(run_script, tmp_pa
     assert run_script(train_contrastive, *flags, "--run", tmp_path / "other")[0] == 0
     code, printed = run_script(finetune, tmp_path / "other", "--labels", 5, "--seeds", 1, "--probe")
     assert code == 0 and "mind:" not in printed, printed
+    code, printed = run_script(finetune, tmp_path / "run", "--features", tmp_path / "a.npy")
+    assert code == 2 and "that is the data" in printed.splitlines()[-1] and np.load(tmp_path / "a.npy").dtype == np.uint8
 
 
 def test_the_encoder_of_a_run_takes_a_view_with_turned_channels(runs):
