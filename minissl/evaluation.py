@@ -59,7 +59,7 @@ def logistic_regression(x, labels, classes, strength, start=None, tolerance=1e-5
     """Weights (D + 1, C) that minimise mean cross-entropy + strength/2 ‖W‖², the last row the unpenalised bias.
 
     x (N, D) float32, dense or sparse CSR; labels (N,) int64. Convex: L-BFGS finds the one minimum from any `start`
-    (D + 1, C), until no slope is above `tolerance` float32 shows no more gain, or 200 iterations are made.
+    (D + 1, C), until no slope is above `tolerance`, float32 shows no more gain, or 200 iterations are made.
     """
     D, labels = x.shape[1], torch.as_tensor(labels)
     start = torch.zeros(D + 1, classes) if start is None else start
