@@ -96,10 +96,10 @@ def table(settings, task):
     least = int(torch.bincount(task.labels[task.train], minlength=len(task.classes)).min())
     print(f"{len(task.classes)} classes; labelled: {len(task.train):,} to draw from, {len(task.held_out):,} held out for choices, "
           f"{len(task.test):,} to test on, of which the commonest class is {chance:.1f} %")
-    columns = {"linear probe": task.probe.column()} if settings.probe else task.columns()
     for row in settings.labels:
         if row != "all" and int(row) > least:
             raise UserError(f"--labels {row}: there are no {row} labels a class, the smallest class has {least} to train on")
+    columns = {"linear probe": task.probe.column()} if settings.probe else task.columns()
     for row in settings.labels or task.rows:
         size, chosen = None if row == "all" else int(row), {}
         if size is not None and size > least:
@@ -169,6 +169,8 @@ def main():
     images = name in ("shapes", "cifar10") or name.endswith(".npy")
     if of_text and images or not of_text and (name in ("pydocs", "imdb") or name.endswith(".txt")):
         raise UserError(f"--data {name}: the run in {settings.run} learned from {'texts' if of_text else 'images'}; give it such data")
+    if settings.features and Path(settings.features).resolve() == Path(name).resolve():
+        raise UserError(f"--features {settings.features}: that is the data; give another name")
     if of_text:
         data = load_texts(name, data_dir, trained["vocabulary_size"], settings.limit, runs.tokenizer_of(checkpoint),
                           keep_all=bool(settings.features))
@@ -179,8 +181,6 @@ def main():
             print("mind: the run has learned from other ones of these images, so test images may be among them, because there were "
                   "no labels, or others, beside them; train another run with these")
     if settings.features:
-        if Path(settings.features).resolve() == Path(name).resolve():
-            raise UserError(f"--features {settings.features}: that is the data; give another name")
         features_of = evaluation.text_features if of_text else evaluation.image_features
         features = features_of(runs.encoder_of(checkpoint, model.to(device)), data, cast, device, progress=progress)
         np.save(settings.features, features.numpy())

@@ -281,9 +281,11 @@ def own_images(path, keep_all=False):
     wanted = "expected uint8 (N, H, W, C) or (N, H, W), with 1 or 3 channels C"
     if array.dtype != np.uint8:
         if array.dtype.kind == "f":
-            least, most = (reduce(np.nan_to_num(array[:100]), initial=0) for reduce in (np.min, np.max))
-            how = f"(np.nan_to_num(a) * {1 if most > 1 else 255}).clip(0, 255).round().astype(np.uint8)"
-            how = "((a - a.min()) / (a.max() - a.min()) * 255).round().astype(np.uint8)" if least < 0 else how
+            some = np.nan_to_num(array[:100])
+            if some.min(initial=0) < 0:
+                how = "((a - a.min()) / (a.max() - a.min()) * 255).round().astype(np.uint8)"
+            else:
+                how = f"(np.nan_to_num(a) * {1 if some.max(initial=0) > 1 else 255}).clip(0, 255).round().astype(np.uint8)"
         elif array.dtype == np.uint16:
             how = "(a // 256).astype(np.uint8)"
         else:

@@ -232,7 +232,6 @@ def diverged(what, when, folder):
                      f"its last good checkpoint, if there is one")
 
 
-LEFT_OVER = {"lock", "config.json.tmp"}               # by a run that was killed before it had a config.json
 MAY_CHANGE = {"steps", "device", "resume", "run", "data", "data_dir", "fill", "evaluate_every", "save_every"}       # on --resume
 
 
@@ -257,7 +256,7 @@ class Run:
             raise UserError(f"{self.folder} holds a run already: --resume goes on with it, --run with another name "
                             f"starts one beside it")
         elif (self.folder.exists() and not (self.folder / "config.json").exists()
-              and {path.name for path in self.folder.iterdir()} - LEFT_OVER):
+              and {path.name for path in self.folder.iterdir()} - {"lock", "config.json.tmp"}):      # these, a kill at the start leaves
             raise UserError(f"{self.folder} holds something that is no run: give --run another name")
 
     def begin(self, model, optimizers, data):
@@ -361,12 +360,13 @@ class Run:
         return [row for row, step in zip(rows, steps) if step <= self.checkpoint["step"]]
 
     def _write_rows(self):
+        if processes.RANK:
+            return
         text = io.StringIO()
         writer = csv.DictWriter(text, list(self.rows[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(self.rows)
-        if not processes.RANK:
-            write_atomically(self.folder / "metrics.csv", text.getvalue().encode())
+        write_atomically(self.folder / "metrics.csv", text.getvalue().encode())
 
     @contextlib.contextmanager
     def pause(self):
