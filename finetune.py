@@ -23,6 +23,7 @@ training examples or by cross-validation inside the draw; the test set is scored
 import contextlib
 import csv
 import io
+import os
 import sys
 import time
 from dataclasses import dataclass, field
@@ -34,11 +35,11 @@ import numpy as np
 import torch
 
 from minissl import UserError, evaluation, figures, report, runs
-from minissl.datasets import TRAIN, fingerprint
+from minissl.datasets import fingerprint
 from minissl.documents import load_texts
-from minissl.files import progress, write_atomically
+from minissl.files import progress, write_atomically, write_checkpoint
 from minissl.finetuning import CLASSIFIER_FORMAT, ImageTask, TextTask, label_images, label_texts
-from minissl.images import load_images
+from minissl.images import describe, load_images
 from minissl.training import at_least, autocast, choose_machine, read_settings, run_script
 
 
@@ -64,8 +65,8 @@ class Settings:
         at_least(0, limit=self.limit)
         if self.features and self.predict:
             raise UserError("--features and --predict: give one of them")
-        if self.features and (Path(self.features).suffix != ".npy" or not Path(self.features).parent.is_dir()):
-            raise UserError(f"--features {self.features}: give the name of a new .npy, in a folder that there is")
+        if self.features and (Path(self.features).suffix != ".npy" or not os.access(Path(self.features).parent, os.W_OK)):
+            raise UserError(f"--features {self.features}: give the name of a new .npy, in a folder that one can write into")
         for rows in self.labels:
             if rows != "all" and not (rows.isdecimal() and int(rows) > 0):
                 raise UserError(f"--labels {rows}: must be whole numbers above 0, or all")
@@ -136,14 +137,14 @@ def write_results(settings, checkpoint, name, results, chance, classifier, class
     for row, found in results:
         for method, (accuracies, seconds) in found.items():
             writer.writerows([row, method, n, round(a, 2), round(s, 1), name] for n, (a, s) in enumerate(zip(accuracies, seconds)))
-    folder, state = Path(settings.run), io.BytesIO()
+    folder = Path(settings.run)
     path = folder / ("probe.csv" if settings.probe else "finetune.csv")
     write_atomically(path, text.getvalue().encode("utf-8", "replace"))
     if not settings.probe:
         figure = figures.label_figure(path).replace("<svg", '<svg xmlns="http://www.w3.org/2000/svg"', 1)      # a file of its own
         write_atomically(folder / "finetune.svg", figure.encode())
-        torch.save(dict(format=CLASSIFIER_FORMAT, step=checkpoint["step"], classes=classes, model=classifier.state_dict()), state)
-        write_atomically(folder / "classifier.pt", state.getbuffer())
+        write_checkpoint(folder / "classifier.pt", dict(format=CLASSIFIER_FORMAT, step=checkpoint["step"], classes=classes,
+                                                        model=classifier.state_dict()))
     print(f"\ntest accuracy in %, mean ± standard deviation over draws (chance {chance:.1f}); in brackets seconds a draw")
     lines = figures.label_table(path)
     for line, (_, found) in zip(lines[1:], results):
@@ -177,7 +178,7 @@ def main():
     else:
         data = load_images(name, data_dir, settings.limit, keep_all=bool(settings.features))
         runs.check_images(data, model, name)
-        if fingerprint(data) in checkpoint["data"] and not checkpoint["data"].startswith(f"{len(data.of(TRAIN)):,} "):
+        if fingerprint(data) in checkpoint["data"] and checkpoint["data"] != describe(data):
             print("mind: the run has learned from other ones of these images, so test images may be among them, because there were "
                   "no labels, or others, beside them; train another run with these")
     if settings.features:

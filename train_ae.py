@@ -16,8 +16,8 @@ from typing import Literal
 import torch
 
 from minissl import UserError, autoencoder, evaluation, figures, report
-from minissl.datasets import HELD_OUT, TRAIN, fingerprint
-from minissl.images import load_images, mean_and_deviation
+from minissl.datasets import HELD_OUT, TRAIN
+from minissl.images import describe, load_images, mean_and_deviation
 from minissl.muon import Muon
 from minissl.processes import RANK, average_gradients, first_alone, gather, share, share_batch_norm
 from minissl.training import (Batches, Run, at_least, autocast, choose_machine, count_flops, generator, rate_at,
@@ -118,7 +118,7 @@ def main():
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizers = [Muon([p for p in trained if p.ndim > 1], settings.learning_rate, weight_decay=0.02, precision=precision),
                   torch.optim.Adam([dict(params=[p for p in trained if p.ndim == 1], times=0.1)], fused=device.type != "mps")]
-    first = run.begin(share_batch_norm(model), optimizers, f"{len(pool):,} images of {H} × {W} × {C}, checksum {fingerprint(data)}")
+    first = run.begin(share_batch_norm(model), optimizers, describe(data))
     look = Look(data, run.folder, corrupt, device)
     chance = float((look.images - look.images.mean(0)).square().mean())   # the error of the mean image
     flops = count_flops(model, lambda: model(torch.zeros(1, C, H, W, device=device)))   # of an image, forward

@@ -304,8 +304,8 @@ class Windows:
         return map(torch.from_numpy, (tokens, lengths, rest, owner))
 
 
-def frequent_pairs(texts, vocabulary_size, most):
-    """The pairs of neighbouring tokens seen most often (and 20 times), sorted: (N,) int64, left · V + right."""
+def frequent_pairs(texts, vocabulary_size, most, least=20):
+    """The pairs of neighbouring tokens seen most often, and at least so often, sorted: (N,) int64, left · V + right."""
     found = [np.zeros(0, np.int64)]
     for which in texts.slices(4096):                 # a pair and its count in one number, so that one sort brings like to like
         tokens, _ = texts.flat(which)
@@ -317,7 +317,7 @@ def frequent_pairs(texts, vocabulary_size, most):
     found = _together(found)
     kinds, counts = found >> 24, found & 2**24 - 1
     best = np.argsort(-counts, kind="stable")[:most]
-    return torch.from_numpy(np.sort(kinds[best[counts[best] >= 20]]))
+    return torch.from_numpy(np.sort(kinds[best[counts[best] >= least]]))
 
 
 def _together(found):

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from minissl import figures, transformer
 from minissl.datasets import HELD_OUT, TRAIN
-from minissl.tokenizer import MASK
+from minissl.tokenizer import MASK, PAD
 from minissl.training import diverged, generator
 
 
@@ -109,16 +109,16 @@ def probe(x, labels, classes, strengths):
     for c in range(classes):                                                  # each class spread evenly over the folds
         where = order[labels[order] == c]
         fold[where] = np.arange(len(where)) % 5
-    losses = np.zeros(len(strengths))
+    losses, near = np.zeros(len(strengths)), [None] * len(strengths)
     for f in range(5 if len(labels) <= 5000 else 1):
         inside, outside = np.flatnonzero(fold != f), np.flatnonzero(fold == f)
         x_in, x_out, y_out = rows(x, inside), rows(x, outside), torch.from_numpy(labels[outside])
         weights = None                                                        # from each strength to the next is not far
         for i, strength in enumerate(strengths):
-            weights = logistic_regression(x_in, labels[inside], classes, strength, weights, tolerance=1e-4)
+            near[i] = weights = logistic_regression(x_in, labels[inside], classes, strength, weights, tolerance=1e-4)
             losses[i] += float(F.cross_entropy(predict(x_out, weights), y_out, reduction="sum"))
-    best = strengths[int(losses.argmin())]
-    return logistic_regression(x, labels, classes, best), best
+    best = int(losses.argmin())
+    return logistic_regression(x, labels, classes, strengths[best], near[best]), strengths[best]
 
 
 # ---------------------------------------------------------------- sparse counts: the baseline's and the fine-tuner's view
@@ -163,26 +163,18 @@ def tf_idf(counts, fit):
     return csr(counts.crow_indices(), counts.col_indices(), value / length[owner], counts.shape)
 
 
-def one_and_two_word_counts(texts, fit, most=200_000):
-    """CSR (N, V + pairs) of tokens and of the `most` frequent pairs of neighbours in the texts `fit`, for the baseline."""
-    V = len(texts.tokenizer)
-    owners, tokens, pair_owners, pairs = [], [], [], []
+def term_counts(texts, pairs):
+    """How often each of N texts holds each token, and each of the `pairs` (P,) of neighbours, left · V + right, sorted:
+    CSR (N, V + P)."""
+    owners, terms, V, last = [], [], len(texts.tokenizer), np.append(pairs, np.iinfo(np.int64).max)       # so each has a place
     for part in texts.slices(4096):
-        flat, owner = texts.flat(part)
-        both = (flat[:-1] > 0) & (flat[1:] > 0)                               # 0 stands between the texts
-        owners.append(part[owner[flat > 0]])
-        tokens.append(flat[flat > 0])
-        pair_owners.append(part[owner[:-1][both]])
-        pairs.append(flat[:-1][both] * V + flat[1:][both])
-    pairs = np.concatenate(pairs)
-    kinds, number = np.unique(pairs, return_inverse=True)
-    count = np.bincount(number[np.isin(np.concatenate(pair_owners), fit)], minlength=len(kinds))
-    most = min(most, int((count > 0).sum()))
-    rank = np.full(len(kinds), -1)
-    rank[np.argsort(-count, kind="stable")[:most]] = np.arange(most)
-    rank = rank[number]
-    owner = np.concatenate([*owners, np.concatenate(pair_owners)[rank >= 0]])
-    return sparse_counts(owner, np.concatenate([*tokens, V + rank[rank >= 0]]), len(texts), V + most)
+        tokens, owner = texts.flat(part)
+        pair = tokens[:-1] * V + tokens[1:]                                   # one with PAD in it is none of `pairs`
+        place = np.searchsorted(last, pair)
+        word, known = tokens != PAD, last[place] == pair
+        owners += [part[owner[word]], part[owner[1:][known]]]
+        terms += [tokens[word], V + place[known]]
+    return sparse_counts(np.concatenate(owners), np.concatenate(terms), len(texts), V + len(pairs))
 
 
 # ---------------------------------------------------------------- features of texts

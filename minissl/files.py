@@ -7,6 +7,7 @@ whatever is wrong with it becomes one sentence (UserError).
 import gzip
 import hashlib
 import http.client
+import io
 import os
 import sys
 import tarfile
@@ -145,6 +146,13 @@ def write_atomically(path, data):
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def write_checkpoint(path, state):
+    """state: a dict of tensors, numbers, strings, lists and dicts, with its "format"; see read_checkpoint."""
+    data = io.BytesIO()
+    torch.save(state, data)
+    write_atomically(path, data.getbuffer())
 
 
 def load_checkpoint(folder):

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from minissl import UserError, contrastive, evaluation, runs, transformer
-from minissl.datasets import HELD_OUT, TEST, TRAIN, evenly, texts_of
+from minissl.datasets import HELD_OUT, TEST, TRAIN, evenly, frequent_pairs, texts_of
 from minissl.documents import read_texts
 from minissl.files import progress, read_checkpoint
 from minissl.images import own_images
@@ -144,15 +144,7 @@ class TextTask:
         self.features = evaluation.text_features(partial(transformer.encode, model.to(device)), texts, cast, device,
                                                  progress=progress)
         model.cpu()
-        owners, terms, V = [], [], model.token_embedding.num_embeddings
-        for part in texts.slices(4096):
-            tokens, owner = texts.flat(part)
-            pairs = model.pair_ids(torch.from_numpy(tokens)).numpy()
-            word, pair = tokens > 0, pairs < len(model.pairs)
-            owners += [part[owner[word]], part[owner[pair]]]
-            terms += [tokens[word], V + pairs[pair]]
-        self.counts = evaluation.sparse_counts(np.concatenate(owners), np.concatenate(terms), len(texts),
-                                               V + len(model.pairs))
+        self.counts = evaluation.term_counts(texts, model.pairs.numpy())
         self.words = torch.from_numpy(texts.lengths).float()[:, None]
         self.table = model.term_table().detach()                              # (V + N', d)
         self.context = self.features - self.counts @ self.table / self.words
@@ -165,7 +157,8 @@ class TextTask:
     def columns(self):
         """{name: Column}, in the table's order."""
         known, classes = np.concatenate([self.train, self.held_out]), len(self.classes)
-        words = evaluation.tf_idf(evaluation.one_and_two_word_counts(self.texts, known), known)
+        pairs = frequent_pairs(self.texts.select(known), len(self.texts.tokenizer), 200_000, least=1)
+        words = evaluation.tf_idf(evaluation.term_counts(self.texts, pairs.numpy()), known)
         baseline = Linear(partial(evaluation.rows, words), self.labels, classes, TF_IDF_STRENGTHS)
         blank = self.without_blocks()
         return {"tf-idf": baseline.column(),
@@ -351,7 +344,7 @@ def label_images(run, path, checkpoint, model, cast, device):
     """Print label, probability and index for each image of a .npy."""
     if Path(path).suffix != ".npy":
         raise UserError(f"--predict {path}: the run learned from images; give a .npy of them")
-    images = own_images(Path(path), keep_all=True)
+    images = own_images(Path(path), keep_all=True, flag="--predict")
     runs.check_images(images, model, path)
     state, classes = read_classifier(run, checkpoint)
     classifier = ImageClassifier(model, state["mean"], state["deviation"], len(classes))

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 
 from minissl import UserError
-from minissl.datasets import HELD_OUT, TEST, TRAIN, evenly, split_blocks, without_twins
+from minissl.datasets import HELD_OUT, TEST, TRAIN, evenly, fingerprint, split_blocks, without_twins
 from minissl.files import download, progress, read_archive
 from minissl.training import generator
 
@@ -83,6 +83,12 @@ def load_images(data, data_dir="data", limit=0, keep_all=False):
         parts = [np.flatnonzero(found.split == split) for split in (TRAIN, HELD_OUT, TEST)]
         found = found.select(np.concatenate([part[evenly(len(part), limit)] for part in parts]))
     return found
+
+
+def describe(images):
+    """What tells these Images from others, in words, for a run to remember what it learned from."""
+    n, C, H, W = images.of(TRAIN).shape
+    return f"{n:,} images of {H} × {W} × {C}, checksum {fingerprint(images)}"
 
 
 def mean_and_deviation(images):
@@ -270,14 +276,14 @@ RECIPE = ("load them with Pillow: np.save('NAME.npy', np.stack([np.asarray(Image
           "for p in paths]))")
 
 
-def own_images(path, keep_all=False):
-    """NAME.npy, uint8 (N, H, W, C) or (N, H, W), and labels from NAME.labels.npy, where it is there."""
+def own_images(path, keep_all=False, flag="--data"):
+    """NAME.npy, uint8 (N, H, W, C) or (N, H, W), and labels from NAME.labels.npy, where it is there. flag: who gave the path."""
     if path.is_dir():
-        raise UserError(f"--data {path}: a folder; minissl reads pictures as one array, {RECIPE}")
+        raise UserError(f"{flag} {path}: a folder; minissl reads pictures as one array, {RECIPE}")
     if path.suffix != ".npy":
-        raise UserError(f"--data {path}: give shapes, cifar10 or a .npy file of uint8 images (N, H, W, C) or (N, H, W)")
+        raise UserError(f"{flag} {path}: give shapes, cifar10 or a .npy file of uint8 images (N, H, W, C) or (N, H, W)")
     array = _load_array(path)
-    found = f"--data {path}: {array.dtype} of shape {array.shape}"
+    found = f"{flag} {path}: {array.dtype} of shape {array.shape}"
     wanted = "expected uint8 (N, H, W, C) or (N, H, W), with 1 or 3 channels C"
     if array.dtype != np.uint8:
         if array.dtype.kind == "f":

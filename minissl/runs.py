@@ -14,6 +14,7 @@ from minissl import UserError, autoencoder, contrastive, transformer
 from minissl.datasets import texts_of
 from minissl.evaluation import image_features, text_features
 from minissl.files import MISFITS, load_checkpoint, misfit
+from minissl.images import SMALLEST
 from minissl.tokenizer import MASK, Tokenizer
 
 MODELS = dict(mlm=transformer, autoencoder=autoencoder, contrastive=contrastive)
@@ -52,6 +53,8 @@ def encoder_of(checkpoint, model):
 def check_images(images, model, name):
     """UserError unless the model can read images (N, C, H, W) of this size."""
     channels, size = model.channels, getattr(model, "size", None)
+    if min(images.shape[2:]) < SMALLEST:
+        raise UserError(f"{name}: images of {images.shape[2]} × {images.shape[3]}; at least {SMALLEST} × {SMALLEST} are needed: enlarge them")
     if images.shape[1] != channels or size and tuple(images.shape[2:]) != size:
         raise UserError(f"{name}: images of {images.shape[2]} × {images.shape[3]} × {images.shape[1]}; the run learned from "
                         + (f"{size[0]} × {size[1]} × {channels}" if size else f"{channels} channels") + ": convert them")

@@ -16,6 +16,7 @@ import inspect
 import io
 import json
 import math
+import os
 import re
 import shlex
 import signal
@@ -29,7 +30,7 @@ import numpy as np
 import torch
 
 from minissl import UserError, processes, report
-from minissl.files import CHECKPOINT_FORMAT, MISFITS, load_checkpoint, lock, misfit, write_atomically
+from minissl.files import CHECKPOINT_FORMAT, MISFITS, load_checkpoint, lock, misfit, write_atomically, write_checkpoint
 
 
 # ---------------------------------------------------------------- from the command line to settings, and out again
@@ -43,14 +44,16 @@ def read_settings(cls, description, argv=None, positional=()):
     why = dict(re.findall(r"^    (\w+): .*?#\s*(.+)$", inspect.getsource(cls), re.MULTILINE))
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = lambda message: sys.exit(_say(f"{parser.prog}: " + re.sub(
-        "the following arguments are required: (.*)", r"\1 is missing: give it before all flags", message) + "; --help lists what there is", 2))
+    def error(message):                               # argparse's own prints the usage, too
+        message = re.sub("the following arguments are required: (.*)", r"\1 is missing: give it before all flags", message)
+        sys.exit(_say(f"{parser.prog}: {message}; --help lists what there is", 2))
+    parser.error = error
     for item in fields(cls):
         flag = item.name if item.name in positional else "--" + item.name.replace("_", "-")
         default = item.default_factory() if callable(item.default_factory) else item.default
         shown = "" if default is False or default in ("", []) or item.name in positional else f" (default {default})"
         help = why[item.name].replace("%", "%%") + shown
-        options = dict(default=default, help=help)
+        options = dict(help=help) if item.name in positional else dict(help=help, default=default)
         kind = typing.get_origin(item.type) or item.type
         if kind is bool:
             options |= dict(action="store_true")
@@ -60,8 +63,6 @@ def read_settings(cls, description, argv=None, positional=()):
             options |= dict(type=typing.get_args(item.type)[0], nargs="+", metavar=item.name.upper())
         else:
             options |= dict(type=kind, metavar=item.name.upper())
-        if item.name in positional:
-            options.pop("default")
         parser.add_argument(flag, **options)
     arguments = parser.parse_args(argv)
     if getattr(arguments, "resume", False):           # what is not said again is as the run was started
@@ -246,12 +247,13 @@ class Run:
         """Look, and touch nothing yet: a mistake in the settings or the data must not leave a folder behind."""
         self.folder, self.settings, self.checkpoint = Path(settings.run), settings, None
         self.stopping, self.rows = False, []
+        place = next(path for path in (self.folder, *self.folder.absolute().parents) if path.exists())
         if settings.resume:
             self.checkpoint = load_checkpoint(self.folder)
             self._compare(self.checkpoint["settings"])
             self.rows = self._read_rows()
-        elif self.folder.exists() and not self.folder.is_dir():
-            raise UserError(f"--run {self.folder}: a file; give the name of a folder")
+        elif not place.is_dir() or not os.access(place, os.W_OK):
+            raise UserError(f"--run {self.folder}: {place} is no folder that one can write into; give another name")
         elif (self.folder / "checkpoint.pt").exists():       # without one a run may start anew: there is nothing to lose
             raise UserError(f"{self.folder} holds a run already: --resume goes on with it, --run with another name "
                             f"starts one beside it")
@@ -386,12 +388,10 @@ class Run:
             return
         if not all(bool(p.isfinite().all()) for p in model.parameters()):
             raise diverged("weights are", f"at step {step}", self.folder)
-        state = dict(format=CHECKPOINT_FORMAT, step=step, data=self.data, settings=asdict(self.settings), model=model.state_dict(),
-                     optimizers=[optimizer.state_dict() for optimizer in optimizers],
-                     unlogged=[self.counted, [float(loss) for loss in self.losses]], **more)
-        data = io.BytesIO()
-        torch.save(state, data)
-        write_atomically(self.folder / "checkpoint.pt", data.getbuffer())
+        write_checkpoint(self.folder / "checkpoint.pt", dict(
+            format=CHECKPOINT_FORMAT, step=step, data=self.data, settings=asdict(self.settings), model=model.state_dict(),
+            optimizers=[optimizer.state_dict() for optimizer in optimizers],
+            unlogged=[self.counted, [float(loss) for loss in self.losses]], **more))
         self.saved = time.perf_counter()
 
     def leave(self, step):

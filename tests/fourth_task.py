@@ -20,8 +20,8 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from minissl import evaluation, runs
 from minissl.contrastive import ImageEncoder, encode
-from minissl.datasets import TRAIN, fingerprint
-from minissl.images import load_images, mean_and_deviation
+from minissl.datasets import TRAIN
+from minissl.images import describe, load_images, mean_and_deviation
 from minissl.muon import Muon
 from minissl.training import Batches, Run, autocast, choose_machine, count_flops, rate_at, read_settings, run_script
 
@@ -93,7 +93,7 @@ def main():
     model = RotationModel(*mean_and_deviation(pool), settings.width).to(device, memory_format=torch.channels_last)
     optimizers = [Muon([p for p in model.parameters() if p.ndim > 1], settings.learning_rate, precision=precision),
                   torch.optim.Adam([dict(params=[p for p in model.parameters() if p.ndim == 1], times=0.1)])]
-    first = run.begin(model, optimizers, f"{len(pool):,} images, checksum {fingerprint(data)}")
+    first = run.begin(model, optimizers, describe(data))
     neighbours = evaluation.Neighbours(data, device)
     flops = count_flops(model, lambda: model.features(torch.zeros(4, *pool.shape[1:], device=device)))
 

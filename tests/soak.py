@@ -288,7 +288,7 @@ def plant(defect, patch=setattr):
                 file.flush()
                 time.sleep(0.02)
                 file.write(data[len(data) // 2:])
-        patch(training, "write_atomically", write)
+        patch(files, "write_atomically", write)
     elif defect == "forget-optimizer":                 # weights and step alone go on
         patch(torch.optim.Optimizer, "load_state_dict", lambda self, state: None)
     elif defect == "running-stream":                   # draws follow one another instead of the step

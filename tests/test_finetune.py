@@ -92,7 +92,7 @@ def test_doubled_texts_have_their_rows_of_features_too_in_the_order_of_the_paths
 @pytest.mark.parametrize("flags, sentence", [
     (["--labels", "1", "1000"], "no 1000 labels a class"), (["--labels", "some"], "whole numbers above 0, or all"),
     (["--predict", "not/there.txt"], "not/there.txt"), (["--data", "not/there"], "there is nothing there"),
-    (["--predict", "a.txt", "--features", "b.npy"], "give one of them"), (["--features", "not/there/b.npy"], "in a folder that there is"), (["--features", "out.txt"], "a new .npy"),
+    (["--predict", "a.txt", "--features", "b.npy"], "give one of them"), (["--features", "not/there/b.npy"], "one can write into"), (["--features", "out.txt"], "a new .npy"),
     (["--predict", "."], "a folder; give a .txt"),
     (["--data", "cifar10"], "learned from texts")])
 def test_what_cannot_be_done_is_said_in_one_sentence(flags, sentence, trained, run_script):
@@ -169,6 +169,18 @@ def test_nearest_neighbours_vote_as_a_loop_does():
         votes = [sum(np.exp(cosine[i] / 0.07) for i in nearest if labels[i] == c) for c in range(3)]
         right += int(np.argmax(votes)) == int(answer)
     assert evaluation.knn_accuracy(features, labels, queries, answers, k=5) == pytest.approx(100 * right / 11)
+
+
+@pytest.mark.parametrize("most", [0, 1, 50, 10**6])
+def test_words_and_pairs_are_counted_as_a_loop_does(corpus, tmp_path, most):
+    texts, V = documents.load_texts(str(corpus), tmp_path, 300), 300
+    pairs = datasets.frequent_pairs(texts, V, most, least=1).tolist()
+    found = evaluation.term_counts(texts, np.array(pairs, np.int64)).to_dense()
+    assert found.shape == (len(texts), V + len(pairs)) and len(pairs) <= most
+    for i in range(0, len(texts), 40):
+        tokens = texts[i].tolist()
+        neighbours = [a * V + b for a, b in zip(tokens, tokens[1:])]
+        assert found[i].tolist() == [tokens.count(t) for t in range(V)] + [neighbours.count(p) for p in pairs]
 
 
 def test_tf_idf_is_the_textbook_formula():

@@ -35,7 +35,7 @@ def runs(tmp_path_factory):
 def brief(monkeypatch):
     """A few steps, and every third strength of a probe, are enough to see what depends on what."""
     train, probe = ImageTask.train_classifier, evaluation.probe
-    monkeypatch.setattr(ImageTask, "train_classifier", lambda *arguments, **options: train(*arguments, **options, images_seen=256))
+    monkeypatch.setattr(ImageTask, "train_classifier", lambda *arguments, **options: train(*arguments, **options, images_seen=64))
     monkeypatch.setattr(evaluation, "probe", lambda x, labels, classes, strengths: probe(x, labels, classes, strengths[::3]))
 
 
@@ -111,7 +111,7 @@ def test_a_short_training_raises_the_probe_above_the_random_encoder(name, run_sc
     assert mean["linear probe"] > mean["untrained"] + 5, mean
 
 
-def test_a_probe_moves_neither_parameters_nor_buffers_of_the_encoder(runs):
+def test_a_probe_moves_neither_parameters_nor_buffers_of_the_encoder(runs, brief):
     model, checkpoint = opened.load_run(runs / "simclr")
     before = {k: v.clone() for k, v in model.state_dict().items()}
     data = images.load_images("shapes", limit=200)
