@@ -21,8 +21,6 @@ training examples or by cross-validation inside the draw; the test set is scored
 """
 
 import contextlib
-import csv
-import io
 import os
 import sys
 import time
@@ -37,7 +35,7 @@ import torch
 from minissl import UserError, evaluation, figures, report, runs
 from minissl.datasets import fingerprint
 from minissl.documents import load_texts
-from minissl.files import progress, write_atomically, write_checkpoint
+from minissl.files import progress, write_atomically, write_checkpoint, write_csv
 from minissl.finetuning import CLASSIFIER_FORMAT, ImageTask, TextTask, label_images, label_texts
 from minissl.images import describe, load_images
 from minissl.training import at_least, autocast, choose_machine, read_settings, run_script
@@ -67,9 +65,8 @@ class Settings:
             raise UserError("--features and --predict: give one of them")
         if self.features and (Path(self.features).suffix != ".npy" or not os.access(Path(self.features).parent, os.W_OK)):
             raise UserError(f"--features {self.features}: give the name of a new .npy, in a folder that one can write into")
-        for rows in self.labels:
-            if rows != "all" and not (rows.isdecimal() and int(rows) > 0):
-                raise UserError(f"--labels {rows}: must be whole numbers above 0, or all")
+        if not all(rows == "all" or rows.isdecimal() and int(rows) > 0 for rows in self.labels):
+            raise UserError(f"--labels {' '.join(self.labels)}: must be whole numbers above 0, or all")
 
 
 # ---------------------------------------------------------------- The table
@@ -88,66 +85,68 @@ def choose(column, task, size):
     return options[int(np.argmax(scores))]
 
 
+def one_row(settings, task, columns, row):
+    """-> {column: (accuracies, seconds)}, a draw of labels an entry, and the last fitted model of the last column."""
+    size, chosen, found = None if row == "all" else int(row), {}, {name: ([], []) for name in columns}
+    print(f"{row} labels a class", flush=True)
+    for name, column in columns.items():
+        progress(f"{row} labels a class, {name}: choosing on held-out examples")
+        chosen[name] = choose(column, task, size)
+        if chosen[name]:
+            print(f"  {name}: chose {chosen[name]}", flush=True)
+    pool = task.train if size else np.concatenate([task.train, task.held_out])      # all means all: the choices are made
+    for seed in range(settings.seeds if size else min(settings.seeds, 2)):
+        which = pool[evaluation.draw_labels(task.labels[pool], size, seed)]
+        for name, (accuracies, seconds) in found.items():
+            progress(f"{row} labels a class, draw {seed + 1}: {name}")
+            begin = time.perf_counter()
+            fitted = columns[name].fit(which, chosen[name], seed)
+            seconds.append(time.perf_counter() - begin)
+            accuracies.append(evaluation.accuracy(columns[name].answers(fitted, task.test), task.labels[task.test]))
+        print(f"  draw {seed + 1}: " + ", ".join(f"{name} {a[-1]:.1f}" for name, (a, _) in found.items()), flush=True)
+    return found, fitted
+
+
 def table(settings, task):
-    """-> [(labels a class, {column: (accuracies, seconds)})], chance, and the last fine-tuned classifier."""
+    """-> [(labels a class, {column: (accuracies, seconds)}, the last fine-tuned classifier)], a row an entry, and chance."""
     if not (len(task.train) and len(task.held_out) and len(task.test)):
         raise UserError("too few labelled examples for a training, a held-out and a test set: give at least 10 of each class")
-    known, results = np.concatenate([task.train, task.held_out]), []
     chance = 100 * float(torch.bincount(task.labels[task.test]).max()) / len(task.test)
     least = int(torch.bincount(task.labels[task.train], minlength=len(task.classes)).min())
     print(f"{len(task.classes)} classes; labelled: {len(task.train):,} to draw from, {len(task.held_out):,} held out for choices, "
           f"{len(task.test):,} to test on, of which the commonest class is {chance:.1f} %")
-    for row in settings.labels:
-        if row != "all" and int(row) > least:
-            raise UserError(f"--labels {row}: there are no {row} labels a class, the smallest class has {least} to train on")
+    rows, results = settings.labels or task.rows, []
+    too_large = [row for row in rows if row != "all" and int(row) > least]
+    if too_large and settings.labels:
+        raise UserError(f"--labels {' '.join(too_large)}: too many, the smallest class has {least} to train on")
+    if too_large:
+        print(f"left out: {' and '.join(too_large)} labels a class, for the smallest class has {least} to train on")
     columns = {"linear probe": task.probe.column()} if settings.probe else task.columns()
-    for row in settings.labels or task.rows:
-        size, chosen = None if row == "all" else int(row), {}
-        if size is not None and size > least:
-            print(f"{row} labels a class: left out, the smallest class has {least} to train on")
-            continue
-        print(f"{row} labels a class", flush=True)
-        for name, column in columns.items():
-            progress(f"{row} labels a class, {name}: choosing on held-out examples")
-            chosen[name] = choose(column, task, size)
-            if chosen[name]:
-                print(f"  {name}: chose {chosen[name]}", flush=True)
-        pool = task.train if size else known                                  # all means all: the choices are made
-        found = {name: ([], []) for name in columns}
-        for seed in range(settings.seeds if size else min(settings.seeds, 2)):
-            which = pool[evaluation.draw_labels(task.labels[pool], size, seed)]
-            for name, (accuracies, seconds) in found.items():
-                progress(f"{row} labels a class, draw {seed + 1}: {name}")
-                begin = time.perf_counter()
-                fitted = columns[name].fit(which, chosen[name], seed)
-                seconds.append(time.perf_counter() - begin)
-                accuracies.append(evaluation.accuracy(columns[name].answers(fitted, task.test), task.labels[task.test]))
-            print(f"  draw {seed + 1}: " + ", ".join(f"{name} {a[-1]:.1f}" for name, (a, _) in found.items()), flush=True)
-        results.append((row, found))
-    if not results:
-        raise UserError("no row is left: give more labelled examples or ask for fewer --labels")
-    return results, chance, fitted                                            # the fine-tuned column is the last one
+    for row in (row for row in rows if row not in too_large):
+        try:
+            results.append((row, *one_row(settings, task, columns, row)))
+        except KeyboardInterrupt:
+            if not results:
+                raise
+            print("stopped: the rows before this one are kept", flush=True)
+            break
+    return results, chance
 
 
-def write_results(settings, checkpoint, name, results, chance, classifier, classes):
+def write_results(settings, checkpoint, name, classes, results, chance):
     """Print the table; finetune.csv and .svg (or probe.csv), classifier.pt and the page go into the run's folder. name: of the data."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["labels_a_class", "method", "seed", "test_accuracy", "seconds", "data"])
-    for row, found in results:
-        for method, (accuracies, seconds) in found.items():
-            writer.writerows([row, method, n, round(a, 2), round(s, 1), name] for n, (a, s) in enumerate(zip(accuracies, seconds)))
-    folder = Path(settings.run)
+    folder, (_, _, classifier) = Path(settings.run), results[-1]
     path = folder / ("probe.csv" if settings.probe else "finetune.csv")
-    write_atomically(path, text.getvalue().encode("utf-8", "replace"))
+    write_csv(path, [dict(labels_a_class=row, method=method, seed=n, test_accuracy=round(accuracy, 2), seconds=round(seconds, 1), data=name)
+                     for row, found, _ in results for method, columns in found.items()
+                     for n, (accuracy, seconds) in enumerate(zip(*columns))])
     if not settings.probe:
-        figure = figures.label_figure(path).replace("<svg", '<svg xmlns="http://www.w3.org/2000/svg"', 1)      # a file of its own
-        write_atomically(folder / "finetune.svg", figure.encode())
+        write_atomically(folder / "finetune.svg", figures.label_figure(path, xmlns="http://www.w3.org/2000/svg").encode())
         write_checkpoint(folder / "classifier.pt", dict(format=CLASSIFIER_FORMAT, step=checkpoint["step"], classes=classes,
                                                         model=classifier.state_dict()))
     print(f"\ntest accuracy in %, mean ± standard deviation over draws (chance {chance:.1f}); in brackets seconds a draw")
     lines = figures.label_table(path)
-    for line, (_, found) in zip(lines[1:], results):
+    for line, (_, found, _) in zip(lines[1:], results):
         line[1:] = [f"{cell} ({np.mean(seconds):.0f})" for cell, (_, seconds) in zip(line[1:], found.values())]
     widths = [max(map(len, column)) for column in zip(*lines)]
     print("\n".join("  ".join(cell.rjust(width) for cell, width in zip(line, widths)) for line in lines))
@@ -194,7 +193,7 @@ def main():
     task = TextTask(data, model, cast, device) if of_text else ImageTask(
         data, model, partial(runs.new_model, checkpoint), not (settings.no_flip or trained.get("no_flip")), trained.get("code"),
         device, precision)
-    write_results(settings, checkpoint, name, *table(settings, task), data.classes)
+    write_results(settings, checkpoint, name, data.classes, *table(settings, task))
 
 
 if __name__ == "__main__":

@@ -69,20 +69,29 @@ def short(value):
     return digits if len(digits) <= 6 else f"{value:.2g}"
 
 
+def element(name, content="", **attributes):
+    """An SVG element; in the attributes' names _ stands for -.
+
+    >>> element("text", 70, x=44, y=1 / 3, text_anchor="end")
+    '<text x="44" y="0.3" text-anchor="end">70</text>'
+    """
+    shown = {key.replace("_", "-"): f"{value:.1f}" if isinstance(value, float) else value for key, value in attributes.items()}
+    return f"<{name}" + "".join(f' {key}="{value}"' for key, value in shown.items()) + f">{content}</{name}>"
+
+
 def curve(steps, values, width=300, height=140):
     """One curve as SVG: equal-length lists of numbers -> str, with the least and greatest value at the axis."""
     low, high = min(values), max(values)
     span, last = high - low or 1, max(steps) or 1
-    points = " ".join(f"{45 + (width - 50) * step / last:.1f},{10 + (height - 30) * (high - value) / span:.1f}"
-                      for step, value in zip(steps, values))
-    dot = points.split()[-1].split(",")
-    return (f'<svg viewBox="0 0 {width} {height}" role="img">'
-            f'<path d="M45 10V{height - 20}H{width - 5}" fill="none" stroke="var(--line)"/>'
-            f'<polyline points="{points}" fill="none" stroke="var(--curve)" stroke-width="1.8"/>'
-            f'<circle cx="{dot[0]}" cy="{dot[1]}" r="3" fill="var(--curve)"/>'
-            f'<text x="41" y="14" text-anchor="end">{short(high)}</text>'
-            f'<text x="41" y="{height - 20}" text-anchor="end">{short(low)}</text>'
-            f'<text x="{width - 5}" y="{height - 5}" text-anchor="end">step {last:,}</text></svg>')
+    points = [(45 + (width - 50) * step / last, 10 + (height - 30) * (high - value) / span) for step, value in zip(steps, values)]
+    return element("svg", "".join([
+        element("path", d=f"M45 10V{height - 20}H{width - 5}", fill="none", stroke="var(--line)"),
+        element("polyline", points=" ".join(f"{x:.1f},{y:.1f}" for x, y in points), fill="none", stroke="var(--curve)", stroke_width=1.8),
+        element("circle", cx=points[-1][0], cy=points[-1][1], r=3, fill="var(--curve)"),
+        element("text", short(high), x=41, y=14, text_anchor="end"),
+        element("text", short(low), x=41, y=height - 20, text_anchor="end"),
+        element("text", f"step {last:,}", x=width - 5, y=height - 5, text_anchor="end"),
+    ]), viewBox=f"0 0 {width} {height}", role="img")
 
 
 def label_table(path):
@@ -102,27 +111,31 @@ METHOD_COLOURS = {"tf-idf": "#9aa5b1", "pixels": "#9aa5b1", "pixel PCA": "#c2a87
                   "linear probe": "#1f6feb", "fine-tuned": "#1a7f37"}
 
 
-def label_figure(path, width=640, height=300):
-    """finetune.csv -> SVG: test accuracy over labels a class, a line a method, its spread as a bar."""
-    head, *lines = label_table(path)
-    values = [[tuple(map(float, cell.split(" ± "))) for cell in line[1:]] for line in lines]                  # [label][method]
+def label_figure(path, width=640, height=300, **attributes):
+    """finetune.csv -> SVG: test accuracy over labels a class, a line a method, its spread as a bar. An SVG that is to be a
+    file of its own needs the attribute xmlns."""
+    (_, *methods), *lines = label_table(path)
+    values = [[tuple(map(float, cell.split(" ± "))) for cell in line[1:]] for line in lines]        # [labels][method]: (mean, spread)
     high = math.ceil(max(mean + spread for line in values for mean, spread in line) / 10) * 10
     low = min(high - 10, math.floor(min(mean - spread for line in values for mean, spread in line) / 10) * 10)
     x = lambda n: 50 + (width - 210) * (n + 0.5) / len(lines)
     y = lambda value: 20 + (height - 60) * (high - value) / (high - low)
-    parts = [f'<line x1="50" x2="{width - 160}" y1="{y(v):.0f}" y2="{y(v):.0f}" stroke="#8884"/><text x="44" y="{y(v) + 4:.0f}" '
-             f'text-anchor="end">{v}</text>' for v in range(low, high + 1, 10)]
-    parts += [f'<text x="{x(n):.0f}" y="{height - 22}" text-anchor="middle">{html.escape(line[0])}</text>' for n, line in enumerate(lines)]
-    parts.append(f'<text x="{x((len(lines) - 1) / 2):.0f}" y="{height - 5}" text-anchor="middle">labels a class</text>'
-                 '<text x="50" y="12">test accuracy, %</text>')
-    ends, place = sorted(range(len(head) - 1), key=lambda m: -values[-1][m][0]), -1e9
-    for m in ends:
-        colour, points = METHOD_COLOURS.get(head[m + 1], "#69788a"), [(x(n), *line[m]) for n, line in enumerate(values)]
-        place = max(place + 15, y(points[-1][1]) + 4)                          # names must not cover each other
-        parts.append(f'<polyline points="{" ".join(f"{px:.1f},{y(mean):.1f}" for px, mean, _ in points)}" fill="none" stroke="{colour}" '
-                     f'stroke-width="2"/>' + "".join(
-                         f'<line x1="{px:.1f}" x2="{px:.1f}" y1="{y(mean - spread):.1f}" y2="{y(mean + spread):.1f}" stroke="{colour}"/>'
-                         f'<circle cx="{px:.1f}" cy="{y(mean):.1f}" r="3" fill="{colour}"/>' for px, mean, spread in points)
-                     + f'<text x="{width - 150}" y="{place:.0f}" style="fill:{colour}">{html.escape(head[m + 1])} {points[-1][1]:.1f}</text>')
-    return (f'<svg viewBox="0 0 {width} {height}" role="img" font-family="sans-serif" font-size="12" '
-            f'fill="#69788a">{"".join(parts)}</svg>')
+    parts = [element("text", "test accuracy, %", x=50, y=12),
+             element("text", "labels a class", x=x((len(lines) - 1) / 2), y=height - 5, text_anchor="middle")]
+    for value in range(low, high + 1, 10):
+        parts += [element("line", x1=50, x2=width - 160, y1=y(value), y2=y(value), stroke="#8884"),
+                  element("text", value, x=44, y=y(value) + 4, text_anchor="end")]
+    for n, line in enumerate(lines):
+        parts.append(element("text", html.escape(line[0]), x=x(n), y=height - 22, text_anchor="middle"))
+    name_y = -math.inf
+    for m in sorted(range(len(methods)), key=lambda m: -values[-1][m][0]):                          # by their right ends, from above
+        colour, points = METHOD_COLOURS.get(methods[m], "#69788a"), [(x(n), *line[m]) for n, line in enumerate(values)]
+        parts.append(element("polyline", points=" ".join(f"{px:.1f},{y(mean):.1f}" for px, mean, _ in points), fill="none",
+                             stroke=colour, stroke_width=2))
+        for px, mean, spread in points:
+            parts += [element("line", x1=px, x2=px, y1=y(mean - spread), y2=y(mean + spread), stroke=colour),
+                      element("circle", cx=px, cy=y(mean), r=3, fill=colour)]
+        name_y = max(name_y + 15, y(points[-1][1]) + 4)                                             # names must not cover each other
+        parts.append(element("text", f"{html.escape(methods[m])} {points[-1][1]:.1f}", x=width - 150, y=name_y, style=f"fill:{colour}"))
+    return element("svg", "".join(parts), viewBox=f"0 0 {width} {height}", role="img", font_family="sans-serif", font_size=12,
+                   fill="#69788a", **attributes)

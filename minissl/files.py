@@ -4,6 +4,7 @@ Written files appear whole or not at all; what is read is taken for damaged or h
 whatever is wrong with it becomes one sentence (UserError).
 """
 
+import csv
 import gzip
 import hashlib
 import http.client
@@ -146,6 +147,15 @@ def write_atomically(path, data):
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def write_csv(path, rows):
+    """rows: dicts with the same keys, which are the first line."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_atomically(path, text.getvalue().encode("utf-8", "replace"))
 
 
 def write_checkpoint(path, state):

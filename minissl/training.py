@@ -13,7 +13,6 @@ import csv
 import ctypes
 import hashlib
 import inspect
-import io
 import json
 import math
 import os
@@ -30,7 +29,7 @@ import numpy as np
 import torch
 
 from minissl import UserError, processes, report
-from minissl.files import CHECKPOINT_FORMAT, MISFITS, load_checkpoint, lock, misfit, write_atomically, write_checkpoint
+from minissl.files import CHECKPOINT_FORMAT, MISFITS, load_checkpoint, lock, misfit, write_atomically, write_checkpoint, write_csv
 
 
 # ---------------------------------------------------------------- from the command line to settings, and out again
@@ -327,7 +326,8 @@ class Run:
         more = dict(rate_per_second=round(self.items / seconds),
                     share_of_peak=round(self.flops / seconds / peak / processes.WORLD, 3) if self.flops else "", **more)
         self.rows.append(dict(step=step, seconds=round(time.perf_counter() - self.started, 1), **losses, **more))
-        self._write_rows()
+        if not processes.RANK:
+            write_csv(self.folder / "metrics.csv", self.rows)
         shown = [f"{name.replace('_', ' ')} {value:.4g}" + (f" (chance {chance[name]:.4g})" if chance[name] else "")
                  for name, value in losses.items() if value != ""]
         shown += [f"{name.replace('_', ' ')} {value:,}" for name, value in more.items() if value != ""]
@@ -360,15 +360,6 @@ class Run:
             raise UserError(f"{path} is not as the run has left it ({error}); the checkpoint beside it is whole: mend the file, "
                             f"or delete it and go on with a log that begins here") from None
         return [row for row, step in zip(rows, steps) if step <= self.checkpoint["step"]]
-
-    def _write_rows(self):
-        if processes.RANK:
-            return
-        text = io.StringIO()
-        writer = csv.DictWriter(text, list(self.rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(self.rows)
-        write_atomically(self.folder / "metrics.csv", text.getvalue().encode())
 
     @contextlib.contextmanager
     def pause(self):

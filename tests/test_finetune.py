@@ -43,11 +43,31 @@ def test_the_probe_can_be_had_alone_and_leaves_the_table_as_it_is(trained, run_s
     assert [(row["labels_a_class"], row["method"]) for row in rows] == [("2", "linear probe")] * 2 + [("5", "linear probe")] * 2
 
 
+def test_ctrl_c_keeps_the_rows_that_are_finished(trained, run_script, few_options, monkeypatch):
+    one_row = finetune.one_row
+
+    def interrupted(settings, task, columns, row):
+        if row == stop:
+            raise KeyboardInterrupt
+        return one_row(settings, task, columns, row)
+    monkeypatch.setattr(finetune, "one_row", interrupted)
+    flags = ["--labels", 2, 5, "--seeds", 1, "--data-dir", trained.parent / "data"]
+    for name in "finetune.csv", "classifier.pt":
+        (trained / name).unlink(missing_ok=True)
+    stop = "2"
+    assert run_script(finetune, trained, *flags)[0] == 130 and not (trained / "finetune.csv").exists()
+    stop = "5"
+    code, printed = run_script(finetune, trained, *flags)
+    assert code == 0 and "stopped: the rows before" in printed and (trained / "classifier.pt").exists()
+    with open(trained / "finetune.csv", encoding="utf-8", newline="") as file:
+        assert {row["labels_a_class"] for row in csv.DictReader(file)} == {"2"}
+
+
 def test_permuting_the_test_labels_changes_no_choice_and_no_weight(trained, run_script, few_options, monkeypatch):
     made, load = [], documents.load_texts
 
-    def keep(settings, checkpoint, name, results, chance, classifier, classes):
-        made.append({k: v.clone() for k, v in classifier.state_dict().items()})
+    def keep(settings, checkpoint, name, classes, results, chance):
+        made.append({k: v.clone() for k, v in results[-1][-1].state_dict().items()})
     monkeypatch.setattr(finetune, "write_results", keep)
     choose, accuracy, seen = finetune.choose, evaluation.accuracy, []
 
@@ -90,7 +110,7 @@ def test_doubled_texts_have_their_rows_of_features_too_in_the_order_of_the_paths
 
 
 @pytest.mark.parametrize("flags, sentence", [
-    (["--labels", "1", "1000"], "no 1000 labels a class"), (["--labels", "some"], "whole numbers above 0, or all"),
+    (["--labels", "1", "1000"], "--labels 1000: too many"), (["--labels", "some"], "whole numbers above 0, or all"),
     (["--predict", "not/there.txt"], "not/there.txt"), (["--data", "not/there"], "there is nothing there"),
     (["--predict", "a.txt", "--features", "b.npy"], "give one of them"), (["--features", "not/there/b.npy"], "one can write into"), (["--features", "out.txt"], "a new .npy"),
     (["--predict", "."], "a folder; give a .txt"),

@@ -148,8 +148,8 @@ def test_every_image_is_counted_whatever_the_batch(batch):
 
 def test_permuting_the_test_labels_changes_no_choice_and_no_weight(runs, run_script, brief, monkeypatch):
     made, load = [], images.load_images
-    monkeypatch.setattr(finetune, "write_results", lambda settings, checkpoint, name, results, chance, classifier, classes:
-                        made.append(classifier.state_dict()))
+    monkeypatch.setattr(finetune, "write_results", lambda settings, checkpoint, name, classes, results, chance:
+                        made.append(results[-1][-1].state_dict()))
 
     def permuted(*arguments, **options):
         data = load(*arguments, **options)
