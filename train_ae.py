@@ -4,6 +4,8 @@
     python train_ae.py --data cifar10 --run runs/ae-cifar --width 64 --steps 600
     python train_ae.py --masked 0.6 --run runs/ae-masked        with patches cut out
     python train_ae.py --data my_images.npy --run runs/mine     your own: uint8 (N, H, W, C) or (N, H, W)
+    python train_ae.py --steps 200 --run runs/quick             a slow laptop: a third of the time
+    torchrun --nproc-per-node 2 -- train_ae.py                  several processes that make the step of one
     python train_ae.py --run runs/mine --resume                 go on where Ctrl-C stopped
     python finetune.py runs/ae                                  what was it worth? a table
 

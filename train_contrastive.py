@@ -4,6 +4,8 @@
     python train_contrastive.py --data cifar10 --run runs/cifar --width 64 --steps 2750
     python train_contrastive.py --method byol --run runs/byol
     python train_contrastive.py --data my_images.npy --run runs/mine         your own: uint8 (N, H, W, C) or (N, H, W)
+    python train_contrastive.py --steps 200 --run runs/quick    a slow laptop: a third of the time
+    torchrun --nproc-per-node 2 -- train_contrastive.py         several processes that make the step of one
     python train_contrastive.py --run runs/mine --resume        go on where Ctrl-C stopped
     python finetune.py runs/contrastive                         what was it worth? a table
 

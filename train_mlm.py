@@ -1,12 +1,13 @@
 """Pretrain a tiny transformer on text without labels: fill in masked words, guess the rest of the document.
 
-Two stages, one model. In the first `--embedding-steps` steps the transformer's blocks are still zero, so the document
-vector is a mean of embeddings, and the embeddings alone learn the document term from whole texts, half a million tokens
-a second. Then the blocks join in, and both losses train everything.
+Two stages, one model. In the first `--embedding-steps` steps the transformer's blocks are still zero, and the embeddings
+alone learn the document term, from whole texts, half a million tokens a second. Then both losses train everything.
 
     python train_mlm.py                                         docstrings of this machine's Python, under 5 minutes
     python train_mlm.py --data imdb --run runs/imdb --steps 3800 --embedding-steps 1400       film reviews, 10 minutes
     python train_mlm.py --data my_texts/ --run runs/mine        your own .txt files
+    python train_mlm.py --steps 500 --run runs/quick            a slow laptop: a third of the time
+    torchrun --nproc-per-node 2 -- train_mlm.py                 several processes that make the step of one
     python train_mlm.py --run runs/mine --resume                go on where Ctrl-C stopped
     python train_mlm.py --fill "returns a [MASK] of strings"    ask the trained model
     python finetune.py runs/mlm                                 what was it worth? a table
@@ -58,8 +59,8 @@ class Settings:
     fill: str = ""  # instead of training: what the run in --run puts for each [MASK] of this text
 
     def check(self):
-        if self.embedding_steps < 0:
-            self.embedding_steps = self.steps // 3
+        if self.embedding_steps < 0 or not self.document_weight:
+            self.embedding_steps = self.steps // 3 if self.document_weight else 0
         at_least(1, steps=self.steps, batch_size=self.batch_size, gradient_accumulation=self.gradient_accumulation,
                  width=self.width, heads=self.heads, window=self.window, evaluate_every=self.evaluate_every)
         at_least(0, limit=self.limit, embedding_steps=self.embedding_steps, layers=self.layers, pairs=self.pairs,
@@ -72,8 +73,6 @@ class Settings:
             raise UserError(f"--mask-share {self.mask_share}: must be a share, at most 1")
         if not self.masked_weight and not self.document_weight:
             raise UserError("--masked-weight 0 and --document-weight 0: nothing is left to learn; keep one above 0")
-        if not self.document_weight:
-            self.embedding_steps = 0
         if self.masked_weight and self.embedding_steps >= self.steps:
             raise UserError(f"--embedding-steps {self.embedding_steps} leave none of --steps {self.steps} to the masked "
                             f"loss: give more --steps or fewer --embedding-steps")
@@ -115,10 +114,10 @@ def main():
 
     model, weights = (part.to(device) for part in new_model(settings, pool))
     matrices = list(model.blocks.parameters())       # these learn by Muon, all else by Adam, at the rates of a prototype
-    adam = torch.optim.Adam([dict(params=[model.token_embedding.weight, model.pair_embedding.weight], times=0.05),
-                             dict(params=[*model.term_head.parameters(), *model.token_dense.parameters(),
-                                          model.token_bias], times=0.15)],
-                            betas=(0.9, 0.99), fused=device.type != "mps")
+    embeddings = [model.token_embedding.weight, model.pair_embedding.weight]
+    heads = [*model.term_head.parameters(), *model.token_dense.parameters(), model.token_bias]
+    adam = torch.optim.Adam([dict(params=embeddings, times=0.05), dict(params=heads, times=0.15)], betas=(0.9, 0.99),
+                            fused=device.type != "mps")
     optimizers = [adam] + ([Muon(matrices, settings.learning_rate, precision=precision)] if matrices else [])
     first = run.begin(model, optimizers, f"{len(pool):,} texts of {pool.lengths.sum():,} tokens, {len(model.pairs):,} pairs, "
                       f"checksum {fingerprint(texts)}")

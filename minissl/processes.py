@@ -97,7 +97,16 @@ def sum_over(x):
 
 
 def gather(x, dim=0):
-    """The x of all processes one behind the other along `dim`, in order, with gradient: (b, D) -> (WORLD · b, D)."""
+    """The x of all processes one behind the other along `dim`, in order, with gradient: (b, D) -> (WORLD · b, D).
+
+    Views (V, b, D) along dim 1, here of two images a process:
+
+        process 0   view 0  a b     view 1  a b
+        process 1   view 0  c d     view 1  c d         both then have   view 0  a b c d     view 1  a b c d
+
+    as one process with all four images would. Along dim 0 it would be four views, a b, a b, c d, c d, and InfoNCE would
+    take c for a view of a: no error, only an encoder that learns to see no difference.
+    """
     if WORLD == 1:
         return x
     parts = [torch.zeros_like(x)] * RANK + [x] + [torch.zeros_like(x)] * (WORLD - 1 - RANK)
