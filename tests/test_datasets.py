@@ -95,6 +95,9 @@ def test_pairs_are_counted_as_a_loop_does_however_often_they_are_put_together(co
     wanted = sorted(a * 300 + b for (a, b), n in counts.items() if n >= 20)
     monkeypatch.setattr(datasets.Texts, "slices", lambda self, size: np.array_split(np.arange(len(self)), 7))
     assert datasets.frequent_pairs(texts, 300, 10**6).tolist() == wanted
+    often = {a * 300 + b: n for (a, b), n in counts.items()}
+    some = datasets.frequent_pairs(texts, 300, 5).tolist()              # the most frequent ones, by their numbers
+    assert len(some) == 5 and some == sorted(some) and sorted(often[p] for p in some) == sorted(often.values())[-5:]
     found = [np.sort(np.random.default_rng(n).integers(0, 99, 50) << 24 | 1) for n in range(3)]
     assert datasets._together(found).tolist() == [pair << 24 | n for pair, n in sorted(Counter(int(x) >> 24 for part in found for x in part).items())]
 
@@ -158,6 +161,26 @@ def test_an_epoch_of_windows_shows_every_text_once_and_the_rest_is_what_is_outsi
     assert all((a == b).all() for a, b in zip(first, second))
 
 
+@pytest.mark.parametrize("rest", [True, False])
+def test_windows_lie_anywhere_in_a_text_and_come_in_another_order_each_epoch(rest):
+    """A text of 100 tokens that are all different, so that a window tells where it lies; and twenty short ones."""
+    lengths = np.array([100] + [9] * 20)
+    texts = datasets.Texts(np.arange(2, 2 + lengths.sum(), dtype=np.uint16), np.cumsum(lengths) - lengths, lengths, lengths * 0,
+                           lengths * 0, [], None)
+    windows = datasets.Windows(texts, 10, 2, seed=0, rest=rest)
+    starts, orders = [], []
+    for epoch in range(200):
+        order = []
+        for step in range(epoch * windows.batches, (epoch + 1) * windows.batches):
+            tokens, sizes, _, _ = windows(step)
+            order += tokens[:, 0].tolist()
+            starts += [row[0] - 2 for row, size in zip(tokens.tolist(), sizes) if row[0] < 102]
+        orders.append([sum(first - 2 >= texts.starts) for first in order])
+    assert min(starts) == 0 and max(starts) == 90 and len(set(starts)) > 70           # 91 places, 200 draws
+    assert all(len(set(order)) == 21 for order in orders) and len({tuple(order) for order in orders}) == 200
+    assert len({order.index(0) for order in orders}) > 3                               # not always from short to long
+
+
 def test_documents_read_and_unread_tokens_together_are_the_texts(corpus, tmp_path):
     texts = load_texts(str(corpus), tmp_path, 400)
     documents = datasets.Documents(texts, 16, seed=0)
@@ -167,6 +190,12 @@ def test_documents_read_and_unread_tokens_together_are_the_texts(corpus, tmp_pat
     order = [texts[i].tolist() for i in range(len(texts))]
     assert all([t for t, o in zip(both, owner.tolist()) if o == row][:-1] in order for row in range(16))
     assert 0.4 < float((read > 0).sum()) / float(((read + unread) > 0).sum()) < 0.6
+
+
+def test_of_a_document_another_half_is_read_each_time(corpus, tmp_path):
+    documents = datasets.Documents(load_texts(str(corpus), tmp_path, 400).select(np.arange(1)), 1, seed=0)
+    halves = {tuple((documents(step)[0] > 0).tolist()) for step in range(4)}
+    assert len(halves) == 4
 
 
 # ---------------------------------------------------------------- archives and docstrings

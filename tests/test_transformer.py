@@ -129,6 +129,16 @@ def test_term_weights_are_their_formula():
     np.testing.assert_allclose(transformer.term_weights(tensor(counts, torch.float32), 6), expected, rtol=1e-6)
 
 
+def test_both_output_layers_start_at_what_needs_no_context():
+    model, counts = random_model(), [0, 0, 400, 100, 50, 30, 19, 0, 60, 21, 5, 7, 90, 10, 0, 25, 300]          # V words, N pairs
+    weights = model.start_at(tensor(counts, torch.float32))
+    words = [count + 1 for count in counts[:V]]
+    np.testing.assert_allclose(model.token_bias.detach().softmax(0), np.array(words) / sum(words), rtol=1e-5)
+    expected = [count * float(weight) + 0.5 for count, weight in zip(counts, transformer.term_weights(tensor(counts), V))]
+    np.testing.assert_allclose(model.term_head.bias.detach().softmax(0), np.array(expected) / sum(expected), rtol=1e-5)
+    np.testing.assert_allclose(weights, transformer.term_weights(tensor(counts), V), rtol=1e-5)
+
+
 # ---------------------------------------------------------------- masking
 
 def test_exactly_the_share_of_each_sequence_is_masked_and_never_padding_or_nothing():
@@ -272,6 +282,11 @@ def test_bfloat16_attention_by_hand_agrees_with_the_other_branch_by_value_and_by
         results.append([y.detach().float()] + [parameter.grad.float() for parameter in attention.parameters()])
     for exact, rounded in zip(*results):                                 # 8 bits: a rounding is up to 2^-8 = 0.4 %
         assert (exact - rounded).abs().max() < 0.02 * exact.abs().max()
+
+
+def test_bfloat16_knows_distant_positions_apart():
+    x = torch.randn(1, 1, 600, D, generator=generator(0)).bfloat16()
+    torch.testing.assert_close(transformer.rotate(x).float(), transformer.rotate(x.float()), rtol=0.02, atol=0.03)
 
 
 def test_under_autocast_on_a_cpu_the_whole_encoder_takes_the_branch_for_bfloat16(monkeypatch):
