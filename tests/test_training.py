@@ -81,6 +81,15 @@ def test_muon_moves_a_matrix_by_its_nearest_orthogonal_one(shape):
     assert (kept - torch.diag(kept.diagonal())).abs().max() < 1e-3
 
 
+def test_muon_decays_weights_by_the_rate_times_the_decay_and_not_through_the_momentum():
+    parameter = torch.nn.Parameter(torch.full((3, 2), 4.0))
+    optimizer = muon.Muon([parameter], lr=0.1, weight_decay=0.5)
+    for expected in (4 * 0.95, 4 * 0.95**2):
+        parameter.grad = torch.zeros(3, 2)
+        optimizer.step()
+        torch.testing.assert_close(parameter.detach(), torch.full((3, 2), expected))
+
+
 def test_muon_remembers_with_nesterov_momentum():
     parameter = torch.nn.Parameter(torch.zeros(2, 2))
     optimizer = muon.Muon([parameter], lr=0.0, momentum=0.5)
