@@ -218,6 +218,15 @@ def test_recolour_is_brightness_contrast_saturation_hue_in_this_order():
     assert 0 < kept < 20
 
 
+def test_each_number_of_a_view_decides_one_thing():
+    torch.manual_seed(0)
+    images, numbers = torch.randint(0, 256, (40, 3, 16, 16), dtype=torch.uint8), torch.rand(40, 12)
+    crops, other = crop_and_flip(images, (8, 8), numbers[:, :5], 0.2, True), numbers.clone()
+    torch.testing.assert_close(augment(images, (8, 8), numbers), recolour(crops, numbers[:, 5:], 0.4, 0.1, 0.2))
+    other[:, 4] = 1 - other[:, 4]                                    # the other side up: the same crop, in the same colours
+    torch.testing.assert_close(augment(images, (8, 8), other), augment(images, (8, 8), numbers).flip(3), atol=1e-5, rtol=0)
+
+
 def test_grey_images_stay_grey_and_one_channel_works():
     grey = torch.rand(8, 1, 6, 6).expand(8, 3, 6, 6)
     result = recolour(grey.clone(), torch.rand(8, 7), 0.4, 0.2, 0.0)
@@ -263,6 +272,11 @@ def test_the_encoder_takes_any_size(C, H, W):
     assert model.project(torch.rand(2, 3, C, H, W)).shape == (2, 3, 128)
     features = contrastive.encode(model.eval(), torch.randint(0, 256, (5, C, H, W), dtype=torch.uint8))
     assert features.shape == (5, 256)
+
+
+def test_encode_takes_pixels_from_0_to_255():
+    model, images = ContrastiveModel(torch.full((3,), 0.5), torch.full((3,), 0.2), width=8).eval(), torch.randint(0, 256, (4, 3, 16, 16)).byte()
+    assert torch.equal(contrastive.encode(model, images), model.encoder(images.float() / 255))
 
 
 def test_features_of_an_image_do_not_depend_on_the_batch_and_move_nothing():

@@ -28,6 +28,13 @@ def test_shapes_are_the_same_each_time_and_all_different():
     assert set(a.labels) == set(range(10))
 
 
+def test_no_thousand_of_shapes_is_drawn_twice(monkeypatch):
+    seeds = []
+    monkeypatch.setattr(images, "draw_shapes", lambda n, generator: (seeds.append(generator.initial_seed()) or torch.zeros(n, 3, 2, 2).byte(),
+                                                                     torch.zeros(n).long()))
+    assert images.shapes().shape == (60_000, 3, 2, 2) and len(set(seeds)) == len(seeds) == 60
+
+
 def test_the_distance_is_negative_inside_and_its_outline_is_where_geometry_has_it():
     def at(shape, x, y):
         return float(images.distance(shape, torch.tensor([x]), torch.tensor([y]))[0])
@@ -149,6 +156,21 @@ def test_own_images_come_back_as_they_are(shape, tmp_path):
     assert (some.permute(0, 2, 3, 1).numpy().reshape(30, *shape[1:]) == array[:30]).all()     # row by row the array
 
 
+def test_images_without_a_label_among_labelled_ones_shift_no_class(tmp_path):
+    labels = np.tile([-1, 4, 9], 20)
+    np.save(tmp_path / "a.npy", np.random.default_rng(0).integers(0, 256, (60, 8, 8)).astype(np.uint8))
+    np.save(tmp_path / "a.labels.npy", labels)
+    data = images.load_images(str(tmp_path / "a.npy"))
+    assert data.classes == ["4", "9"] and data.labels.tolist() == np.tile([-1, 0, 1], 20).tolist()
+
+
+def test_a_limit_keeps_images_of_each_class_of_a_sorted_array(tmp_path):
+    np.save(tmp_path / "a.npy", np.random.default_rng(0).integers(0, 256, (200, 8, 8)).astype(np.uint8))
+    np.save(tmp_path / "a.labels.npy", np.repeat([0, 1], 100))
+    some = images.load_images(str(tmp_path / "a.npy"), limit=10)
+    assert [np.bincount(some.labels[some.split == split]).tolist() for split in (TRAIN, HELD_OUT, TEST)] == [[5, 5]] * 3
+
+
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux says what of a process's memory is mapped files")
 def test_an_own_array_stays_on_the_disk_and_only_what_a_batch_takes_is_in_memory(tmp_path):
     array = np.lib.format.open_memmap(tmp_path / "a.npy", mode="w+", dtype=np.uint8, shape=(20_000, 100, 100))     # 200 MB
@@ -233,6 +255,13 @@ def test_a_grid_enlarges_small_images_and_shows_one_channel_as_grey():
     picture = figures.grid(rows, gap=2)
     assert picture.shape == (2 * 64 + 2, 4 * 64 + 3 * 2, 3) and picture.dtype == np.uint8
     assert (picture[66 + 8 * 3, 66 + 8 * 5] == int(rows[1][1, 0, 3, 5])).all()     # image 1 of row 1, pixel (3, 5)
+
+
+def test_a_curve_is_high_where_the_value_is_and_ends_at_its_last_step():
+    drawn = figures.curve([0, 50, 100], [3.0, 1.0, 2.0], width=300, height=140)
+    places = [tuple(map(float, pair.split(","))) for pair in re.search(r'points="([^"]+)"', drawn)[1].split()]
+    assert places == [(45, 10), (170, 120), (295, 65)]              # from the axis to the right edge; the greatest value on top
+    assert ">3<" in drawn and ">1<" in drawn and ">step 100<" in drawn
 
 
 def test_the_figure_shows_each_method_at_each_number_of_labels_as_high_as_its_accuracy(tmp_path):
