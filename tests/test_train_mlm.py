@@ -1,5 +1,6 @@
 """The masked language model end to end, on a corpus of a few kilobytes."""
 
+import copy
 import csv
 import json
 import shutil
@@ -9,8 +10,8 @@ import pytest
 import torch
 
 import train_mlm
-from conftest import TINY
-from minissl import documents, files, training, transformer
+from conftest import TINY, story
+from minissl import datasets, documents, files, training, transformer
 from soak import log_of
 
 
@@ -78,6 +79,72 @@ def test_metrics_have_no_gap_and_no_row_twice_after_a_resumption(corpus, tmp_pat
     with open(tmp_path / "b" / "metrics.csv", encoding="utf-8", newline="") as file:
         assert [int(row["step"]) for row in csv.DictReader(file)] == [1, 30, 60, 90]
     assert "<code>steps=90</code>" in (tmp_path / "b" / "report.html").read_text(encoding="utf-8")
+
+
+def first_gradients(run, model):
+    """{name: gradient} of a run's first step, from its checkpoint: Muon's momentum, and of Adam's first moment ten times."""
+    adam, *muon = files.load_checkpoint(run)["optimizers"]
+    embeddings = [model.token_embedding.weight, model.pair_embedding.weight]
+    heads = [*model.term_head.parameters(), *model.token_dense.parameters(), model.token_bias]
+    found = {id(p): 10 * adam["state"][n]["exp_avg"] for n, p in enumerate([*embeddings, *heads]) if n in adam["state"]}
+    found |= {id(p): muon[0]["state"][n]["momentum"] for n, p in enumerate(model.blocks.parameters()) if muon and n in muon[0]["state"]}
+    return {name: found[id(p)] for name, p in model.named_parameters() if id(p) in found}
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_the_gradient_of_a_step_is_that_of_the_two_formulas_one_document_at_a_time(stage, tmp_path, run_script, monkeypatch):
+    (tmp_path / "texts").mkdir()
+    for n in range(40):                                                # of many lengths
+        (tmp_path / "texts" / f"{n:02}.txt").write_text(story("sea", n, sentences=1 + n % 13), encoding="utf-8")
+    flags = ["--data", str(tmp_path / "texts"), "--data-dir", str(tmp_path / "data"), *TINY, "--run", str(tmp_path / "run"), "--steps", "1",
+             *(["--masked-weight", "0", "--embedding-steps", "1"] if stage == 1 else
+               "--embedding-steps 0 --window 512 --batch-size 2 --masked-weight 1.5 --document-weight 2.5".split())]
+    made = []
+
+    def random_model(settings, pool, new=train_mlm.new_model):         # matrices that start at zero would hide what they multiply
+        model, weights = new(settings, pool)
+        for parameter in model.parameters():
+            parameter.data += 0.1 * torch.randn(parameter.shape, generator=training.generator(0, "test", parameter.numel()))
+        model.pair_embedding.weight.data[-1] = 0                       # "no pair" is no parameter
+        made.append((pool, copy.deepcopy(model), weights))
+        return model, weights
+
+    monkeypatch.setattr(train_mlm, "new_model", random_model)
+    code, printed = run_script(train_mlm, *flags)
+    assert code == 0, printed
+    (pool, model, weights), = made
+    loss = 0.0
+
+    def document_term(seen, unseen):
+        """seen (T, D), vectors; unseen (n,), tokens -> −Σ_w q_w log softmax(W z + c)[w]"""
+        z = transformer.norm(seen[:, :model.document_columns].mean(0))
+        bag = model.count_terms(unseen, 0, 1)[0] * weights
+        return -(bag / bag.sum() * model.term_head(z).log_softmax(0)).sum()
+
+    if stage == 1:
+        read, unread, owner, B = datasets.Documents(pool, 8 * 8, 0)(0)
+        for row in range(B):
+            tokens = read[owner == row]
+            vectors = model.token_embedding(tokens) + model.pair_embedding(model.pair_ids(tokens))
+            loss = loss + document_term(vectors[tokens > 0], unread[owner == row]) / B
+    else:
+        tokens, lengths, rest, owner = datasets.Windows(pool, 512, 2, 0, rest=True)(0)
+        assert lengths.min() < lengths.max()                           # there is padding
+        inputs, positions, targets = transformer.mask_tokens(tokens, lengths, len(model.token_bias), 0.15, training.generator(0, "mask", 0))
+        for row in range(len(tokens)):
+            x = model(inputs[row:row + 1, :lengths[row]])[0]           # (T, D), alone
+            here = positions // tokens.shape[1] == row
+            logits = model.token_logits(x[positions[here] % tokens.shape[1]])
+            masked = -logits.log_softmax(1)[torch.arange(len(logits)), targets[here]].sum() / len(targets)
+            loss = loss + 1.5 * masked + 2.5 * document_term(x, rest[owner == row]) / len(tokens)
+    loss.backward()
+    found = first_gradients(tmp_path / "run", model)
+    learns = {"token_embedding", "pair_embedding", "term_head"} if stage == 1 else {""}
+    assert found.keys() == {name for name, _ in model.named_parameters() if name.startswith(tuple(learns))}
+    for name, gradient in found.items():
+        wanted = dict(model.named_parameters())[name].grad
+        assert gradient.norm() > 0, name
+        torch.testing.assert_close(gradient, wanted, rtol=1e-3, atol=1e-3 * float(wanted.abs().max()), msg=lambda text: f"{name}: {text}")
 
 
 def test_gradient_accumulation_does_not_change_the_gradient(corpus, tmp_path, run_script):
