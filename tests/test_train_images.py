@@ -2,6 +2,7 @@
 
 import csv
 from contextlib import nullcontext
+from copy import deepcopy
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 import finetune
 import train_ae
 import train_contrastive
-from minissl import UserError, contrastive, datasets, evaluation, files, images, runs as opened, training
+from minissl import UserError, autoencoder, contrastive, datasets, evaluation, files, images, runs as opened, training
 from minissl.finetuning import ImageTask
 from soak import log_of
 
@@ -37,6 +38,69 @@ def brief(monkeypatch):
     train, probe = ImageTask.train_classifier, evaluation.probe
     monkeypatch.setattr(ImageTask, "train_classifier", lambda *arguments, **options: train(*arguments, **options, images_seen=64))
     monkeypatch.setattr(evaluation, "probe", lambda x, labels, classes, strengths: probe(x, labels, classes, strengths[::3]))
+
+
+def first_gradients(run, model):
+    """{name: gradient} of a run's first step, from its checkpoint: Muon's momentum, and of Adam's first moment ten times."""
+    muon, adam = (optimizer["state"] for optimizer in files.load_checkpoint(run)["optimizers"])
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    found = {name: muon[n]["momentum"] for n, (name, _) in enumerate((name, p) for name, p in named if p.ndim > 1) if n in muon}
+    return found | {name: 10 * adam[n]["exp_avg"] for n, (name, _) in enumerate((name, p) for name, p in named if p.ndim == 1) if n in adam}
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_the_gradient_of_a_step_is_that_of_the_formula(name, run_script, tmp_path, monkeypatch):
+    script, flags = SCRIPTS[name]
+    module, cls = (autoencoder, "Autoencoder") if name == "ae" else (contrastive, "ContrastiveModel")
+    made, model_of = [], getattr(module, cls)
+
+    def random_model(*arguments, **options):                           # scales that start at zero would hide what they multiply
+        model = model_of(*arguments, **options)
+        for n, parameter in enumerate(model.parameters()):
+            parameter.data += 0.1 * torch.randn(parameter.shape, generator=training.generator(0, "test", n))
+        made.append(deepcopy(model))
+        return model
+
+    monkeypatch.setattr(module, cls, random_model)
+    flags = [*flags, *TINY, "--steps", 1, *([] if name == "ae" else ["--crop", 0.3, "--jitter", 0.5, "--hue", 0.2, "--grey", 0.5]),
+             *(["--temperature", 0.3, "--views", 3] if name == "simclr" else [])]
+    code, printed = run_script(script, "--run", tmp_path / "run", *flags)
+    assert code == 0, printed
+    model, pool = made[0], images.load_images("shapes", limit=400).of(datasets.TRAIN)
+    batch, draw = pool[training.Batches(400, 16, 0, "image order")(0)], lambda purpose: training.generator(0, purpose, 0)
+    if name == "ae":                                                   # half of the 16 patches of 8 × 8 are the mean colour
+        x = batch.float() / 255
+        hidden = torch.rand(16, 16, generator=draw("corruption")).argsort(1).argsort(1) < 8
+        hidden = hidden.view(16, 1, 4, 4).repeat_interleave(8, 2).repeat_interleave(8, 3)
+        rebuilt, z = model(torch.where(hidden, x.mean((0, 2, 3), keepdim=True), x))
+        off_diagonal = torch.cov(z.T) * (1 - torch.eye(z.shape[1]))
+        loss = (x - rebuilt).square().mean() + 0.1 * off_diagonal.square().sum() / z.shape[1]
+    else:
+        V = 3 if name == "simclr" else 2
+        views = torch.stack([contrastive.augment(batch, (24, 24), torch.rand(16, 12, generator=draw(f"view {v}")), 0.3, 0.5, 0.2, 0.5)
+                             for v in range(V)])
+        z, loss = model.project(views), 0.0
+        if name == "simclr":
+            z = z / z.norm(dim=2, keepdim=True)
+            for v in range(V):
+                for b in range(16):
+                    others = torch.stack([z[w, c] for w in range(V) for c in range(16) if (w, c) != (v, b)]) @ z[v, b] / 0.3
+                    for w in range(V):
+                        if w != v:
+                            loss = loss + (others.logsumexp(0) - z[w, b] @ z[v, b] / 0.3) / (V * 16 * (V - 1))
+        else:
+            with torch.no_grad():
+                targets = model.target(views.flatten(0, 1)).view_as(z)
+            q = model.predictor(z.flatten(0, 1)).view_as(z)
+            for v in range(2):
+                unit = q[v] / q[v].norm(dim=1, keepdim=True) - targets[1 - v] / targets[1 - v].norm(dim=1, keepdim=True)
+                loss = loss + unit.square().sum(1).mean() / 2
+    loss.backward()
+    found = first_gradients(tmp_path / "run", model)
+    assert found.keys() == {name for name, p in model.named_parameters() if p.requires_grad}
+    for key, gradient in found.items():
+        wanted = dict(model.named_parameters())[key].grad
+        torch.testing.assert_close(gradient, wanted, rtol=2e-3, atol=2e-3 * float(wanted.abs().max()), msg=lambda text: f"{key}: {text}")
 
 
 def states(folder):
