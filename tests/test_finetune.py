@@ -1,6 +1,8 @@
 """Fine-tuning, probes and the baseline: what they may see, and that they count everything."""
 
 import csv
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -89,6 +91,53 @@ def test_permuting_the_test_labels_changes_no_choice_and_no_weight(trained, run_
         assert code == 0, printed
     assert len(seen) > 10 and seen[:len(seen) // 2] == seen[len(seen) // 2:]
     assert made[0].keys() == made[1].keys() and all(torch.equal(made[0][k], made[1][k]) for k in made[0])
+
+
+def test_all_means_all_that_is_not_for_the_test_and_each_draw_is_another(trained, run_script, monkeypatch):
+    asked, fit = [], finetuning.Linear.fit
+    monkeypatch.setattr(finetuning.Linear, "fit", lambda self, which, *more: asked.append(tuple(which)) or fit(self, which, *more))
+    code, printed = run_script(finetune, trained, "--probe", "--labels", 2, "all", "--seeds", 3, "--data-dir", trained.parent / "data")
+    assert code == 0 and len(set(asked[:3])) == 3, printed
+    assert [len(which) for which in asked] == [4] * 3 + [160] * 2
+
+
+def test_the_option_is_chosen_that_is_best_on_held_out_examples():
+    labels = torch.tensor([0, 1] * 30)
+    task = SimpleNamespace(labels=labels, train=np.arange(40), held_out=np.arange(40, 50), test=np.arange(50, 60), trials=2)
+    right = {"a": np.zeros(60, bool), "b": np.arange(60) < 50, "c": np.arange(60) >= 50}         # c: on the test set
+    column = finetuning.Column(lambda which, option, seed: option, lambda option, which: torch.where(
+        torch.from_numpy(right[option][which]), labels[which], 1 - labels[which]), lambda n: ["a", "b", "c"])
+    assert finetune.choose(column, task, 3) == "b" and finetune.choose(column, task, None) == "b"
+
+
+def text_task(trained, change=lambda model: None):
+    model, checkpoint = runs.load_run(trained)
+    change(model)
+    settings = checkpoint["settings"]
+    texts = documents.load_texts(settings["data"], settings["data_dir"], settings["vocabulary_size"], tokenizer=runs.tokenizer_of(checkpoint))
+    return finetuning.TextTask(texts, model, nullcontext(), torch.device("cpu"))
+
+
+def test_from_scratch_owes_nothing_to_the_pretrained_weights(trained):
+    def randomise(model):
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter, std=0.1)
+    fitted = []
+    for change in (lambda model: None, randomise):
+        task = text_task(trained, change)
+        fitted.append(task.columns()["from scratch"].fit(task.train[::5], (0.03, 2), 0).state_dict())
+    assert all(torch.equal(fitted[0][name], fitted[1][name]) for name in fitted[0])
+
+
+def test_fine_tuning_a_text_encoder_at_rate_0_is_the_probe(trained):
+    task = text_task(trained)
+    which = task.train[::10]
+    still = task.columns()["fine-tuned"].fit(which, (0.0, 2), 0)
+    with torch.no_grad():
+        found = still(evaluation.rows(task.counts, task.test), task.context[task.test], task.words[task.test])
+    wanted = evaluation.predict(task.z[task.test], task.probe.fit(which)[0])
+    assert wanted.abs().max() > 0.1 and task.context.abs().max() > 1e-3                            # the blocks have a part in it
+    torch.testing.assert_close(found, wanted, atol=1e-3, rtol=1e-3)
 
 
 def test_features_are_written_one_row_a_text(trained, corpus, run_script, tmp_path):
@@ -191,8 +240,18 @@ def test_nearest_neighbours_vote_as_a_loop_does():
     assert evaluation.knn_accuracy(features, labels, queries, answers, k=5) == pytest.approx(100 * right / 11)
 
 
+def test_cross_validation_takes_a_strong_penalty_for_noise_and_a_weak_one_for_signal():
+    torch.manual_seed(0)
+    labels = np.arange(60) % 2
+    noise, signal = torch.randn(60, 40), torch.randn(60, 40)
+    signal[:, 0] += 8 * torch.from_numpy(labels)
+    assert evaluation.probe(noise, labels, 2, finetuning.PROBE_STRENGTHS)[1] == max(finetuning.PROBE_STRENGTHS)
+    assert evaluation.probe(signal, labels, 2, finetuning.PROBE_STRENGTHS)[1] < 0.3
+
+
 @pytest.mark.parametrize("most", [0, 1, 50, 10**6])
-def test_words_and_pairs_are_counted_as_a_loop_does(corpus, tmp_path, most):
+def test_words_and_pairs_are_counted_as_a_loop_does_in_any_number_of_slices(corpus, tmp_path, most, monkeypatch):
+    monkeypatch.setattr(datasets.Texts, "slices", lambda self, size: np.array_split(np.arange(len(self)), 7))
     texts, V = documents.load_texts(str(corpus), tmp_path, 300), 300
     pairs = datasets.frequent_pairs(texts, V, most, least=1).tolist()
     found = evaluation.term_counts(texts, np.array(pairs, np.int64)).to_dense()

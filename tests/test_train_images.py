@@ -40,6 +40,16 @@ def brief(monkeypatch):
     monkeypatch.setattr(evaluation, "probe", lambda x, labels, classes, strengths: probe(x, labels, classes, strengths[::3]))
 
 
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_no_draw_of_a_run_is_used_twice(name, run_script, tmp_path, monkeypatch):
+    made, generator = [], training.generator
+    for module in (SCRIPTS[name][0], training):
+        monkeypatch.setattr(module, "generator", lambda *key: made.append(key) or generator(*key))
+    assert run_script(SCRIPTS[name][0], "--run", tmp_path / "run", *SCRIPTS[name][1], *TINY)[0] == 0
+    purposes = {"image order", "corruption"} if name == "ae" else {"image order", "view 0", "view 1", "look"}
+    assert {purpose for _, purpose, _ in made} == purposes and len(set(made)) == len(made) > 12
+
+
 def first_gradients(run, model):
     """{name: gradient} of a run's first step, from its checkpoint: Muon's momentum, and of Adam's first moment ten times."""
     muon, adam = (optimizer["state"] for optimizer in files.load_checkpoint(run)["optimizers"])

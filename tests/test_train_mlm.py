@@ -4,6 +4,7 @@ import copy
 import csv
 import json
 import shutil
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -11,7 +12,8 @@ import torch
 
 import train_mlm
 from conftest import TINY, story
-from minissl import datasets, documents, files, training, transformer
+from minissl import datasets, documents, evaluation, files, runs, training, transformer
+from minissl.tokenizer import MASK
 from soak import log_of
 
 
@@ -79,6 +81,30 @@ def test_metrics_have_no_gap_and_no_row_twice_after_a_resumption(corpus, tmp_pat
     with open(tmp_path / "b" / "metrics.csv", encoding="utf-8", newline="") as file:
         assert [int(row["step"]) for row in csv.DictReader(file)] == [1, 30, 60, 90]
     assert "<code>steps=90</code>" in (tmp_path / "b" / "report.html").read_text(encoding="utf-8")
+
+
+def test_no_weight_depends_on_texts_that_are_held_out_or_for_the_test(corpus, tmp_path, run_script, monkeypatch):
+    load = train_mlm.load_texts
+
+    def changed(*arguments):
+        texts = load(*arguments)
+        texts.tokens = np.array(texts.tokens)
+        for i in np.flatnonzero(texts.split != datasets.TRAIN):
+            texts.tokens[texts.starts[i]:texts.starts[i] + texts.lengths[i]] = 77
+        return texts
+    flags = ["--data", corpus, "--data-dir", tmp_path, *TINY, "--steps", 35]
+    assert run_script(train_mlm, *flags, "--run", tmp_path / "a")[0] == 0
+    monkeypatch.setattr(train_mlm, "load_texts", changed)
+    assert run_script(train_mlm, *flags, "--run", tmp_path / "b")[0] == 0
+    assert_equal_states(*(files.load_checkpoint(tmp_path / run)["model"] for run in "ab"))
+
+
+def test_no_draw_of_a_run_is_used_twice(corpus, tmp_path, run_script, monkeypatch):
+    made, generator = [], training.generator
+    for module in (train_mlm, training, datasets):
+        monkeypatch.setattr(module, "generator", lambda *key: made.append(key) or generator(*key))
+    assert run_script(train_mlm, "--data", corpus, "--data-dir", tmp_path, *TINY, "--steps", 40, "--run", tmp_path / "run")[0] == 0
+    assert {purpose for _, purpose, _ in made} == {"document order", "coin", "windows", "mask"} and len(set(made)) == len(made)
 
 
 def first_gradients(run, model):
@@ -177,9 +203,35 @@ def test_the_masked_loss_falls_well_below_the_entropy_of_single_words(corpus, tm
     assert held_out < 0.6 * entropy, (held_out, entropy)
 
 
+def test_a_model_that_knows_nothing_has_the_bits_per_byte_of_a_guess(corpus, tmp_path):
+    texts = documents.load_texts(str(corpus), tmp_path, 400)
+    look = evaluation.MaskedText(texts, 32, 0.15, "cpu")
+    look.labelled = None
+
+    class Blank:
+        def __call__(self, tokens, lengths):
+            return torch.zeros(*tokens.shape, 1)
+
+        def token_logits(self, x):
+            return torch.zeros(len(x), 400)
+    result, _ = look(Blank(), nullcontext())
+    size = sum(len(texts.tokenizer.bytes_of[token]) for token in look.targets.tolist())
+    assert size > 1.5 * len(look.targets) and result["held_out"] == pytest.approx(np.log(400), abs=1e-3)
+    assert result["bits_per_byte"] == pytest.approx(np.log2(400) * len(look.targets) / size, abs=1e-3)
+
+
 def test_fill_answers_for_each_mask_and_refuses_a_text_without_one(trained, run_script):
-    code, printed = run_script(train_mlm, "--run", trained, "--fill", "The ship [MASK] and the [MASK], waits.")
-    assert code == 0 and printed.count("[MASK] ") == 2
+    code, printed = run_script(train_mlm, "--run", trained, "--fill", "The ship [MASK] and the [MASK], wait[MASK]")
+    model, checkpoint = runs.load_run(trained)
+    tokenizer = runs.tokenizer_of(checkpoint)
+    pieces = [tokenizer.encode("the ship"), [MASK], tokenizer.encode("and the"), [MASK], tokenizer.encode(", wait", leading_space=False), [MASK]]
+    ids = [int(token) for piece in pieces for token in piece]
+    with torch.no_grad():
+        chances = model.token_logits(model(torch.tensor([ids]))[0]).softmax(1)
+    assert code == 0 and printed.count("[MASK] ") == 3
+    for n, place in enumerate(i for i, token in enumerate(ids) if token == MASK):
+        best = chances[place].topk(5)
+        assert f"[MASK] {n + 1}: " + ", ".join(f"{tokenizer.decode([int(i)])} {p:.2f}" for p, i in zip(*best)) in printed
     code, printed = run_script(train_mlm, "--run", trained, "--fill", "no mask here")
     assert code == 2 and "at least one [MASK]" in printed
 
