@@ -13,9 +13,10 @@ TOPICS = {"sea": ("ship harbour wave sailor anchor storm fish island", "sails dr
           "city": ("street tower market tram bridge window crowd square", "rises opens closes shines sleeps grows")}
 
 
-def story(topic, seed, sentences=12):
-    """Sentences in which a noun fixes its verb, so that a masked word can be told from its neighbours."""
+def story(topic, seed, sentences=None):
+    """Sentences in which a noun fixes its verb, so that a masked word can be told from its neighbours; 8 to 16 of them."""
     nouns, verbs = (words.split() for words in TOPICS[topic])
+    sentences = sentences or 8 + seed % 9
     draw = random.Random(f"{topic} {seed}")
     lines = []
     for _ in range(sentences):
@@ -26,7 +27,7 @@ def story(topic, seed, sentences=12):
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory):
-    """A folder with two classes of 100 short texts each."""
+    """A folder with two classes of 100 short texts each, of many lengths."""
     folder = tmp_path_factory.mktemp("corpus")
     for topic in TOPICS:
         (folder / topic).mkdir()

@@ -158,7 +158,7 @@ def test_an_epoch_of_windows_shows_every_text_once_and_the_rest_is_what_is_outsi
     seen = []
     for step in range(windows.batches):
         tokens, lengths, rest, owner = windows(step)
-        assert lengths.sum() <= 4 * 32
+        assert lengths.sum() <= 4 * 32 and tokens.shape[1] == lengths.max() <= lengths.min() + 8             # of like length
         for row in range(len(tokens)):
             inside, outside = tokens[row, :lengths[row]].tolist(), rest[owner == row]
             start = int((outside == 0).nonzero()[0])              # the window's place is blanked

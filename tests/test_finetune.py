@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 import finetune
-from minissl import UserError, datasets, documents, evaluation, finetuning, runs
+from minissl import UserError, datasets, documents, evaluation, finetuning, runs, transformer
 
 
 @pytest.fixture
@@ -138,6 +138,17 @@ def test_fine_tuning_a_text_encoder_at_rate_0_is_the_probe(trained):
     wanted = evaluation.predict(task.z[task.test], task.probe.fit(which)[0])
     assert wanted.abs().max() > 0.1 and task.context.abs().max() > 1e-3                            # the blocks have a part in it
     torch.testing.assert_close(found, wanted, atol=1e-3, rtol=1e-3)
+
+
+def test_rows_of_features_follow_the_texts_whatever_their_lengths(trained):
+    model, checkpoint = runs.load_run(trained)
+    strings = ["the ship waits", "the tower rises and the tram opens and the crowd sleeps " * 9, "a storm", "the island drifts " * 30]
+    features = runs.load_encoder(trained)(strings)
+    for row, string in zip(features, strings):
+        tokens = torch.from_numpy(runs.tokenizer_of(checkpoint).encode(string).astype(np.int64))[None]
+        with torch.no_grad():
+            alone = transformer.encode(model, tokens, torch.tensor([tokens.shape[1]]))[0]
+        torch.testing.assert_close(row, alone, rtol=1e-4, atol=1e-5)
 
 
 def test_features_are_written_one_row_a_text(trained, corpus, run_script, tmp_path):
