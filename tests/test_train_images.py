@@ -14,6 +14,7 @@ import train_ae
 import train_contrastive
 from minissl import UserError, autoencoder, contrastive, datasets, evaluation, files, images, runs as opened, training
 from minissl.finetuning import ImageTask
+from minissl.muon import Muon
 from soak import log_of
 
 SCRIPTS = {"simclr": (train_contrastive, ["--method", "simclr"]), "byol": (train_contrastive, ["--method", "byol"]),
@@ -48,6 +49,30 @@ def test_no_draw_of_a_run_is_used_twice(name, run_script, tmp_path, monkeypatch)
     assert run_script(SCRIPTS[name][0], "--run", tmp_path / "run", *SCRIPTS[name][1], *TINY)[0] == 0
     purposes = {"image order", "corruption"} if name == "ae" else {"image order", "view 0", "view 1", "look"}
     assert {purpose for _, purpose, _ in made} == purposes and len(set(made)) == len(made) > 12
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_rates_fall_to_nothing_and_byols_target_slows_down_to_a_stop(name, run_script, tmp_path, monkeypatch):
+    rates, targets = {Muon: [], torch.optim.Adam: []}, []
+    for optimizer in rates:
+        monkeypatch.setattr(optimizer, "step", lambda self, optimizer=optimizer: rates[optimizer].append(self.param_groups[0]["lr"]))
+    monkeypatch.setattr(contrastive.ContrastiveModel, "update_target", lambda self, rate: targets.append(rate))
+    assert run_script(SCRIPTS[name][0], "--run", tmp_path / "run", *SCRIPTS[name][1], *TINY, "--steps", 40)[0] == 0
+    assert rates[Muon] == pytest.approx([0.02 * min((step + 1) / 2, 1 - step / 40) for step in range(40)])          # two steps of warm-up
+    assert rates[torch.optim.Adam] == pytest.approx([0.1 * rate for rate in rates[Muon]])
+    assert targets == pytest.approx([1 - 0.02 * (1 + np.cos(np.pi * step / 40)) / 2 for step in range(40)] if name == "byol" else [])
+
+
+def test_an_image_encoder_from_scratch_owes_nothing_to_the_pretrained_weights(runs, brief):
+    fitted, data = [], images.load_images("shapes", limit=100)
+    for std in (0.0, 0.1):
+        model, checkpoint = opened.load_run(runs / "simclr")
+        for parameter in model.parameters():
+            parameter.data += std * torch.randn(parameter.shape)
+        task = ImageTask(data, model, lambda seed: opened.new_model(checkpoint, seed), True, None, torch.device("cpu"), torch.float32)
+        fitted.append(task.fit_from_scratch(task.train[:32], (0.02, 0.5), 3).state_dict())
+    assert equal(*fitted)
+    assert not equal(opened.new_model(checkpoint, 0).state_dict(), opened.new_model(checkpoint, 1).state_dict())
 
 
 def first_gradients(run, model):

@@ -13,6 +13,7 @@ import torch
 import train_mlm
 from conftest import TINY, story
 from minissl import datasets, documents, evaluation, files, runs, training, transformer
+from minissl.muon import Muon
 from minissl.tokenizer import MASK
 from soak import log_of
 
@@ -105,6 +106,19 @@ def test_no_draw_of_a_run_is_used_twice(corpus, tmp_path, run_script, monkeypatc
         monkeypatch.setattr(module, "generator", lambda *key: made.append(key) or generator(*key))
     assert run_script(train_mlm, "--data", corpus, "--data-dir", tmp_path, *TINY, "--steps", 40, "--run", tmp_path / "run")[0] == 0
     assert {purpose for _, purpose, _ in made} == {"document order", "coin", "windows", "mask"} and len(set(made)) == len(made)
+
+
+def test_rates_fall_to_nothing_in_each_stage_and_each_kind_of_parameter_has_its_own(corpus, tmp_path, run_script, monkeypatch):
+    rates = {Muon: [], torch.optim.Adam: []}
+    for optimizer in rates:
+        monkeypatch.setattr(optimizer, "step", lambda self, optimizer=optimizer: rates[optimizer].append([g["lr"] for g in self.param_groups]))
+    flags = ["--data", corpus, "--data-dir", tmp_path, *TINY, "--steps", 400, "--embedding-steps", 40, "--evaluate-every", 400]
+    assert run_script(train_mlm, *flags, "--run", tmp_path / "run")[0] == 0
+    first = [0.02 * 0.5 * min((step + 1) / 20, 1 - step / 40) for step in range(40)]
+    second = [0.02 * min((step + 1) / 100, 1, (360 - step) / 180) for step in range(360)]
+    assert rates[Muon][40:] == pytest.approx(np.array(second)[:, None])                             # before, the blocks have no gradient
+    assert rates[torch.optim.Adam][:40] == pytest.approx(np.array([first, first]).T)                # embeddings, heads
+    assert rates[torch.optim.Adam][40:] == pytest.approx(np.outer(second, [0.05, 0.15]))
 
 
 def first_gradients(run, model):
