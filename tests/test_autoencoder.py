@@ -5,6 +5,7 @@ import functools
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 from minissl import autoencoder
 from minissl.autoencoder import Autoencoder, autoencoder_loss, corrupt
@@ -174,6 +175,33 @@ def test_sparsity_and_correlation_of_known_cases():
     x = torch.randn(100, 1)
     assert autoencoder.correlation(torch.cat([x, -x], 1)).item() == pytest.approx(1, abs=1e-4)
     assert autoencoder.correlation(torch.tensor([[1.0, 1], [1, -1], [-1, 1], [-1, -1]])).item() == pytest.approx(0, abs=1e-6)
+    a, b = torch.tensor([1.0, 1, -1, -1]), torch.tensor([1.0, -1, 1, -1])
+    assert autoencoder.correlation(torch.stack([a, 0.6 * a + 0.8 * b], 1)).item() == pytest.approx(0.6)
+    unlike = torch.tensor([[2.0, -2, 2], [0.1, 0.1, -0.1]]).T                                     # each column by its own scale
+    assert autoencoder.sparsity(unlike).item() == pytest.approx(0, abs=1e-6)
+
+
+def test_features_are_means_over_the_quadrants_of_the_map_before_the_last():
+    model = Autoencoder((32, 32), torch.zeros(3), torch.ones(3), 8, width=8).eval()
+    x = torch.rand(2, 3, 32, 32)
+    maps, features = model.maps(x), model.features(x).view(2, -1, 2, 2)
+    for i in range(2):
+        for j in range(2):
+            torch.testing.assert_close(features[:, :, i, j], maps[:, :, 4 * i:4 * i + 4, 4 * j:4 * j + 4].mean((2, 3)))
+
+
+def test_an_image_of_another_size_is_padded_with_its_own_border():
+    model = Autoencoder((9, 12), torch.zeros(1), torch.ones(1), 4, width=8).eval()
+    x = torch.rand(2, 1, 9, 12)
+    torch.testing.assert_close(model.maps(x), model.maps(F.pad(x, (0, 4, 0, 7), mode="replicate")))
+
+
+def test_no_weight_makes_the_numbers_of_a_code_larger_or_smaller():
+    model = Autoencoder((16, 16), torch.zeros(1), torch.ones(1), 4, width=8)
+    for parameter in model.parameters():
+        parameter.data *= 3
+    z = model.codes(torch.rand(64, 1, 16, 16))
+    torch.testing.assert_close(z.std(0, correction=0), torch.ones(4), atol=1e-2, rtol=0)
 
 
 def test_every_parameter_receives_a_gradient():
