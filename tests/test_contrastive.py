@@ -155,6 +155,10 @@ def test_alignment_uniformity_and_effective_rank_of_known_cases():
     spread = torch.cat([apart, -apart])                                            # centred, four equal directions
     assert float(contrastive.effective_rank(spread)) == pytest.approx(4, rel=1e-5)
     assert float(contrastive.effective_rank(torch.randn(50, 1) * torch.ones(1, 6))) == pytest.approx(1, rel=1e-2)
+    assert float(contrastive.effective_rank(spread + 9)) == pytest.approx(4, rel=1e-4)             # of what varies
+    z = torch.randn(2, 9, 4)                                                        # lengths say nothing
+    torch.testing.assert_close(contrastive.alignment(z), contrastive.alignment(z * (0.1 + 9 * torch.rand(2, 9, 1))))
+    torch.testing.assert_close(contrastive.uniformity(z[0]), contrastive.uniformity(5 * z[0]))
 
 
 # ---------------------------------------------------------------- augmentations, one image at a time in NumPy
@@ -277,6 +281,11 @@ def test_the_encoder_takes_any_size(C, H, W):
 def test_encode_takes_pixels_from_0_to_255():
     model, images = ContrastiveModel(torch.full((3,), 0.5), torch.full((3,), 0.2), width=8).eval(), torch.randint(0, 256, (4, 3, 16, 16)).byte()
     assert torch.equal(contrastive.encode(model, images), model.encoder(images.float() / 255))
+
+
+def test_an_image_of_odd_size_is_padded_with_its_own_border():
+    encoder, x = ImageEncoder(torch.zeros(3), torch.ones(3), width=8).eval(), torch.rand(2, 3, 9, 11)
+    torch.testing.assert_close(encoder(x), encoder(F.pad(x, (0, 1, 0, 1), mode="replicate")))
 
 
 def test_features_of_an_image_do_not_depend_on_the_batch_and_move_nothing():

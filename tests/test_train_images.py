@@ -41,6 +41,14 @@ def brief(monkeypatch):
     monkeypatch.setattr(evaluation, "probe", lambda x, labels, classes, strengths: probe(x, labels, classes, strengths[::3]))
 
 
+@pytest.mark.parametrize("name, flags", [("simclr", ["--views", 3]), ("byol", []), ("ae", [])])
+def test_chance_is_the_loss_of_an_encoder_that_has_learned_nothing(name, flags, run_script, tmp_path):
+    code, printed = run_script(SCRIPTS[name][0], "--run", tmp_path / "run", *SCRIPTS[name][1], *TINY, "--steps", 1, *flags)
+    held_out = images.load_images("shapes", limit=400).of(datasets.HELD_OUT)[:].double() / 255
+    chance = {"simclr": np.log(3 * 16 - 1), "byol": 2, "ae": float(held_out.var(0, correction=0).mean())}[name]    # all views alike; the mean image
+    assert code == 0 and f"(chance {chance:.4g})" in printed, printed
+
+
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_no_draw_of_a_run_is_used_twice(name, run_script, tmp_path, monkeypatch):
     made, generator = [], training.generator
