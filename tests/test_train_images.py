@@ -41,6 +41,12 @@ def brief(monkeypatch):
     monkeypatch.setattr(evaluation, "probe", lambda x, labels, classes, strengths: probe(x, labels, classes, strengths[::3]))
 
 
+def test_what_changes_the_learning_may_not_change_on_resume(runs, run_script):
+    for flag, value in (("--learning-rate", 0.5), ("--seed", 3), ("--batch-size", 8), ("--limit", 300), ("--precision", "bfloat16"), ("--noise", 0.5)):
+        code, printed = run_script(train_ae, "--run", runs / "ae", "--resume", flag, value)
+        assert code == 2 and f"{flag} {value}: the run" in printed and "was started with" in printed.splitlines()[-1], printed
+
+
 @pytest.mark.parametrize("name, flags", [("simclr", ["--views", 3]), ("byol", []), ("ae", [])])
 def test_chance_is_the_loss_of_an_encoder_that_has_learned_nothing(name, flags, run_script, tmp_path):
     code, printed = run_script(SCRIPTS[name][0], "--run", tmp_path / "run", *SCRIPTS[name][1], *TINY, "--steps", 1, *flags)
@@ -268,6 +274,18 @@ def test_permuting_the_test_labels_changes_no_choice_and_no_weight(runs, run_scr
         code, printed = run_script(finetune, runs / "simclr", "--labels", 3, "--seeds", 1, "--limit", 100)
         assert code == 0, printed
     assert equal(*made)
+
+
+def test_the_saved_classifier_answers_as_the_last_row_of_the_table(runs, run_script, tmp_path, brief):
+    code, printed = run_script(finetune, runs / "simclr", "--labels", 3, 10, "--seeds", 1, "--limit", 300, "--precision", "float32")
+    assert code == 0, printed
+    with open(runs / "simclr" / "finetune.csv", encoding="utf-8", newline="") as file:
+        few, many = [float(row["test_accuracy"]) for row in csv.DictReader(file) if row["method"] == "fine-tuned"]
+    test = images.load_images("shapes", limit=300).of(datasets.TEST)
+    np.save(tmp_path / "test.npy", test[:].permute(0, 2, 3, 1).numpy())
+    code, printed = run_script(finetune, runs / "simclr", "--predict", tmp_path / "test.npy", "--precision", "float32")
+    answers = [line.split("\t")[0] for line in printed.splitlines() if line.count("\t") == 2]
+    assert few != many and 100 * np.mean([a == test.classes[label] for a, label in zip(answers, test.labels)]) == pytest.approx(many, abs=0.4)
 
 
 def test_predictions_and_features_of_new_images(runs, run_script, tmp_path, brief):
