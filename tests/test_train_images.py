@@ -1,6 +1,7 @@
 """The two image scripts and finetune.py on their runs, from the command line to the files."""
 
 import csv
+import re
 from contextlib import nullcontext
 from copy import deepcopy
 from types import SimpleNamespace
@@ -12,7 +13,7 @@ import torch
 import finetune
 import train_ae
 import train_contrastive
-from minissl import UserError, autoencoder, contrastive, datasets, evaluation, files, images, runs as opened, training
+from minissl import UserError, autoencoder, contrastive, datasets, evaluation, figures, files, images, runs as opened, training
 from minissl.finetuning import ImageTask
 from minissl.muon import Muon
 from soak import log_of
@@ -39,6 +40,21 @@ def brief(monkeypatch):
     train, probe = ImageTask.train_classifier, evaluation.probe
     monkeypatch.setattr(ImageTask, "train_classifier", lambda *arguments, **options: train(*arguments, **options, images_seen=64))
     monkeypatch.setattr(evaluation, "probe", lambda x, labels, classes, strengths: probe(x, labels, classes, strengths[::3]))
+
+
+def test_a_resumed_run_keeps_the_precision_that_was_chosen_and_its_clock_goes_on(run_script, tmp_path, monkeypatch):
+    def choose(best):
+        return lambda name, device: (best, 1e9, "measured") if name == "auto" else (getattr(torch, name), 1e9, "as asked")
+    monkeypatch.setattr(training, "choose_precision", choose(torch.float32))
+    assert run_script(train_ae, "--run", tmp_path / "run", *TINY, "--steps", 1, "--precision", "auto")[0] == 0
+    log = (tmp_path / "run" / "metrics.csv").read_text(encoding="utf-8")
+    (tmp_path / "run" / "metrics.csv").write_text(re.sub(r"(?m)^1,[\d.]+,", "1,1000.0,", log), encoding="utf-8")
+    monkeypatch.setattr(training, "choose_precision", choose(torch.bfloat16))
+    for steps in (2, 3):
+        code, printed = run_script(train_ae, "--run", tmp_path / "run", "--resume", "--steps", steps)
+        assert code == 0 and "precision: float32 (as asked" in printed, printed
+    with open(tmp_path / "run" / "metrics.csv", encoding="utf-8", newline="") as file:
+        assert all(float(row["seconds"]) >= 1000 for row in csv.DictReader(file))
 
 
 def test_what_changes_the_learning_may_not_change_on_resume(runs, run_script):
@@ -250,6 +266,18 @@ def test_what_must_not_be_mirrored_is_not_mirrored_while_fine_tuning_either(runs
         assert run_script(finetune, runs / "ae", "--labels", 5, "--seeds", 1, "--limit", 200, *flags)[0] == 0
         assert flips == wanted
         flips.clear()
+
+
+def test_beside_each_held_out_image_stands_the_training_image_that_is_nearest(tmp_path, monkeypatch):
+    pixels = torch.randint(0, 256, (36, 1, 8, 8), generator=training.generator(0, "test", 0)).byte()
+    pixels[12:24] = pixels[:12]                                                    # the held-out images are copies of training images
+    data = images.Images(pixels, torch.arange(36), np.arange(36) % 3, np.repeat(np.uint8([0, 1, 2]), 12), list("abc"))
+    shown, dots, grid, scatter = [], [], figures.grid, figures.scatter
+    monkeypatch.setattr(figures, "grid", lambda rows: shown.extend(rows) or grid(rows))
+    monkeypatch.setattr(figures, "scatter", lambda points, labels: dots.append((points, labels)) or scatter(points, labels))
+    assert evaluation.Neighbours(data, "cpu")(lambda x: x.flatten(1).float(), nullcontext(), tmp_path) == 100
+    assert len(shown) == 10 and all(torch.equal(row[0], row[1]) and not torch.equal(row[0], row[2]) for row in shown)
+    assert dots[0][0].shape == (12, 2) and dots[0][1].tolist() == data.labels[12:24].tolist()
 
 
 @pytest.mark.parametrize("batch", [1, 7, 60, 61, 100])

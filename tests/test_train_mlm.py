@@ -234,6 +234,16 @@ def test_a_model_that_knows_nothing_has_the_bits_per_byte_of_a_guess(corpus, tmp
     assert result["bits_per_byte"] == pytest.approx(np.log2(400) * len(look.targets) / size, abs=1e-3)
 
 
+def test_the_passages_show_what_the_model_puts_beside_what_stood_there(corpus, tmp_path):
+    texts = documents.load_texts(str(corpus), tmp_path, 400)
+    look, ship = evaluation.MaskedText(texts, 32, 0.15, "cpu"), int(texts.tokenizer.encode("ship")[0])
+    assert [set(part.split) for part in look.labelled] == [{datasets.TRAIN}, {datasets.HELD_OUT}]
+    passages = look.passages(torch.full_like(look.targets, ship))
+    assert len(passages) > 3 and {guess for _, _, got in passages for guess in got} == {texts.tokenizer.decode([ship])}
+    assert len({word for _, wanted, _ in passages for word in wanted}) > 5
+    assert all(text.count("[MASK]") == len(wanted) == len(got) for text, wanted, got in passages)
+
+
 def test_fill_answers_for_each_mask_and_refuses_a_text_without_one(trained, run_script):
     code, printed = run_script(train_mlm, "--run", trained, "--fill", "The ship [MASK] and the [MASK], wait[MASK]")
     model, checkpoint = runs.load_run(trained)

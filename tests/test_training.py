@@ -1,6 +1,7 @@
 """The plumbing: settings, randomness, schedule, Muon, saving."""
 
 import os
+import time
 from dataclasses import dataclass
 from typing import Literal
 
@@ -41,6 +42,19 @@ def test_an_argument_that_a_flag_of_several_values_has_taken_is_missed_with_the_
     with pytest.raises(SystemExit):
         training.read_settings(finetune.Settings, "", ["--labels", "5", "runs/mlm"], positional=("run",))
     assert "RUN is missing: give it before all flags" in capsys.readouterr().err
+
+
+def test_a_right_guess_is_marked_as_right_and_a_wrong_one_stands_beside_what_stood_there():
+    shown = report.filled_in("a [MASK] b [MASK] c", [" x", " y"], [" x", " z"])
+    assert ' <span class="good">x</span> b' in shown and '<span class="bad">z</span> <s>y</s> c' in shown
+
+
+def test_the_time_of_an_evaluation_does_not_count_in_the_rate():
+    run = object.__new__(training.Run)
+    run.logged = 5.0
+    with run.pause():
+        time.sleep(0.05)
+    assert 5.05 <= run.logged < 6
 
 
 def test_what_was_measured_once_stands_on_the_page_too(tmp_path):
