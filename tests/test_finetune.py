@@ -251,6 +251,13 @@ def test_nearest_neighbours_vote_as_a_loop_does():
     assert evaluation.knn_accuracy(features, labels, queries, answers, k=5) == pytest.approx(100 * right / 11)
 
 
+def test_the_probe_is_fitted_on_all_the_labels_that_it_was_given():
+    torch.manual_seed(0)
+    x, labels = torch.randn(50, 6), np.arange(50) % 2
+    weights, strength = evaluation.probe(x, labels, 2, (1, 0.1))
+    torch.testing.assert_close(weights, evaluation.logistic_regression(x, labels, 2, strength), atol=1e-3, rtol=1e-3)
+
+
 def test_cross_validation_takes_a_strong_penalty_for_noise_and_a_weak_one_for_signal():
     torch.manual_seed(0)
     labels = np.arange(60) % 2

@@ -93,6 +93,29 @@ def test_rates_fall_to_nothing_and_byols_target_slows_down_to_a_stop(name, run_s
     assert targets == pytest.approx([1 - 0.02 * (1 + np.cos(np.pi * step / 40)) / 2 for step in range(40)] if name == "byol" else [])
 
 
+def image_task(runs, limit=100):
+    model, checkpoint = opened.load_run(runs / "simclr")
+    return ImageTask(images.load_images("shapes", limit=limit), model, lambda seed: opened.new_model(checkpoint, seed), flip=True, code=None,
+                     device=torch.device("cpu"), precision=torch.float32)
+
+
+def test_features_are_standardised_by_the_training_images_alone(runs):
+    task = image_task(runs)
+    features = task.features(task.model)[task.train]
+    torch.testing.assert_close(task.mean, features.mean(0))
+    torch.testing.assert_close(task.deviation, features.std(0, correction=0).clamp(min=1e-6))
+
+
+def test_the_rate_of_fine_tuning_climbs_for_a_tenth_of_the_steps_and_falls_to_nothing(runs, monkeypatch):
+    rates = {Muon: [], torch.optim.Adam: []}
+    for optimizer in rates:
+        monkeypatch.setattr(optimizer, "step", lambda self, optimizer=optimizer: rates[optimizer].append(self.param_groups[0]["lr"]))
+    task = image_task(runs)
+    task.train_classifier(task.fit_fine_tuned(task.train[:32], (0.0, 0.5), 0), task.train[:32], (0.01, 0.5), 0, 0.0, True, images_seen=640)
+    assert rates[Muon] == pytest.approx([0.01 * min(1, (step + 1) / 2) * (1 - step / 20) for step in range(20)])
+    assert rates[torch.optim.Adam] == pytest.approx([0.1 * rate for rate in rates[Muon]])
+
+
 def test_an_image_encoder_from_scratch_owes_nothing_to_the_pretrained_weights(runs, brief):
     fitted, data = [], images.load_images("shapes", limit=100)
     for std in (0.0, 0.1):
