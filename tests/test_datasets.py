@@ -3,6 +3,7 @@
 import gzip
 import hashlib
 import io
+import re
 import tarfile
 from collections import Counter
 
@@ -269,3 +270,14 @@ def test_docstrings_are_split_by_file_and_do_not_name_their_package(tmp_path):
     assert all(len(sides) == 1 for sides in parts.values())
     shares = np.bincount([part for _, _, part in found]) / 500
     np.testing.assert_allclose(shares, [0.7, 0.1, 0.2], atol=0.01)
+
+
+def test_a_docstring_does_not_name_a_part_of_its_packages_name_either(tmp_path):
+    files = []
+    for n in range(10):
+        path = tmp_path / f"m{n}.py"
+        path.write_text("\n".join(f'def f{i}():\n    """See nn.Linear{n} and torch.nn or np.sum {i}."""' for i in range(25)), encoding="utf-8")
+        files.append((path, ("torch", "nn", f"m{n}")))
+    found = list(documents._read_pydocs(files))
+    assert len(found) == 250 and {label for _, label, _ in found} == {"torch.nn"}
+    assert all(re.fullmatch(r"See package.Linear\d and package.package or package.sum \d+\.", text) for text, _, _ in found)

@@ -100,3 +100,9 @@ def test_an_archive_yields_wanted_regular_files_only_and_none_that_is_too_large(
                 ("good/4.txt", b"", tarfile.SYMTYPE), ("good/5.txt", b"", tarfile.LNKTYPE)) == [("good/1.txt", b"one")]
     with pytest.raises(UserError, match="good/1.txt has 11 bytes"):
         pack(("good/1.txt", b"x" * 11, tarfile.REGTYPE))
+
+
+def test_a_checksum_is_of_the_whole_file(tmp_path):
+    data = bytes(3 * 2**20) + b"the end"
+    (tmp_path / "a").write_bytes(data)
+    assert files.hash_of(tmp_path / "a", "md5") == hashlib.md5(data).hexdigest()

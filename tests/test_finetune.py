@@ -110,6 +110,15 @@ def test_the_option_is_chosen_that_is_best_on_held_out_examples():
     assert finetune.choose(column, task, 3) == "b" and finetune.choose(column, task, None) == "b"
 
 
+def test_chance_is_the_share_of_the_commonest_class_in_the_test_set(capsys):
+    labels = torch.tensor([0, 1] * 10 + [0, 1, 1, 1] * 2)
+    column = finetuning.Column(lambda which, option, seed: None, lambda fitted, which: torch.ones(len(which)))
+    task = SimpleNamespace(labels=labels, train=np.arange(10), held_out=np.arange(10, 20), test=np.arange(20, 28), classes=["a", "b"],
+                           probe=SimpleNamespace(column=lambda: column), trials=1)
+    ((_, found, _),), chance = finetune.table(SimpleNamespace(labels=["2"], seeds=2, probe=True), task)
+    assert chance == 75 and found["linear probe"][0] == [75, 75] and "commonest class is 75.0 %" in capsys.readouterr().out
+
+
 def text_task(trained, change=lambda model: None):
     model, checkpoint = runs.load_run(trained)
     change(model)

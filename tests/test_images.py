@@ -113,6 +113,7 @@ def test_cifar10_is_read_packed_and_unpacked(version, cifar, tmp_path):
         for n, (pixels, labels) in enumerate(cifar.values()):
             assert (data.labels[10_000 * n:10_000 * (n + 1)] == labels).all()
             assert (found[10_000 * n:10_000 * (n + 1)] == pixels).all()
+        assert (data.split == np.repeat([TRAIN, HELD_OUT, TEST], [45_000, 5_000, 10_000])).all()
     whole = (tmp_path / "packed" / f"cifar-10-{version}.tar.gz").read_bytes()
     for size in (0, 1, 100, len(whole) // 2, len(whole) - 1):
         (tmp_path / "packed" / f"cifar-10-{version}.tar.gz").write_bytes(whole[:size])
@@ -154,6 +155,12 @@ def test_own_images_come_back_as_they_are(shape, tmp_path):
     assert len(images.load_images(str(tmp_path / "a.npy"), keep_all=True)) == 60
     some = images.load_images(str(tmp_path / "a.npy"), keep_all=True, limit=30)[:]
     assert (some.permute(0, 2, 3, 1).numpy().reshape(30, *shape[1:]) == array[:30]).all()     # row by row the array
+
+
+def test_mean_and_deviation_are_of_images_from_the_whole_array():
+    pixels = torch.cat([torch.zeros(12_000, 1, 8, 8), torch.full((12_000, 1, 8, 8), 255)]).byte()
+    mean, deviation = images.mean_and_deviation(pixels)
+    assert float(mean) == pytest.approx(0.5, abs=1e-3) and float(deviation) == pytest.approx(0.5, abs=1e-3)
 
 
 def test_images_without_a_label_among_labelled_ones_shift_no_class(tmp_path):
@@ -255,6 +262,12 @@ def test_a_grid_enlarges_small_images_and_shows_one_channel_as_grey():
     picture = figures.grid(rows, gap=2)
     assert picture.shape == (2 * 64 + 2, 4 * 64 + 3 * 2, 3) and picture.dtype == np.uint8
     assert (picture[66 + 8 * 3, 66 + 8 * 5] == int(rows[1][1, 0, 3, 5])).all()     # image 1 of row 1, pixel (3, 5)
+
+
+def test_the_table_shows_mean_and_sample_deviation(tmp_path):
+    (tmp_path / "finetune.csv").write_text("labels_a_class,method,seed,test_accuracy,seconds,data\n10,pixels,0,20,1,x\n10,pixels,1,30,1,x\n"
+                                           "all,pixels,0,40,1,x\n", encoding="utf-8")
+    assert figures.label_table(tmp_path / "finetune.csv") == [["labels a class", "pixels"], ["10", "25.0 ± 7.1"], ["all", "40.0 ± 0.0"]]
 
 
 def test_a_curve_is_high_where_the_value_is_and_ends_at_its_last_step():
