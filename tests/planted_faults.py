@@ -97,6 +97,23 @@ FAULTS = [      # (what is wrong, file, what stands there, what is planted, test
     ("from scratch starts at the pretrained table", F, "table = 0.1 * torch.randn(", "table = self.table + 0 * torch.randn(", "finetune::from_scratch_owes"),
     ("all draws of labels are one", "finetune.py", "draw_labels(task.labels[pool], size, seed)", "draw_labels(task.labels[pool], size, 0)",
      "finetune::all_means_all"),
+    ("the greatest of each quadrant for its mean", A, "F.adaptive_avg_pool2d(self.maps(x), 2)", "F.adaptive_max_pool2d(self.maps(x), 2)",
+     "autoencoder::features_are_means"),
+    ("a learned scale behind the code", A, "nn.BatchNorm1d(code, affine=False)", "nn.BatchNorm1d(code)", "autoencoder::no_weight_makes"),
+    ("a rank of what does not vary", C, "torch.linalg.svdvals(z.float() - z.float().mean(0))", "torch.linalg.svdvals(z.float())",
+     "contrastive::alignment_uniformity"),
+    ("BYOL's target stands still at first, not at last", "train_contrastive.py", "(1 + math.cos(math.pi", "(1 - math.cos(math.pi", "train_images::rates_fall"),
+    ("another learning rate on --resume", R, '"evaluate_every", "save_every"}', '"evaluate_every", "save_every", "learning_rate"}',
+     "train_images::what_changes_the_learning"),
+    ("a probe that is not fitted on all its labels", E, "return logistic_regression(x, labels, classes, strengths[best], near[best]), strengths[best]",
+     "return near[best], strengths[best]", "finetune::the_probe_is_fitted"),
+    ("features on the scale of the test images, too", F, "standardised(self.features(self.model), self.train)",
+     "standardised(self.features(self.model), np.arange(len(self.labels)))", "train_images::features_are_standardised"),
+    ("from scratch with a frozen batch norm", F, "smoothing=0.1, frozen_norm=False)", "smoothing=0.1, frozen_norm=True)",
+     "train_images::an_image_encoder_from_scratch"),
+    ("the components of least variance", F, "directions[:self.code].T", "directions[-self.code:].T", "train_images::the_principal_components"),
+    ("the test batch is trained on", "minissl/images.py", "np.repeat(np.uint8([TRAIN, HELD_OUT, TEST]), [45_000, 5_000, 10_000])",
+     "np.repeat(np.uint8([TEST, HELD_OUT, TRAIN]), [10_000, 5_000, 45_000])", "images::cifar10_is_read"),
 ]
 
 
