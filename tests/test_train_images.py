@@ -87,7 +87,7 @@ def test_rates_fall_to_nothing_and_byols_target_slows_down_to_a_stop(name, run_s
     for optimizer in rates:
         monkeypatch.setattr(optimizer, "step", lambda self, optimizer=optimizer: rates[optimizer].append(self.param_groups[0]["lr"]))
     monkeypatch.setattr(contrastive.ContrastiveModel, "update_target", lambda self, rate: targets.append(rate))
-    assert run_script(SCRIPTS[name][0], "--run", tmp_path / "run", *SCRIPTS[name][1], *TINY, "--steps", 40)[0] == 0
+    assert run_script(SCRIPTS[name][0], "--run", tmp_path / "run", *SCRIPTS[name][1], *TINY, "--steps", 40, "--limit", 100, "--evaluate-every", 40)[0] == 0
     assert rates[Muon] == pytest.approx([0.02 * min((step + 1) / 2, 1 - step / 40) for step in range(40)])          # two steps of warm-up
     assert rates[torch.optim.Adam] == pytest.approx([0.1 * rate for rate in rates[Muon]])
     assert targets == pytest.approx([1 - 0.02 * (1 + np.cos(np.pi * step / 40)) / 2 for step in range(40)] if name == "byol" else [])
@@ -297,7 +297,7 @@ def test_what_must_not_be_mirrored_is_not_mirrored_while_fine_tuning_either(runs
     flips, augment = set(), contrastive.augment
     monkeypatch.setattr(contrastive, "augment", lambda *arguments, **named: flips.add(named["flip"]) or augment(*arguments, **named))
     for flags, wanted in ([], {True}), (["--no-flip"], {False}):
-        assert run_script(finetune, runs / "ae", "--labels", 5, "--seeds", 1, "--limit", 200, *flags)[0] == 0
+        assert run_script(finetune, runs / "byol", "--labels", 3, "--seeds", 1, "--limit", 100, *flags)[0] == 0
         assert flips == wanted
         flips.clear()
 

@@ -112,10 +112,10 @@ def test_rates_fall_to_nothing_in_each_stage_and_each_kind_of_parameter_has_its_
     rates = {Muon: [], torch.optim.Adam: []}
     for optimizer in rates:
         monkeypatch.setattr(optimizer, "step", lambda self, optimizer=optimizer: rates[optimizer].append([g["lr"] for g in self.param_groups]))
-    flags = ["--data", corpus, "--data-dir", tmp_path, *TINY, "--steps", 400, "--embedding-steps", 40, "--evaluate-every", 400]
+    flags = ["--data", corpus, "--data-dir", tmp_path, *TINY, "--steps", 240, "--embedding-steps", 40, "--evaluate-every", 240]
     assert run_script(train_mlm, *flags, "--run", tmp_path / "run")[0] == 0
     first = [0.02 * 0.5 * min((step + 1) / 20, 1 - step / 40) for step in range(40)]
-    second = [0.02 * min((step + 1) / 100, 1, (360 - step) / 180) for step in range(360)]
+    second = [0.02 * min((step + 1) / 100, (200 - step) / 100) for step in range(200)]
     assert rates[Muon][40:] == pytest.approx(np.array(second)[:, None])                             # before, the blocks have no gradient
     assert rates[torch.optim.Adam][:40] == pytest.approx(np.array([first, first]).T)                # embeddings, heads
     assert rates[torch.optim.Adam][40:] == pytest.approx(np.outer(second, [0.05, 0.15]))
