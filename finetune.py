@@ -21,7 +21,6 @@ training examples or by cross-validation inside the draw; the test set is scored
 """
 
 import contextlib
-import os
 import sys
 import time
 from dataclasses import dataclass, field
@@ -35,7 +34,7 @@ import torch
 from minissl import UserError, evaluation, figures, report, runs
 from minissl.datasets import fingerprint
 from minissl.documents import load_texts
-from minissl.files import progress, write_atomically, write_checkpoint, write_csv
+from minissl.files import progress, writable, write_atomically, write_checkpoint, write_csv
 from minissl.finetuning import CLASSIFIER_FORMAT, ImageTask, TextTask, label_images, label_texts
 from minissl.images import describe, load_images
 from minissl.training import at_least, autocast, choose_machine, read_settings, run_script
@@ -63,7 +62,7 @@ class Settings:
         at_least(0, limit=self.limit)
         if self.features and self.predict:
             raise UserError("--features and --predict: give one of them")
-        if self.features and (Path(self.features).suffix != ".npy" or not os.access(Path(self.features).parent, os.W_OK)):
+        if self.features and (Path(self.features).suffix != ".npy" or not writable(Path(self.features).parent)):
             raise UserError(f"--features {self.features}: give the name of a new .npy, in a folder that one can write into")
         if not all(rows == "all" or rows.isdecimal() and int(rows) > 0 for rows in self.labels):
             raise UserError(f"--labels {' '.join(self.labels)}: must be whole numbers above 0, or all")
@@ -122,7 +121,7 @@ def table(settings, task):
     if too_large:
         print(f"left out: {' and '.join(too_large)} labels a class, for the smallest class has {least} to train on")
     columns = {"linear probe": task.probe.column()} if settings.probe else task.columns()
-    for row in (row for row in rows if row not in too_large):
+    for row in [row for row in rows if row not in too_large]:
         try:
             results.append((row, *one_row(settings, task, columns, row)))
         except KeyboardInterrupt:

@@ -135,6 +135,11 @@ def lock(folder):
         raise UserError(f"another process is training into {folder}: wait for its end, or give another --run") from None
 
 
+def writable(path):
+    """Is it a folder that one can write into?"""
+    return path.is_dir() and os.access(path, os.W_OK)
+
+
 def write_atomically(path, data):
     """To a temporary file, flushed, renamed: after a crash the path holds the old bytes or the new, never a part."""
     temporary = path.with_name(path.name + ".tmp")

@@ -15,7 +15,6 @@ import hashlib
 import inspect
 import json
 import math
-import os
 import re
 import shlex
 import signal
@@ -29,7 +28,7 @@ import numpy as np
 import torch
 
 from minissl import UserError, processes, report
-from minissl.files import CHECKPOINT_FORMAT, MISFITS, load_checkpoint, lock, misfit, write_atomically, write_checkpoint, write_csv
+from minissl.files import CHECKPOINT_FORMAT, MISFITS, load_checkpoint, lock, misfit, writable, write_atomically, write_checkpoint, write_csv
 
 
 # ---------------------------------------------------------------- from the command line to settings, and out again
@@ -251,7 +250,7 @@ class Run:
             self.checkpoint = load_checkpoint(self.folder)
             self._compare(self.checkpoint["settings"])
             self.rows = self._read_rows()
-        elif not place.is_dir() or not os.access(place, os.W_OK):
+        elif not writable(place):
             raise UserError(f"--run {self.folder}: {place} is no folder that one can write into; give another name")
         elif (self.folder / "checkpoint.pt").exists():       # without one a run may start anew: there is nothing to lose
             raise UserError(f"{self.folder} holds a run already: --resume goes on with it, --run with another name "

@@ -181,7 +181,7 @@ def test_doubled_texts_have_their_rows_of_features_too_in_the_order_of_the_paths
 @pytest.mark.parametrize("flags, sentence", [
     (["--labels", "1", "1000"], "--labels 1000: too many"), (["--labels", "some"], "whole numbers above 0, or all"),
     (["--predict", "not/there.txt"], "not/there.txt"), (["--data", "not/there"], "there is nothing there"),
-    (["--predict", "a.txt", "--features", "b.npy"], "give one of them"), (["--features", "not/there/b.npy"], "one can write into"), (["--features", "out.txt"], "a new .npy"),
+    (["--predict", "a.txt", "--features", "b.npy"], "give one of them"), (["--features", "not/there/b.npy"], "one can write into"), (["--features", f"{__file__}/b.npy"], "one can write into"), (["--features", "out.txt"], "a new .npy"),
     (["--predict", "."], "a folder; give a .txt"),
     (["--data", "cifar10"], "learned from texts")])
 def test_what_cannot_be_done_is_said_in_one_sentence(flags, sentence, trained, run_script):
