@@ -8,23 +8,20 @@
     python finetune.py runs/imdb --predict new.txt              label new text, or images (after the table)
     python finetune.py runs/imdb --features out.npy --data my_texts/         (N, d) float32, a row a text or an image
 
-The columns (how each is fitted: minissl/finetuning.py), all on the same draws of labels, and what each may choose, on held-out
-training examples or by cross-validation inside the draw; the test set is scored once, at the end:
+The columns (minissl/finetuning.py fits them) share the draws of labels, choose on held-out examples, then test once:
 
-    tf-idf        texts, what a user would do instead: logistic regression on one- and two-word features of the same tokens
-    pixels        images, what a user would do instead: logistic regression; after train_ae.py also on their principal components
-    untrained     images: a probe of the same encoder with random weights, for many a feature is good before any learning
-    from scratch  the same model without pretraining; rate, of texts also epochs, of images also crops, on held-out examples
-    linear probe  logistic regression on the frozen features; strength by cross-validation
-    fine-tuned    starts from the probe, then moves the encoder, too; rate (0 among them), of texts also epochs, on held-out
-                  examples. Of a text encoder the embeddings move, the blocks stay; so from scratch, where they are zero
+    tf-idf        texts, what one would do instead: logistic regression on one- and two-word features of the same tokens
+    pixels        images, what one would do instead: logistic regression; after train_ae.py also on principal components
+    untrained     images: a probe of the encoder with random weights, for many a feature is good before any learning
+    from scratch  the same model, not pretrained (texts: the blocks stay zero); rate, epochs (texts), crops (images)
+    linear probe  logistic regression on the frozen features; strength, as in the first two, by cross-validation
+    fine-tuned    starts at the probe, moves the encoder (texts: its embeddings alone), too; rate (or 0), epochs (texts)
 """
 
 import contextlib
 import sys
 import time
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -45,7 +42,7 @@ from minissl.training import at_least, autocast, choose_machine, read_settings, 
 @dataclass
 class Settings:
     run: str  # the folder of a run
-    labels: list[str] = field(default_factory=list)  # labels a class, a row each; default 10 100 500 all, images 10 50 500 all
+    labels: list[str] = field(default_factory=list)  # a class, a row each; default 10 100 500 all, images 10 50 500 all
     seeds: int = 5  # draws of labels; "all" is one draw, trained in two orders
     data: str = ""  # other data than the run's, by name or path
     data_dir: str = ""  # where archives and caches lie; as for the run, unless given
@@ -63,7 +60,8 @@ class Settings:
         if self.features and self.predict:
             raise UserError("--features and --predict: give one of them")
         if self.features and (Path(self.features).suffix != ".npy" or not writable(Path(self.features).parent)):
-            raise UserError(f"--features {self.features}: give the name of a new .npy, in a folder that one can write into")
+            raise UserError(f"--features {self.features}: give the name of a new .npy, "
+                            f"in a folder that one can write into")
         if not all(rows == "all" or rows.isdecimal() and int(rows) > 0 for rows in self.labels):
             raise UserError(f"--labels {' '.join(self.labels)}: must be whole numbers above 0, or all")
 
@@ -93,7 +91,7 @@ def one_row(settings, task, columns, row):
         chosen[name] = choose(column, task, size)
         if chosen[name]:
             print(f"  {name}: chose {chosen[name]}", flush=True)
-    pool = task.train if size else np.concatenate([task.train, task.held_out])      # all means all: the choices are made
+    pool = task.train if size else np.concatenate([task.train, task.held_out])     # all means all: the choices are made
     for seed in range(settings.seeds if size else min(settings.seeds, 2)):
         which = pool[evaluation.draw_labels(task.labels[pool], size, seed)]
         for name, (accuracies, seconds) in found.items():
@@ -107,13 +105,14 @@ def one_row(settings, task, columns, row):
 
 
 def table(settings, task):
-    """-> [(labels a class, {column: (accuracies, seconds)}, the last fine-tuned classifier)], a row an entry, and chance."""
+    """-> [(labels a class, {column: (accuracies, seconds)}, last fitted classifier)], a row an entry, and chance."""
     if not (len(task.train) and len(task.held_out) and len(task.test)):
-        raise UserError("too few labelled examples for a training, a held-out and a test set: give at least 10 of each class")
+        raise UserError("too few labelled examples for a training, a held-out and a test set: "
+                        "give at least 10 of each class")
     chance = 100 * float(torch.bincount(task.labels[task.test]).max()) / len(task.test)
     least = int(torch.bincount(task.labels[task.train], minlength=len(task.classes)).min())
-    print(f"{len(task.classes)} classes; labelled: {len(task.train):,} to draw from, {len(task.held_out):,} held out for choices, "
-          f"{len(task.test):,} to test on, of which the commonest class is {chance:.1f} %")
+    print(f"{len(task.classes)} classes; labelled: {len(task.train):,} to draw from, {len(task.held_out):,} held out "
+          f"for choices, {len(task.test):,} to test on, of which the commonest class is {chance:.1f} %")
     rows, results = settings.labels or task.rows, []
     too_large = [row for row in rows if row != "all" and int(row) > least]
     if too_large and settings.labels:
@@ -133,17 +132,19 @@ def table(settings, task):
 
 
 def write_results(settings, checkpoint, name, classes, results, chance):
-    """Print the table; finetune.csv and .svg (or probe.csv), classifier.pt and the page go into the run's folder. name: of the data."""
+    """Print the table; in the run's folder finetune.csv, .svg (or probe.csv), classifier.pt, page. name: the data's."""
     folder, (_, _, classifier) = Path(settings.run), results[-1]
     path = folder / ("probe.csv" if settings.probe else "finetune.csv")
-    write_csv(path, [dict(labels_a_class=row, method=method, seed=n, test_accuracy=round(accuracy, 2), seconds=round(seconds, 1), data=name)
-                     for row, found, _ in results for method, columns in found.items()
-                     for n, (accuracy, seconds) in enumerate(zip(*columns))])
+    write_csv(path, [dict(labels_a_class=row, method=method, seed=n, test_accuracy=round(accuracy, 2),
+                          seconds=round(seconds, 1), data=name) for row, found, _ in results
+                     for method, columns in found.items() for n, (accuracy, seconds) in enumerate(zip(*columns))])
     if not settings.probe:
-        write_atomically(folder / "finetune.svg", figures.label_figure(path, xmlns="http://www.w3.org/2000/svg").encode())
-        write_checkpoint(folder / "classifier.pt", dict(format=CLASSIFIER_FORMAT, step=checkpoint["step"], classes=classes,
-                                                        model=classifier.state_dict()))
-    print(f"\ntest accuracy in %, mean ± standard deviation over draws (chance {chance:.1f}); in brackets seconds a draw")
+        figure = figures.label_figure(path, xmlns="http://www.w3.org/2000/svg")
+        write_atomically(folder / "finetune.svg", figure.encode())
+        write_checkpoint(folder / "classifier.pt", dict(format=CLASSIFIER_FORMAT, step=checkpoint["step"],
+                                                        classes=classes, model=classifier.state_dict()))
+    print(f"\ntest accuracy in %, mean ± standard deviation over draws (chance {chance:.1f}); "
+          f"in brackets seconds a draw")
     lines = figures.label_table(path)
     for line, (_, found, _) in zip(lines[1:], results):
         line[1:] = [f"{cell} ({np.mean(seconds):.0f})" for cell, (_, seconds) in zip(line[1:], found.values())]
@@ -163,11 +164,12 @@ def main():
         device, precision, _ = choose_machine(settings)
     cast = autocast(device, precision)
     if settings.predict:
-        return (label_texts if of_text else label_images)(settings.run, settings.predict, checkpoint, model, cast, device)
+        label = label_texts if of_text else label_images
+        return label(settings.run, settings.predict, checkpoint, model, cast, device)
     name, data_dir = settings.data or trained["data"], settings.data_dir or trained["data_dir"]
-    images = name in ("shapes", "cifar10") or name.endswith(".npy")
-    if of_text and images or not of_text and (name in ("pydocs", "imdb") or name.endswith(".txt")):
-        raise UserError(f"--data {name}: the run in {settings.run} learned from {'texts' if of_text else 'images'}; give it such data")
+    kind, others, end = ("texts", ("shapes", "cifar10"), ".npy") if of_text else ("images", ("pydocs", "imdb"), ".txt")
+    if name in others or name.endswith(end):
+        raise UserError(f"--data {name}: the run in {settings.run} learned from {kind}; give it such data")
     if settings.features and Path(settings.features).resolve() == Path(name).resolve():
         raise UserError(f"--features {settings.features}: that is the data; give another name")
     if of_text:
@@ -177,21 +179,20 @@ def main():
         data = load_images(name, data_dir, settings.limit, keep_all=bool(settings.features))
         runs.check_images(data, model, name)
         if fingerprint(data) in checkpoint["data"] and checkpoint["data"] != describe(data):
-            print("mind: the run has learned from other ones of these images, so test images may be among them, because there were "
-                  "no labels, or others, beside them; train another run with these")
+            print("mind: the run has learned from other ones of these images, so test images may be among them, "
+                  "because there were no labels, or others, beside them; train another run with these")
     if settings.features:
         features_of = evaluation.text_features if of_text else evaluation.image_features
         features = features_of(runs.encoder_of(checkpoint, model.to(device)), data, cast, device, progress=progress)
         np.save(settings.features, features.numpy())
-        return print(f"{settings.features}: {features.shape[0]:,} × {features.shape[1]} features"
-                     + "".join(f"; {note}" for note in data.notes))
+        return print("; ".join([f"{settings.features}: {len(features):,} × {features.shape[1]} features", *data.notes]))
     if len(data.classes) < 2:
-        raise UserError(f"--data {name}: fine-tuning needs labels, of two classes at least: for texts a folder with a sub-folder "
-                        f"per class, for images NAME.labels.npy beside NAME.npy")
+        raise UserError(f"--data {name}: fine-tuning needs labels, of two classes at least: for texts a folder "
+                        f"with a sub-folder per class, for images NAME.labels.npy beside NAME.npy")
     data = data.select(data.labels >= 0)
     task = TextTask(data, model, cast, device) if of_text else ImageTask(
-        data, model, partial(runs.new_model, checkpoint), not (settings.no_flip or trained.get("no_flip")), trained.get("code"),
-        device, precision)
+        data, model, lambda seed: runs.new_model(checkpoint, seed), not (settings.no_flip or trained.get("no_flip")),
+        trained.get("code"), device, precision)
     write_results(settings, checkpoint, name, data.classes, *table(settings, task))
 
 

@@ -38,7 +38,7 @@ class Settings:
     steps: int = 600  # optimizer steps
     batch_size: int = 256  # images a step; no gradient accumulation: batch norm would not see the rest
     learning_rate: float = 0.02  # Muon's, on matrices and kernels; Adam's on vectors is a tenth
-    width: int = 32  # of the encoder's first feature map, doubled twice; 64 sees more and takes nearly four times as long
+    width: int = 32  # of the encoder's first feature map, doubled twice; 64 sees more, in nearly four times the time
     seed: int = 0  # of everything random
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: the best there is
     precision: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 where it is measurably faster
@@ -65,7 +65,7 @@ class Settings:
 # ---------------------------------------------------------------- What it has learned so far
 
 class Look:
-    """Called with the model: what the loss does not show, on held-out images, and pictures of it in the run's folder."""
+    """Called with the model: what the loss does not show, on held-out images; pictures of it in the run's folder."""
 
     blank = dict.fromkeys(("held_out", "sparsity", "correlation", "knn"), "")
 
@@ -107,7 +107,8 @@ def main():
     print(f"data: {settings.data}, {len(pool):,} images of {H} × {W} × {C} to learn from"
           + "".join(f"; {note}" for note in data.notes))
     if settings.masked and max(H, W) <= 8:
-        raise UserError(f"--masked {settings.masked}: these images are one patch of 8 × 8; leave it out, or enlarge them")
+        raise UserError(f"--masked {settings.masked}: these images are one patch of 8 × 8; "
+                        f"leave it out, or enlarge them")
     batches = Batches(len(pool), B, settings.seed, "image order")
 
     def corrupt(images, step):
@@ -118,8 +119,9 @@ def main():
     model = autoencoder.Autoencoder((H, W), *mean_and_deviation(pool), settings.code, settings.width)
     model = model.to(device, memory_format=torch.channels_last)
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizers = [Muon([p for p in trained if p.ndim > 1], settings.learning_rate, weight_decay=0.02, precision=precision),
-                  torch.optim.Adam([dict(params=[p for p in trained if p.ndim == 1], times=0.1)], fused=device.type != "mps")]
+    matrices, vectors = [p for p in trained if p.ndim > 1], [p for p in trained if p.ndim == 1]
+    optimizers = [Muon(matrices, settings.learning_rate, weight_decay=0.02, precision=precision),
+                  torch.optim.Adam([dict(params=vectors, times=0.1)], fused=device.type != "mps")]
     first = run.begin(share_batch_norm(model), optimizers, describe(data))
     look = Look(data, run.folder, corrupt, device)
     chance = float((look.images - look.images.mean(0)).square().mean())   # the error of the mean image
@@ -133,7 +135,8 @@ def main():
         images, given = share(images), share(corrupt(images, step))      # of several processes, a slice each
         with cast:
             rebuilt, z = model(given)                                    # (B, C, H, W), (B, D)
-            loss, error, penalty = autoencoder.autoencoder_loss(images, rebuilt, gather(z), settings.beta, settings.regularizer)
+            loss, error, penalty = autoencoder.autoencoder_loss(images, rebuilt, gather(z),
+                                                                settings.beta, settings.regularizer)
         loss.backward()
         stopping = average_gradients(trained, run.stopping)
         run.count(B, 3 * flops * B, error, penalty)

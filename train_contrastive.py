@@ -31,7 +31,8 @@ from minissl.training import (Batches, Run, at_least, autocast, choose_machine, 
 
 # The views say what does not matter. In shapes colour does not, and a small crop holds no shape: with the photographs'
 # views the encoder recognises the colours, and the loss falls all the same (EXPERIMENTS.md).
-USUAL = {"shapes": dict(crop=0.5, jitter=0.8, hue=0.5, grey=0.4), "photographs": dict(crop=0.2, jitter=0.4, hue=0.1, grey=0.2)}
+USUAL = {"shapes": dict(crop=0.5, jitter=0.8, hue=0.5, grey=0.4),
+         "photographs": dict(crop=0.2, jitter=0.4, hue=0.1, grey=0.2)}
 
 
 @dataclass
@@ -42,20 +43,20 @@ class Settings:
     run: str = "runs/contrastive"  # the run's folder
     resume: bool = False  # go on with the run in --run
     steps: int = 600  # optimizer steps
-    batch_size: int = 256  # images a step; no gradient accumulation: neither negatives nor batch norm would see the rest
+    batch_size: int = 256  # images a step; no gradient accumulation: negatives and batch norm would not see the rest
     learning_rate: float = 0.02  # Muon's, on matrices and kernels; Adam's on vectors is a tenth
-    width: int = 32  # of the encoder's first feature map, doubled twice; 64 sees more and takes nearly four times as long
+    width: int = 32  # of the encoder's first feature map, doubled twice; 64 sees more, in nearly four times the time
     seed: int = 0  # of everything random
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: the best there is
     precision: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 where it is measurably faster
     compile: bool = False  # torch.compile the encoder: a minute first, then faster on a GPU
     method: Literal["simclr", "byol"] = "simclr"  # with negatives, or with a slow second network
     views: int = 2  # of each image; 4 gave no more at equal time (a prototype; so, too, the next two)
-    view_size: int = 0  # pixels, height of a view, an even number; 0: three quarters of the image's, +2 points at equal time
+    view_size: int = 0  # height of a view in pixels, even; 0: three quarters of the image's, +2 points at equal time
     temperature: float = 0.15  # of SimCLR's softmax; 0.1 to 0.4 were alike
     similarity: Literal["cosine", "dot"] = "cosine"  # of two projections
     target_rate: float = 0.98  # of BYOL's moving average at the start; it rises to 1
-    crop: float = -1  # least share of the image's area in a view; below 0, this and the next three as usual for the data
+    crop: float = -1  # least share of the image's area in a view; below 0, it and the next three as usual for the data
     jitter: float = -1  # strength of brightness, contrast and saturation
     hue: float = -1  # turns
     grey: float = -1  # share of views without colour
@@ -83,14 +84,15 @@ class Settings:
 # ---------------------------------------------------------------- What it has learned so far
 
 class Look:
-    """Called with the model: what the loss does not show, on held-out images, and pictures of it in the run's folder."""
+    """Called with the model: what the loss does not show, on held-out images; pictures of it in the run's folder."""
 
     blank = dict.fromkeys(("alignment", "uniformity", "effective_rank", "knn"), "")
 
     def __init__(self, data, folder, draw, view, device):
         self.folder, self.device = folder, device
         held_out = data.of(HELD_OUT, 512)
-        self.pair = torch.stack([view(held_out[:], draw(len(held_out), "look", n)) for n in range(2)])     # (2, B, C, h, w)
+        self.pair = torch.stack([view(held_out[:], draw(len(held_out), "look", n))
+                                 for n in range(2)])                                             # (2, B, C, h, w)
         self.neighbours = evaluation.Neighbours(data, device)
 
     @torch.no_grad()
@@ -98,7 +100,8 @@ class Look:
         with cast:
             z = model.project(self.pair.to(self.device)).float().cpu()                           # (2, B, D)
         accuracy = self.neighbours(lambda images: contrastive.encode(model, images), cast, self.folder)
-        return dict(alignment=round(float(contrastive.alignment(z)), 4), uniformity=round(float(contrastive.uniformity(z[0])), 4),
+        return dict(alignment=round(float(contrastive.alignment(z)), 4),
+                    uniformity=round(float(contrastive.uniformity(z[0])), 4),
                     effective_rank=round(float(contrastive.effective_rank(z[0])), 2), knn=accuracy)
 
 
@@ -124,34 +127,35 @@ def main():
         return torch.rand(n, 12, generator=generator(settings.seed, purpose, step))
 
     def view(images, numbers):
-        return contrastive.augment(images, size, numbers.to(images.device), settings.crop, settings.jitter, settings.hue, settings.grey,
-                                   not settings.no_flip)
+        return contrastive.augment(images, size, numbers.to(images.device), settings.crop, settings.jitter,
+                                   settings.hue, settings.grey, not settings.no_flip)
 
     torch.manual_seed(settings.seed)
     byol = settings.method == "byol"
     model = contrastive.ContrastiveModel(*mean_and_deviation(pool), byol=byol, width=settings.width)
     model = model.to(device, memory_format=torch.channels_last)
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizers = [Muon([p for p in trained if p.ndim > 1], settings.learning_rate, weight_decay=0.02, precision=precision),
-                  torch.optim.Adam([dict(params=[p for p in trained if p.ndim == 1], times=0.1)], fused=device.type != "mps")]
+    matrices, vectors = [p for p in trained if p.ndim > 1], [p for p in trained if p.ndim == 1]
+    optimizers = [Muon(matrices, settings.learning_rate, weight_decay=0.02, precision=precision),
+                  torch.optim.Adam([dict(params=vectors, times=0.1)], fused=device.type != "mps")]
     first = run.begin(share_batch_norm(model), optimizers, describe(data))
     look = Look(data, run.folder, draw, view, device)
-    flops = count_flops(model, lambda: model.project(torch.zeros(V, 1, C, *size, device=device)))   # of an image, forward
+    flops = count_flops(model, lambda: model.project(torch.zeros(V, 1, C, *size, device=device)))  # an image's, forward
     if settings.compile:
         model.encoder.compile()
-    print(f"views: crops of at least {settings.crop} of the area, colour jitter {settings.jitter}, hue {settings.hue}, grey "
-          f"{settings.grey} (usual for {'this data' if settings.data in USUAL else 'photographs'}, unless given)")
+    print(f"views: crops of at least {settings.crop} of the area, colour jitter {settings.jitter}, hue {settings.hue}, "
+          f"grey {settings.grey} (usual for {'this data' if settings.data in USUAL else 'photographs'}, unless given)")
     print(f"model: {sum(p.numel() for p in trained):,} parameters; views of {size[0]} × {size[1]}, "
           f"{flops / 2e6:,.0f} million multiply-adds an image")
 
     for step in range(first, settings.steps):
         images = pool[share(batches(step))].to(device)                   # (B, C, H, W): of several processes, a slice
-        views = torch.stack([view(images, share(draw(B, f"view {n}", step))) for n in range(V)])               # (V, B, C, h, w)
+        views = torch.stack([view(images, share(draw(B, f"view {n}", step))) for n in range(V)])       # (V, B, C, h, w)
         if step == 0 and not RANK:
             figures.write_png(run.folder / "views.png", figures.grid([v[:12].cpu() for v in views]))
         with cast:
             projections = model.project(views)                           # (V, B, D)
-            if byol:                                                     # each view predicts the projection of the one before
+            if byol:                                                     # each view predicts the projection before it
                 targets = model.project_by_target(views).roll(1, 0)
                 loss = contrastive.byol_loss(model.predict(projections).flatten(0, 1), targets.flatten(0, 1))
             else:
@@ -180,7 +184,8 @@ def main():
             if looking:
                 report.write_page(run.folder)
         if last or stopping or run.due():
-            run.save(done, model, optimizers, method="contrastive", model_settings=dict(byol=byol, width=settings.width))
+            run.save(done, model, optimizers, method="contrastive",
+                     model_settings=dict(byol=byol, width=settings.width))
         if stopping and not last:
             run.leave(done)
     print(f"done: {run.folder / 'report.html'} shows what it learned; python finetune.py {run.folder} what it is worth")

@@ -1,6 +1,6 @@
 """Pretrain a tiny transformer on text without labels: fill in masked words, guess the rest of the document.
 
-Two stages, one model. In the first `--embedding-steps` steps the transformer's blocks are still zero, and the embeddings
+Two stages, one model. For `--embedding-steps` steps the transformer's blocks are still zero, and the embeddings
 alone learn the document term, from whole texts, half a million tokens a second. Then both losses train everything.
 
     python train_mlm.py                                         docstrings of this machine's Python, under 5 minutes
@@ -53,7 +53,7 @@ class Settings:
     window: int = 128  # tokens that attend to each other
     mask_share: float = 0.15  # of each window's tokens (BERT)
     masked_weight: float = 1.0  # of the masked loss; 0 turns it off
-    document_weight: float = 4.0  # of the document term (1: a point less at 100 labels); 0 turns it and the first stage off
+    document_weight: float = 4.0  # of the document term (1: a point less at 100 labels); 0: off, and no first stage
     evaluate_every: int = 500  # steps
     save_every: float = 30  # seconds; a run that is killed loses no more
     fill: str = ""  # instead of training: what the run in --run puts for each [MASK] of this text
@@ -74,8 +74,7 @@ class Settings:
         if not self.masked_weight and not self.document_weight:
             raise UserError("--masked-weight 0 and --document-weight 0: nothing is left to learn; keep one above 0")
         if self.masked_weight and self.embedding_steps >= self.steps:
-            raise UserError(f"--embedding-steps {self.embedding_steps} leave none of --steps {self.steps} to the masked "
-                            f"loss: give more --steps or fewer --embedding-steps")
+            raise UserError(f"--embedding-steps {self.embedding_steps}: must be below --steps {self.steps}")
 
 
 # ---------------------------------------------------------------- Model
@@ -87,7 +86,8 @@ def new_model(settings, texts):
     columns = min(64, settings.width) if settings.document_weight else settings.width
     model = transformer.TextEncoder(V, frequent_pairs(texts, V, settings.pairs), settings.width, settings.layers,
                                     settings.heads, settings.window, columns)
-    counts = sum(model.count_terms(torch.from_numpy(texts.flat(which)[0]), 0, 1)[0] for which in texts.slices(4096))      # (V + N,)
+    counts = sum(model.count_terms(torch.from_numpy(texts.flat(which)[0]), 0, 1)[0]
+                 for which in texts.slices(4096))                        # (V + N,)
     return model, model.start_at(counts)
 
 
@@ -104,7 +104,7 @@ def main():
     with first_alone():
         texts = load_texts(settings.data, settings.data_dir, settings.vocabulary_size, settings.limit,
                            runs.tokenizer_of(run.checkpoint) if run.checkpoint else None)
-    V, D, k = len(texts.tokenizer), settings.width, settings.gradient_accumulation
+    V, D, nothing = len(texts.tokenizer), settings.width, torch.zeros((), device=device)
     pool = texts.select(texts.split == TRAIN).cut(1024)                  # a book is not one document
     print(f"data: {settings.data}, {len(pool):,} texts to learn from, {pool.lengths.sum():,} tokens, vocabulary {V:,}"
           + "".join(f"; {note}" for note in texts.notes))
@@ -113,24 +113,23 @@ def main():
     evaluate = evaluation.MaskedText(texts, settings.window, settings.mask_share, device)
 
     model, weights = (part.to(device) for part in new_model(settings, pool))
-    matrices = list(model.blocks.parameters())       # these learn by Muon, all else by Adam, at the rates of a prototype
+    matrices = list(model.blocks.parameters())      # these learn by Muon, all else by Adam, at the rates of a prototype
     embeddings = [model.token_embedding.weight, model.pair_embedding.weight]
     heads = [*model.term_head.parameters(), *model.token_dense.parameters(), model.token_bias]
     adam = torch.optim.Adam([dict(params=embeddings, times=0.05), dict(params=heads, times=0.15)], betas=(0.9, 0.99),
                             fused=device.type != "mps")
     optimizers = [adam] + ([Muon(matrices, settings.learning_rate, precision=precision)] if matrices else [])
-    first = run.begin(model, optimizers, f"{len(pool):,} texts of {pool.lengths.sum():,} tokens, {len(model.pairs):,} pairs, "
-                      f"checksum {fingerprint(texts)}")
+    first = run.begin(model, optimizers, f"{len(pool):,} texts of {pool.lengths.sum():,} tokens, "
+                      f"{len(model.pairs):,} pairs, checksum {fingerprint(texts)}")
     if settings.compile:
         model.compile()
     blocks = sum(p.numel() for p in matrices)
     print(f"model: {sum(p.numel() for p in model.parameters()):,} parameters, {blocks:,} of them in the blocks")
 
-    nothing = torch.zeros((), device=device)
     for step in range(first, settings.steps):
-        if step < settings.embedding_steps:                              # First stage: the embeddings alone, whole texts
+        if step < settings.embedding_steps:                              # First stage: embeddings alone, whole texts
             read, unread, owner, B = documents(step)
-            low, high = RANK * B // WORLD, (RANK + 1) * B // WORLD       # of several processes, b = high − low documents each
+            low, high = RANK * B // WORLD, (RANK + 1) * B // WORLD       # a process takes b = high − low documents
             mine = (owner >= low) & (owner < high)
             owner = owner[mine].to(device) - low
             counts = model.count_terms(read[mine].to(device), owner, high - low)                  # (b, V + N)
@@ -149,24 +148,26 @@ def main():
             bag = model.count_terms(rest.to(device), owner.to(device), B) * weights               # (B, V + N)
             filled = (bag.sum(1) > 0).sum().clamp(min=1)
             # One part, unless gradients are accumulated or other processes have theirs: the mean of all is the whole.
-            for rows in torch.arange(B).tensor_split(min(k * WORLD, B))[RANK::WORLD]:
+            for rows in torch.arange(B).tensor_split(min(settings.gradient_accumulation * WORLD, B))[RANK::WORLD]:
                 part, low = slice(rows[0], rows[-1] + 1), rows[0] * T
                 here = (positions >= low) & (positions < low + len(rows) * T)
                 size = lengths[part].to(device)
                 with cast:
-                    x = model(inputs[part].to(device), None if lengths[part].min() == T else size)              # (b, T, D)
+                    x = model(inputs[part].to(device), None if lengths[part].min() == T else size)           # (b, T, D)
                     hidden = x.flatten(0, 1)[(positions[here] - low).to(device)]                  # (m, D)
-                    masked = transformer.masked_language_model_loss(model.token_logits(hidden), targets[here].to(device),
-                                                                    len(targets) / WORLD) if settings.masked_weight else nothing
                     z = transformer.norm(model.mean(x, size))                                     # (b, d)
-                    document = transformer.document_loss(model.term_head(z), bag[part],
-                                                         filled / WORLD) if settings.document_weight else nothing
+                    masked = document = nothing
+                    if settings.masked_weight:
+                        masked = transformer.masked_language_model_loss(
+                            model.token_logits(hidden), targets[here].to(device), len(targets) / WORLD)
+                    if settings.document_weight:
+                        document = transformer.document_loss(model.term_head(z), bag[part], filled / WORLD)
                 (settings.masked_weight * masked + settings.document_weight * document).backward()
                 run.count(0, 0, masked, document, steps=0)
             rate = rate_at(step - settings.embedding_steps, settings.steps - settings.embedding_steps, warmup=100)
-            # 2 for multiply and add, 3 for forward and backward; attention: q kᵀ and the product with v, T²D each
-            run.count(real, 6 * (blocks * real + V * D * len(positions) + 2 * settings.layers * D * int((lengths**2).sum())),
-                      nothing, nothing)                                  # for a process that had no part
+            # 6: 2 for multiply and add, 3 for forward and backward; attention: q kᵀ and the product with v, T²D each
+            multiply_adds = blocks * real + V * D * len(positions) + 2 * settings.layers * D * int((lengths**2).sum())
+            run.count(real, 6 * multiply_adds, nothing, nothing)         # nothing: for a process that had no part
 
         stopping = average_gradients(model.parameters(), run.stopping)
         for optimizer in optimizers:

@@ -65,8 +65,8 @@ def autoencoder_loss(x, x_hat, z, beta=0.0, regularizer="none"):
 
 
 def sparsity(z):
-    """1 − (mean |z|)² / mean z² over the batch, the mean over the columns of z (B, D): 0 if a number is equally far from 0
-    for all images, 0.36 if it is normally distributed, 1 if it is 0 for all but a few. (Treves and Rolls 1991)"""
+    """1 − (mean |z|)² / mean z² over the batch, the mean over the columns of z (B, D): 0 if a number is equally far
+    from 0 for all images, 0.36 if normally distributed, 1 if it is 0 for all but a few. (Treves and Rolls 1991)"""
     return (1 - z.abs().mean(0).square() / z.square().mean(0).clamp(min=1e-12)).mean()
 
 
@@ -93,7 +93,8 @@ def corrupt(x, noise=0.0, masked=0.0, patch=8, generator=None):
         draw = torch.rand(B, h * w, generator=generator)
         count = min(max(1, round(masked * h * w)), h * w - 1)
         hidden = draw.argsort(1).argsort(1) < count                           # (B, h·w)
-        hidden = hidden.view(B, 1, h, w).repeat_interleave(patch, 2).repeat_interleave(patch, 3)[..., :H, :W].to(x.device)
+        hidden = hidden.view(B, 1, h, w).repeat_interleave(patch, 2).repeat_interleave(patch, 3)
+        hidden = hidden[..., :H, :W].to(x.device)                             # (B, 1, H, W)
         x = torch.where(hidden, x.mean((0, 2, 3), keepdim=True), x)
     return x
 
@@ -101,7 +102,8 @@ def corrupt(x, noise=0.0, masked=0.0, patch=8, generator=None):
 # ---------------------------------------------------------------- the model
 
 def convolution(d_in, d_out, stride=1):
-    return nn.Sequential(nn.Conv2d(d_in, d_out, 3, stride=stride, padding=1, bias=False), nn.BatchNorm2d(d_out), nn.ReLU())
+    return nn.Sequential(nn.Conv2d(d_in, d_out, 3, stride=stride, padding=1, bias=False), nn.BatchNorm2d(d_out),
+                         nn.ReLU())
 
 
 class Residual(nn.Module):
@@ -119,8 +121,8 @@ class Autoencoder(nn.Module):
     """Images (B, C, H, W), floats in [0, 1] -> codes (B, D) -> images of the same size.
 
     Arguments: size (H, W), each at least 8, any: the image is padded to multiples of 8 and the reconstruction cropped;
-    mean, deviation (C,) of the pixels that it learned from; code D; width, of the first feature map (the shapes below are
-    for 64), doubled twice.
+    mean, deviation (C,) of the pixels that it learned from; code D; width, of the first feature map (the shapes below
+    are for 64), doubled twice.
     """
 
     def __init__(self, size, mean, deviation, code=128, width=64):
@@ -130,11 +132,12 @@ class Autoencoder(nn.Module):
         self.register_buffer("mean", torch.as_tensor(mean).float().view(-1, 1, 1))
         self.register_buffer("deviation", torch.as_tensor(deviation).float().view(-1, 1, 1))
         C, (h, w), (first, second, last) = len(self.mean), self.grid, (width, 2 * width, 4 * width)
-        self.to_second = nn.Sequential(convolution(4 * C, first), convolution(first, second, stride=2), Residual(second))
+        self.to_second = nn.Sequential(convolution(4 * C, first), convolution(first, second, stride=2),
+                                       Residual(second))
         self.to_last = nn.Sequential(convolution(second, last, stride=2), Residual(last))
         self.to_code = nn.Sequential(nn.Linear(last * h * w, code, bias=False), nn.BatchNorm1d(code, affine=False))
         self.from_code = nn.Sequential(nn.Linear(code, last * h * w), nn.ReLU(), nn.Unflatten(1, (last, h, w)))
-        self.decoder = nn.Sequential(                                         # each shuffle: a quarter of the maps, twice the size
+        self.decoder = nn.Sequential(      # each shuffle: a quarter of the maps, twice the size
             convolution(last, 4 * second), nn.PixelShuffle(2), convolution(second, 4 * first), nn.PixelShuffle(2),
             nn.Conv2d(first, 4 * C, 3, padding=1), nn.PixelShuffle(2))
 
@@ -156,11 +159,11 @@ class Autoencoder(nn.Module):
         return x[..., :self.size[0], :self.size[1]] * self.deviation + self.mean
 
     def features(self, x):
-        """Images (B, C, H, W), floats in [0, 1] -> (B, 8 · width): the map before the last, averaged over its quadrants.
+        """Images (B, C, H, W), floats in [0, 1] -> (B, 8 · width): the map before the last, averaged over quadrants.
 
-        Not the code: z keeps what rebuilding needs, where each blob is and its colour, and mixes all of it in every column.
-        The maps on the way there say which patterns occur; averaged, without where. (A prototype's probe at 50 / 500 labels
-        a class on CIFAR-10: z 32 / 41, this 36 / 48; but an encoder with random weights has most of that, EXPERIMENTS.md.)
+        Not the code: z keeps what rebuilding needs, where each blob is and its colour, all mixed in every column. The
+        maps on the way there say which patterns occur; averaged, without where. (A prototype's probe at 50 / 500
+        labels a class on CIFAR-10: z 32 / 41, this 36 / 48; but random weights give most of that, EXPERIMENTS.md.)
         """
         return F.adaptive_avg_pool2d(self.maps(x), 2).flatten(1)
 
@@ -170,7 +173,7 @@ class Autoencoder(nn.Module):
 
 
 def encode(model, images):
-    """images (B, C, H, W) uint8 -> features (B, 8 · width). Put the model in evaluation mode first, or batch norm moves."""
+    """images (B, C, H, W) uint8 -> features (B, 8 · width). Put the model in evaluation mode, or batch norm moves."""
     return model.features(images.float() / 255)
 
 

@@ -21,8 +21,8 @@ as a second network sees it, the target, a slow moving average of the first, whi
 
     L = mean ‖q/‖q‖ − z'/‖z'‖‖²    q = predictor(z),  z' of the target;    target ← r · target + (1 − r) · encoder
 
-Nothing in the loss forbids that all z be alike. Without the predictor the effective rank of the projections is 10 instead of
-44 after 300 steps, without stop-gradient and target it is 2 (EXPERIMENTS.md, "What keeps BYOL from collapsing").
+Nothing in the loss forbids that all z be alike. Without the predictor the effective rank of the projections is 10
+instead of 44 after 300 steps, without stop-gradient and target 2 (EXPERIMENTS.md, "What keeps BYOL from collapsing").
 
     Chen et al. 2020, "SimCLR", arXiv 2002.05709           two views, projection head, NT-Xent
     van den Oord et al. 2018, arXiv 1807.03748             InfoNCE
@@ -61,19 +61,19 @@ def info_nce(views, temperature=0.5, similarity="cosine"):
     """
     V, B, _ = views.shape
     if V < 2 or B < 2 or not temperature > 0 or similarity not in ("cosine", "dot"):
-        raise ValueError(f"info_nce needs at least 2 views of 2 samples, a temperature above 0 and similarity cosine or dot; "
-                         f"found {V} views, {B} samples, temperature {temperature}, similarity {similarity!r}")
+        raise ValueError(f"info_nce needs at least 2 views of 2 samples, a temperature above 0 and similarity cosine "
+                         f"or dot; found {V} views, {B} samples, temperature {temperature}, similarity {similarity!r}")
     z = views.flatten(0, 1)                                                   # (VB, D), view by view
     z = z if z.dtype == torch.float64 else z.float()
     if similarity == "cosine":
         z = F.normalize(z, dim=1)
     with torch.autocast(z.device.type, enabled=False):
         s = z @ z.T / temperature                                             # (VB, VB)
-    # The trap: to subtract exp(s_ii) from the sum as a constant gives the right value and, with the dot product, a wrong
-    # gradient, for s_ii grows with the length of z_i. (With the cosine it is 1/τ always.) At −∞ it has neither value nor gradient.
+    # The trap: to subtract exp(s_ii) from the sum as a constant gives the right value and, with the dot product, a
+    # wrong gradient, for s_ii grows with z_i's length. (With the cosine it is 1/τ always.) At −∞ it adds to neither.
     itself = torch.eye(V * B, dtype=torch.bool, device=z.device)
     total = s.masked_fill(itself, float("-inf")).logsumexp(1).view(V, 1, B)   # of anchor (v, b)
-    same_image = s.view(V, B, V, B).diagonal(dim1=1, dim2=3)                  # (V, V, B): anchor (v, b) with view w of b
+    same_image = s.view(V, B, V, B).diagonal(dim1=1, dim2=3)                  # (V, V, B): anchor (v, b) and view w of b
     another_view = ~torch.eye(V, dtype=torch.bool, device=z.device)           # (V, V)
     return (total - same_image)[another_view].mean()
 
@@ -113,16 +113,16 @@ def effective_rank(z):
 def augment(images, size, numbers, crop=0.2, jitter=0.4, hue=0.1, grey=0.2, flip=True):
     """A distorted view of each image, each with its own draw: a random crop, mirrored or not, in other colours.
 
-    Arguments: images (B, C, H, W) uint8 or float in [0, 255], C 1 or 3; size (h, w) of the views; numbers (B, 12), uniform
-    in [0, 1), all the chance there is (the last is not used); crop, the least share of the area; jitter, the strength of
-    brightness, contrast and saturation; hue, in turns; grey, the share of views without colour; flip, whether mirroring
-    is allowed.
+    Arguments: images (B, C, H, W) uint8 or float in [0, 255], C 1 or 3; size (h, w) of the views; numbers (B, 12),
+    uniform in [0, 1), all the chance there is (the last is not used); crop, the least share of the area; jitter, the
+    strength of brightness, contrast and saturation; hue, in turns; grey, the share of views without colour; flip,
+    whether mirroring is allowed.
     Returns (B, C, h, w) float32 in [0, 1].
 
-    Crop and mirror are one affine map of the pixel grid, the colours one affine map of the colour space, so a view costs
-    one resampling and one 3 × 3 product. Unlike torchvision's, colours are not clamped between the steps, the steps have
-    a fixed order, and a crop that would stick out of the image is narrowed instead of drawn again: with `crop` above 0.75
-    a view can hold somewhat less than that share.
+    Crop and mirror are one affine map of the pixel grid, the colours one affine map of the colour space, so a view
+    costs one resampling and one 3 × 3 product. Unlike torchvision's, colours are not clamped between the steps, the
+    steps have a fixed order, and a crop that would stick out of the image is narrowed instead of drawn again: with
+    `crop` above 0.75 a view can hold somewhat less than that share.
     """
     return recolour(crop_and_flip(images, size, numbers[:, :5], crop, flip), numbers[:, 5:], jitter, hue, grey)
 
@@ -149,7 +149,7 @@ RGB = torch.linalg.inv(YIQ)
 def recolour(x, numbers, jitter, hue, grey):
     """Brightness, contrast, saturation and hue for 80 % of the images, then no colour for the share `grey`.
 
-    x (B, C, h, w) in [0, 1]; numbers (B, 7). brightness: x · b; contrast: m + c (x − m) with m the mean luma; saturation
+    x (B, C, h, w) in [0, 1]; numbers (B, 7). brightness: x · b; contrast: m + c (x − m), m the mean luma; saturation
     scales, hue turns the colour axes. b, c and saturation in 1 ± jitter, hue in ± `hue` turns. Clamped at the end.
     """
     change = (numbers[:, 0] < 0.8).float()                                    # (B,)
@@ -172,9 +172,9 @@ def recolour(x, numbers, jitter, hue, grey):
 class Convolution(nn.Conv2d):
     """3 × 3, with a margin of one zero; batch norm, which follows, has the bias.
 
-    In bfloat16 on a CPU the images of a batch are laid side by side in a few wide ones, with zeros between them. The sums
-    are the same; but the library takes the weights' gradient image by image, and with maps of 3 × 3 that alone was half
-    of a step.
+    In bfloat16 on a CPU the images of a batch are laid side by side in a few wide ones, with zeros between them. The
+    sums are the same; but the library takes the weights' gradient image by image, and with maps of 3 × 3 that alone
+    was half of a step.
     """
 
     def __init__(self, d_in, d_out, stride=1):
@@ -189,8 +189,8 @@ class Convolution(nn.Conv2d):
         x = F.pad(x, (0, stride - W % stride)).permute(0, 2, 3, 1)            # (B, H, W + 1, C), or W + 2
         x = x.unflatten(0, (math.gcd(B, 8), -1)).transpose(1, 2)              # (8, H, B/8, W + 1, C)
         y = super().forward(x.flatten(2, 3).permute(0, 3, 1, 2))              # (8, C', H', B/8 (W + 1) / stride)
-        y = y.permute(0, 2, 3, 1).unflatten(2, (x.shape[2], -1)).transpose(1, 2)      # (8, B/8, H', (W + 1) / stride, C')
-        return y[:, :, :, :-(-W // stride)].flatten(0, 1).permute(0, 3, 1, 2)         # (B, C', H', W')
+        y = y.permute(0, 2, 3, 1).unflatten(2, (x.shape[2], -1)).transpose(1, 2)    # (8, B/8, H', (W + 1) / stride, C')
+        return y[:, :, :, :-(-W // stride)].flatten(0, 1).permute(0, 3, 1, 2)       # (B, C', H', W')
 
 
 class ResidualBlock(nn.Module):
@@ -210,8 +210,8 @@ class ResidualBlock(nn.Module):
 class ImageEncoder(nn.Module):
     """Images (B, C, H, W), floats in [0, 1], any H and W of at least 8 -> features (B, 4 · width).
 
-    49 million multiply-adds for 32 × 32 × 3. mean, deviation (C,): of the pixels in [0, 1] that it learned from; the scaling
-    travels with the weights. width: of the first feature map (the shapes below are for 64), doubled twice.
+    49 million multiply-adds for 32 × 32 × 3. mean, deviation (C,): of the pixels in [0, 1] that it learned from; the
+    scaling travels with the weights. width: of the first feature map (the shapes below are for 64), doubled twice.
     """
 
     def __init__(self, mean, deviation, width=64):
@@ -241,14 +241,14 @@ def head(d_in, hidden, d_out):
 class ContrastiveModel(nn.Module):
     """Encoder and projection head; for BYOL also the predictor, and the target: a second encoder and head.
 
-    Features are taken before the projection head, which learns to forget what the views differ in (SimCLR, section 4.2).
+    Features are taken before the projection head, which learns to forget how the views differ (SimCLR, section 4.2).
     """
 
     def __init__(self, mean, deviation, byol=False, width=64, columns=128):
         super().__init__()
         self.channels, self.encoder = len(mean), ImageEncoder(mean, deviation, width)
         self.projection_head = head(4 * width, 512, columns)
-        if byol:     # each number of a target varies as much as every other: +4 points after 300 steps, half of one after 2,100
+        if byol:     # each number of a target varies as much as every other: +4 points after 300 steps, +½ after 2,100
             self.projection_head.append(nn.BatchNorm1d(columns, affine=False))
         self.predictor = head(columns, 512, columns) if byol else None
         self.target = None
@@ -278,7 +278,8 @@ class ContrastiveModel(nn.Module):
     def update_target(self, rate):
         """target ← rate · target + (1 − rate) · encoder, parameters and running statistics alike."""
         online = nn.Sequential(self.encoder, self.projection_head)
-        for old, new in zip([*self.target.parameters(), *self.target.buffers()], [*online.parameters(), *online.buffers()]):
+        for old, new in zip([*self.target.parameters(), *self.target.buffers()],
+                            [*online.parameters(), *online.buffers()]):
             old.lerp_(new, 1 - rate) if old.is_floating_point() else old.copy_(new)
 
 

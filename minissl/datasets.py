@@ -10,9 +10,9 @@ index operations and a corpus larger than memory reads like a small one:
     split      TRAIN    HELD_OUT      TEST               (N,)
 
 What is HELD_OUT makes every choice (learning rates, epochs), TEST only the final figures. Held-out texts are
-contiguous blocks (of docstrings, whole files), not random ones: neighbouring files are often about the same film or by the
-same author, and a random draw would put such twins on both sides. A text that stands in two splits is dropped from the less
-precious one.
+contiguous blocks (of docstrings, whole files), not random ones: neighbouring files are often about the same film or
+by the same author, and a random draw would put such twins on both sides. A text that stands in two splits is dropped
+from the less precious one.
 
 Where the texts come from: documents.py. Read next: images.py.
 """
@@ -115,15 +115,15 @@ class Texts:
         return self.select(evenly(len(self), most))
 
     def padded(self, which, offsets=0, lengths=None):
-        """Slices of the texts `which` (B,) as (B, T) int64 with PAD behind each end, and their lengths (B,). Whole texts,
-        or `lengths` tokens from `offsets` on."""
+        """Slices of the texts `which` (B,) as (B, T) int64 with PAD behind each end, and their lengths (B,). Whole
+        texts, or `lengths` tokens from `offsets` on."""
         lengths = self.lengths[which] if lengths is None else lengths
         where = np.arange(lengths.max())
         index = (self.starts[which] + offsets)[:, None] + np.minimum(where, lengths[:, None] - 1)
         return np.where(where < lengths[:, None], self._read(index), PAD).astype(np.int64), lengths
 
     def flat(self, which):
-        """The texts `which` one behind the other, a PAD after each: tokens (n,) int64 and owner (n,), the row in `which`."""
+        """The texts `which` end to end, a PAD after each: tokens (n,) int64 and owner (n,), the row in `which`."""
         size = self.lengths[which] + 1
         owner = np.repeat(np.arange(len(which)), size)
         last = np.cumsum(size) - 1
@@ -272,8 +272,8 @@ class Windows:
 
     def __init__(self, texts, window, batch_size, seed, rest):
         if texts.lengths.sum() < batch_size * window:
-            raise UserError(f"a step needs {batch_size * window:,} tokens (batch size × window), found {texts.lengths.sum():,}; "
-                            f"give more text, or a lower --batch-size or --window")
+            raise UserError(f"a step needs {batch_size * window:,} tokens (batch size × window), found "
+                            f"{texts.lengths.sum():,}; give more text, or a lower --batch-size or --window")
         self.texts, self.seed = texts, seed
         # With the document term half of a short text stays outside the window, to be guessed.
         self.sizes = np.minimum(window, -(-texts.lengths // 2) if rest else texts.lengths)       # (N,)
@@ -286,7 +286,7 @@ class Windows:
         self.batches, self.epoch = len(self.borders) - 1, None
 
     def __call__(self, step):
-        """-> tokens (B, T), lengths (B,), and of the same documents everything outside the window: rest (n,), owner (n,)."""
+        """-> tokens (B, T), lengths (B,), and what their documents have outside the window: rest (n,), owner (n,)."""
         epoch, batch = divmod(step, self.batches)
         if epoch != self.epoch:
             draw = torch.rand(3, len(self.texts), generator=generator(self.seed, "windows", epoch)).double().numpy()
@@ -307,7 +307,7 @@ class Windows:
 def frequent_pairs(texts, vocabulary_size, most, least=20):
     """The pairs of neighbouring tokens seen most often, and at least so often, sorted: (N,) int64, left · V + right."""
     found = [np.zeros(0, np.int64)]
-    for which in texts.slices(4096):                 # a pair and its count in one number, so that one sort brings like to like
+    for which in texts.slices(4096):      # a pair and its count in one number, so that one sort brings like to like
         tokens, _ = texts.flat(which)
         both = (tokens[:-1] != PAD) & (tokens[1:] != PAD)
         kinds, counts = np.unique(tokens[:-1][both] * vocabulary_size + tokens[1:][both], return_counts=True)

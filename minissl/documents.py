@@ -1,8 +1,8 @@
 """Where texts come from: the docstrings of this machine's Python, the IMDb reviews, or the reader's own files.
 
-Each source is a key that changes when its content does, a function that yields (text, label name or None, split or None),
-and a function that deals out the splits where the documents do not say theirs. `load_texts` encodes them once and keeps
-the tokens beside the data.
+Each source is a key that changes when its content does, a function that yields (text, label name or None, split or
+None), and a function that deals out the splits where the documents do not say theirs. `load_texts` encodes them once
+and keeps the tokens beside the data.
 """
 
 import ast
@@ -92,7 +92,7 @@ def _read_pydocs(files):
             continue
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")          # what is odd in other people's sources is not our reader's news
+                warnings.simplefilter("ignore")      # what is odd in other people's sources is not our reader's news
                 tree = ast.parse(source)
         except (SyntaxError, ValueError):
             continue
@@ -160,9 +160,9 @@ def _own_texts(path):
             raise UserError(f"--data {path}: a text file must end in .txt")
         if path.stat().st_size == 0:
             raise UserError(f"--data {path}: the file is empty")
-        least = 2048 if path.stat().st_size > SAMPLE_BYTES else 0              # millions of lines are no millions of documents
-        return (f"{least} {_digest([path], path.parent)}", lambda: ((text, None, None) for text in read_texts(path, least)),
-                split_blocks)
+        least = 2048 if path.stat().st_size > SAMPLE_BYTES else 0      # millions of lines are no millions of documents
+        return (f"{least} {_digest([path], path.parent)}",
+                lambda: ((text, None, None) for text in read_texts(path, least)), split_blocks)
     files, passed_over = [], Counter()
     for file in sorted(path.rglob("*")):
         if any(part.startswith(".") for part in file.relative_to(path).parts):
@@ -190,8 +190,8 @@ def _own_texts(path):
 def read_texts(path, least=0):
     """The texts of one UTF-8 file: its paragraphs, or its lines where no blank line separates paragraphs.
 
-    Yields str, none longer than about the larger of TEXT_BYTES and `least`, however long the lines; with `least` neighbours
-    are joined to texts of at least so many characters. Raises UserError at bytes that are not UTF-8, with their offset.
+    Yields str, none longer than about the larger of TEXT_BYTES and `least`, however long the lines; with `least`
+    neighbours are joined to at least so many characters. Raises UserError with the offset of bytes that are not UTF-8.
     """
     with open(path, "rb") as file:
         start = file.read(TEXT_BYTES)
@@ -210,7 +210,8 @@ def read_texts(path, least=0):
             offset += len(line or b"")
             paragraph.append(text)
             size += len(text)
-            if line is None or size > max(TEXT_BYTES, least) or size >= least and (not by_paragraph or not text.strip()):
+            if (line is None or size > max(TEXT_BYTES, least)
+                    or size >= least and (not by_paragraph or not text.strip())):
                 whole, paragraph, size = "".join(paragraph), [], 0
                 if whole.strip():
                     yield whole

@@ -65,7 +65,8 @@ def logistic_regression(x, labels, classes, strength, start=None, tolerance=1e-5
     start = torch.zeros(D + 1, classes) if start is None else start
     if x.layout != torch.strided:      # a term that none of these texts holds gets weight 0: leave it out of the search
         used, column = x.col_indices().unique(return_inverse=True)
-        x, rows = csr(x.crow_indices(), column, x.values(), (len(labels), len(used))), torch.cat([used, torch.tensor([D])])
+        x = csr(x.crow_indices(), column, x.values(), (len(labels), len(used)))
+        rows = torch.cat([used, torch.tensor([D])])
         found = minimise(x, labels, strength, start[rows], tolerance)
         return torch.zeros(D + 1, classes).index_copy(0, rows, found)
     if D > len(labels):                # the penalty keeps W in the examples' span: search there
@@ -77,7 +78,7 @@ def logistic_regression(x, labels, classes, strength, start=None, tolerance=1e-5
 
 def minimise(x, labels, strength, start, tolerance):
     """The search of `logistic_regression` for a matrix x (N, D) as it is."""
-    if x.layout == torch.strided:      # as x @ w and x.T @ error the two take 1.6 and 7 times as long, for few columns on a CPU
+    if x.layout == torch.strided:      # x @ w and x.T @ error take 1.6 and 7 times as long, for few columns on a CPU
         product, transposed_product = lambda w: (w.T @ x.T).T, lambda error: (error.T @ x).T
     else:
         x_transposed = x.to_sparse_coo().T.coalesce().to_sparse_csr()
@@ -117,7 +118,7 @@ def probe(x, labels, classes, strengths):
     for f in range(5 if len(labels) <= 5000 else 1):
         inside, outside = np.flatnonzero(fold != f), np.flatnonzero(fold == f)
         x_in, x_out, y_out = rows(x, inside), rows(x, outside), torch.from_numpy(labels[outside])
-        weights = None                                                        # from each strength to the next is not far
+        weights = None                                                        # from one strength to the next is not far
         for i, strength in enumerate(strengths):
             near[i] = weights = logistic_regression(x_in, labels[inside], classes, strength, weights, tolerance=1e-4)
             losses[i] += float(F.cross_entropy(predict(x_out, weights), y_out, reduction="sum"))
@@ -125,7 +126,7 @@ def probe(x, labels, classes, strengths):
     return logistic_regression(x, labels, classes, strengths[best], near[best]), strengths[best]
 
 
-# ---------------------------------------------------------------- sparse counts: the baseline's and the fine-tuner's view
+# ---------------------------------------------------------------- sparse counts: the baseline's and fine-tuner's view
 
 def sparse_counts(owner, term, documents, terms):
     """Flat arrays of who (n,) holds which term (n,) -> CSR (documents, terms) float32 of the counts."""
@@ -136,7 +137,7 @@ def sparse_counts(owner, term, documents, terms):
 
 def csr(start, column, value, shape):
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")                                       # "beta state": what we use of it is tested
+        warnings.simplefilter("ignore")                                       # "beta state": what we use is tested
         return torch.sparse_csr_tensor(*map(torch.as_tensor, (start, column, value)), shape)
 
 
@@ -170,7 +171,8 @@ def tf_idf(counts, fit):
 def term_counts(texts, pairs):
     """How often each of N texts holds each token, and each of the `pairs` (P,) of neighbours, left · V + right, sorted:
     CSR (N, V + P)."""
-    owners, terms, V, last = [], [], len(texts.tokenizer), np.append(pairs, np.iinfo(np.int64).max)       # so each has a place
+    owners, terms, V = [], [], len(texts.tokenizer)
+    last = np.append(pairs, np.iinfo(np.int64).max)                           # so each pair has a place
     for part in texts.slices(4096):
         tokens, owner = texts.flat(part)
         pair = tokens[:-1] * V + tokens[1:]                                   # one with PAD in it is none of `pairs`
@@ -185,7 +187,7 @@ def term_counts(texts, pairs):
 
 @torch.no_grad()
 def text_features(encode, texts, cast, device="cpu", tokens_a_batch=16384, progress=lambda line: None):
-    """encode(tokens (B, T), lengths (B,)) over all texts, whole, in batches of like length -> (N, d) float32, on the CPU."""
+    """encode(tokens (B, T), lengths (B,)) over all texts, whole, batched by length -> (N, d) float32, on the CPU."""
     order, features, begin = np.argsort(texts.lengths, kind="stable"), [], 0
     while begin < len(order):
         end = begin + 1
@@ -203,7 +205,7 @@ def text_features(encode, texts, cast, device="cpu", tokens_a_batch=16384, progr
 
 @torch.no_grad()
 def image_features(encode, images, cast, device="cpu", batch=250, progress=lambda line: None):
-    """encode(images (B, C, H, W) uint8) over all images, a tensor or Images, in batches -> (N, D) float32, on the CPU."""
+    """encode(images (B, C, H, W) uint8) over all of a tensor or Images, in batches -> (N, D) float32, on the CPU."""
     features = []
     for begin in range(0, len(images), batch):
         with cast:
@@ -263,15 +265,17 @@ class MaskedText:
             x = torch.cat([model(inputs.to(self.device), lengths.to(self.device))
                            for inputs, lengths in zip(self.inputs.split(64), self.lengths.split(64))])
             loss, guesses = 0.0, []
-            for hidden, targets in zip(x.flatten(0, 1)[self.positions.to(self.device)].split(1024), self.targets.split(1024)):
-                logits = model.token_logits(hidden).float().cpu()             # (m, V): all at once would be a third of a GB
+            masked = x.flatten(0, 1)[self.positions.to(self.device)]          # (M, D)
+            for hidden, targets in zip(masked.split(1024), self.targets.split(1024)):
+                logits = model.token_logits(hidden).float().cpu()             # (m, V): all at once, a third of a GB
                 loss += transformer.masked_language_model_loss(logits, targets, len(self.targets)).item()
                 guesses.append(logits.argmax(1))
         guesses = torch.cat(guesses)                                          # (M,)
         result = dict(held_out=round(loss, 4), bits_per_byte=round(loss / math.log(2) * len(guesses) / self.bytes, 4),
                       accuracy=round(accuracy(guesses, self.targets), 2), knn="")
         if self.labelled:
-            a, b = (text_features(partial(transformer.encode, model), part, cast, self.device) for part in self.labelled)
+            a, b = (text_features(partial(transformer.encode, model), part, cast, self.device)
+                    for part in self.labelled)
             result["knn"] = round(knn_accuracy(a, self.labelled[0].labels, b, self.labelled[1].labels), 2)
         return result, self.passages(guesses)
 

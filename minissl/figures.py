@@ -26,7 +26,8 @@ def write_png(path, image):
     chunks = [(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)),                     # 8 bits, RGB
               (b"IDAT", zlib.compress(rows.tobytes())), (b"IEND", b"")]
     write_atomically(path, b"\x89PNG\r\n\x1a\n" + b"".join(
-        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in chunks))
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        for kind, data in chunks))
 
 
 def grid(rows, gap=2):
@@ -75,7 +76,8 @@ def element(name, content="", **attributes):
     >>> element("text", 70, x=44, y=1 / 3, text_anchor="end")
     '<text x="44" y="0.3" text-anchor="end">70</text>'
     """
-    shown = {key.replace("_", "-"): f"{value:.1f}" if isinstance(value, float) else value for key, value in attributes.items()}
+    shown = {key.replace("_", "-"): f"{value:.1f}" if isinstance(value, float) else value
+             for key, value in attributes.items()}
     return f"<{name}" + "".join(f' {key}="{value}"' for key, value in shown.items()) + f">{content}</{name}>"
 
 
@@ -83,10 +85,12 @@ def curve(steps, values, width=300, height=140):
     """One curve as SVG: equal-length lists of numbers -> str, with the least and greatest value at the axis."""
     low, high = min(values), max(values)
     span, last = high - low or 1, max(steps) or 1
-    points = [(45 + (width - 50) * step / last, 10 + (height - 30) * (high - value) / span) for step, value in zip(steps, values)]
+    points = [(45 + (width - 50) * step / last, 10 + (height - 30) * (high - value) / span)
+              for step, value in zip(steps, values)]
     return element("svg", "".join([
         element("path", d=f"M45 10V{height - 20}H{width - 5}", fill="none", stroke="var(--line)"),
-        element("polyline", points=" ".join(f"{x:.1f},{y:.1f}" for x, y in points), fill="none", stroke="var(--curve)", stroke_width=1.8),
+        element("polyline", points=" ".join(f"{x:.1f},{y:.1f}" for x, y in points), fill="none",
+                stroke="var(--curve)", stroke_width=1.8),
         element("circle", cx=points[-1][0], cy=points[-1][1], r=3, fill="var(--curve)"),
         element("text", short(high), x=41, y=14, text_anchor="end"),
         element("text", short(low), x=41, y=height - 20, text_anchor="end"),
@@ -107,15 +111,16 @@ def label_table(path):
         for label in labels]
 
 
-METHOD_COLOURS = {"tf-idf": "#9aa5b1", "pixels": "#9aa5b1", "pixel PCA": "#c2a878", "untrained": "#b78fc9", "from scratch": "#d9822b",
-                  "linear probe": "#1f6feb", "fine-tuned": "#1a7f37"}
+METHOD_COLOURS = {"tf-idf": "#9aa5b1", "pixels": "#9aa5b1", "pixel PCA": "#c2a878", "untrained": "#b78fc9",
+                  "from scratch": "#d9822b", "linear probe": "#1f6feb", "fine-tuned": "#1a7f37"}
 
 
 def label_figure(path, width=640, height=300, **attributes):
-    """finetune.csv -> SVG: test accuracy over labels a class, a line a method, its spread as a bar. An SVG that is to be a
-    file of its own needs the attribute xmlns."""
+    """finetune.csv -> SVG: test accuracy over labels a class, a line a method, its spread as a bar. An SVG that is to
+    be a file of its own needs the attribute xmlns."""
     (_, *methods), *lines = label_table(path)
-    values = [[tuple(map(float, cell.split(" ± "))) for cell in line[1:]] for line in lines]        # [labels][method]: (mean, spread)
+    values = [[tuple(map(float, cell.split(" ± "))) for cell in line[1:]]
+              for line in lines]                                                # [labels][method]: (mean, spread)
     high = math.ceil(max(mean + spread for line in values for mean, spread in line) / 10) * 10
     low = min(high - 10, math.floor(min(mean - spread for line in values for mean, spread in line) / 10) * 10)
     x = lambda n: 50 + (width - 210) * (n + 0.5) / len(lines)
@@ -128,14 +133,15 @@ def label_figure(path, width=640, height=300, **attributes):
     for n, line in enumerate(lines):
         parts.append(element("text", html.escape(line[0]), x=x(n), y=height - 22, text_anchor="middle"))
     name_y = -math.inf
-    for m in sorted(range(len(methods)), key=lambda m: -values[-1][m][0]):                          # by their right ends, from above
+    for m in sorted(range(len(methods)), key=lambda m: -values[-1][m][0]):      # by their right ends, from above
         colour, points = METHOD_COLOURS.get(methods[m], "#69788a"), [(x(n), *line[m]) for n, line in enumerate(values)]
-        parts.append(element("polyline", points=" ".join(f"{px:.1f},{y(mean):.1f}" for px, mean, _ in points), fill="none",
-                             stroke=colour, stroke_width=2))
+        parts.append(element("polyline", points=" ".join(f"{px:.1f},{y(mean):.1f}" for px, mean, _ in points),
+                             fill="none", stroke=colour, stroke_width=2))
         for px, mean, spread in points:
             parts += [element("line", x1=px, x2=px, y1=y(mean - spread), y2=y(mean + spread), stroke=colour),
                       element("circle", cx=px, cy=y(mean), r=3, fill=colour)]
-        name_y = max(name_y + 15, y(points[-1][1]) + 4)                                             # names must not cover each other
-        parts.append(element("text", f"{html.escape(methods[m])} {points[-1][1]:.1f}", x=width - 150, y=name_y, style=f"fill:{colour}"))
-    return element("svg", "".join(parts), viewBox=f"0 0 {width} {height}", role="img", font_family="sans-serif", font_size=12,
-                   fill="#69788a", **attributes)
+        name_y = max(name_y + 15, y(points[-1][1]) + 4)                         # names must not cover each other
+        parts.append(element("text", f"{html.escape(methods[m])} {points[-1][1]:.1f}", x=width - 150, y=name_y,
+                             style=f"fill:{colour}"))
+    return element("svg", "".join(parts), viewBox=f"0 0 {width} {height}", role="img", font_family="sans-serif",
+                   font_size=12, fill="#69788a", **attributes)

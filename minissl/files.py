@@ -122,7 +122,7 @@ _held = None
 
 def lock(folder):
     """Keep other processes from training into the folder as long as this one lives, or until it locks another.
-    (By the system's own lock, which ends with the process however that ends; where there is none, nothing is locked.)"""
+    (By the system's own lock, which ends with the process however that ends; without one, nothing is locked.)"""
     global _held
     if fcntl is None:
         return
@@ -174,7 +174,8 @@ def load_checkpoint(folder):
     """The checkpoint of a run's folder; see read_checkpoint."""
     path = Path(folder) / "checkpoint.pt"
     if not path.exists() and any((path.parent / name).exists() for name in ("config.json", "lock")):
-        raise UserError(f"{path.parent} was stopped before its first checkpoint: start its training again, without --resume")
+        raise UserError(f"{path.parent} was stopped before its first checkpoint: start its training again, "
+                        f"without --resume")
     return read_checkpoint(path, CHECKPOINT_FORMAT, "give the folder of a run that a training script has made")
 
 
@@ -184,8 +185,8 @@ MISFITS = (KeyError, TypeError, ValueError, IndexError, AttributeError, RuntimeE
 def misfit(folder, error):
     """The sentence for a checkpoint that is whole, says that it is ours, and holds something else (one of MISFITS)."""
     reason = " ".join(str(error).split())[:100] or type(error).__name__
-    return UserError(f"{Path(folder) / 'checkpoint.pt'} does not hold what it should ({reason}): it is another program's or has been "
-                     f"changed; start another run")
+    return UserError(f"{Path(folder) / 'checkpoint.pt'} does not hold what it should ({reason}): it is another "
+                     f"program's or has been changed; start another run")
 
 
 def read_checkpoint(path, format, remedy):
@@ -196,7 +197,7 @@ def read_checkpoint(path, format, remedy):
     if not path.exists():
         raise UserError(f"{path}: there is no such file; {remedy}")
     try:
-        with zipfile.ZipFile(path) as archive:      # torch.load does not look at the checksums: a flipped bit would pass
+        with zipfile.ZipFile(path) as archive:    # torch.load does not look at the checksums: a flipped bit would pass
             if broken := archive.testzip():
                 raise ValueError(f"the checksum of {broken} is wrong")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)

@@ -70,7 +70,7 @@ def standardised(x, pool):
 
 
 class Classifier(nn.Module):
-    """What the classifiers of texts and images share: features (B, D) standardised, a linear layer that starts at zero."""
+    """What text and image classifiers share: features (B, D) standardised, a linear layer that starts at zero."""
 
     def __init__(self, mean, deviation, classes):
         super().__init__()
@@ -105,9 +105,9 @@ class TextClassifier(Classifier):
 
 
 def train_text_classifier(model, data, which, rate, unit, epochs, strength, seed):
-    """Train all of `model` on the texts `which`: Adam, the rate linear to 0. The embeddings' rate is `rate` times `unit`,
-    the spread of what they have to move (the vectors of the blocks can be a thousand times longer than theirs);
-    `strength` is the head's L2 penalty, as in the probe."""
+    """Train all of `model` on the texts `which`: Adam, the rate linear to 0. The embeddings' rate is `rate` times
+    `unit`, the spread of what they have to move (the vectors of the blocks can be a thousand times longer than
+    theirs); `strength` is the head's L2 penalty, as in the probe."""
     if rate == 0:
         return model
     size = min(64, len(which))
@@ -118,7 +118,8 @@ def train_text_classifier(model, data, which, rate, unit, epochs, strength, seed
     batches = Batches(len(which), size, seed, "fine-tuning order")
     for step in range(steps):
         chosen = which[batches(step).numpy()]
-        logits = model(evaluation.rows(data.counts, chosen).to_dense(), data.context[chosen], data.words[chosen])      # (B, C)
+        counts = evaluation.rows(data.counts, chosen).to_dense()              # (B, V + N)
+        logits = model(counts, data.context[chosen], data.words[chosen])      # (B, C)
         loss = F.cross_entropy(logits, data.labels[chosen]) + strength / 2 * model.head.weight.square().sum()
         optimizer.zero_grad()
         loss.backward()
@@ -135,7 +136,7 @@ def text_answers(data, model, which):
 
 class TextTask:
     """Of N texts: counts (N, V + N') sparse, words (N, 1), features (N, d), context (N, d) = what the blocks add to the
-    mean of embeddings, z (N, d) = normed and standardised features, labels (N,), and which are train, held_out, test."""
+    mean of embeddings, z (N, d) = normed, standardised features, labels (N,), and which are train, held_out, test."""
 
     trials = 3                          # draws of labels on which an option is tried
     rows = ["10", "100", "500", "all"]  # of the table
@@ -162,7 +163,8 @@ class TextTask:
         baseline = Linear(partial(evaluation.rows, words), self.labels, classes, TF_IDF_STRENGTHS)
         blank = self.without_blocks()
         return {"tf-idf": baseline.column(),
-                "from scratch": Column(blank.fit_from_scratch, partial(text_answers, blank), rates_and_epochs(SCRATCH_RATES)),
+                "from scratch": Column(blank.fit_from_scratch, partial(text_answers, blank),
+                                       rates_and_epochs(SCRATCH_RATES)),
                 "linear probe": self.probe.column(),
                 "fine-tuned": Column(self.fit_fine_tuned, partial(text_answers, self), rates_and_epochs(TUNED_RATES))}
 
@@ -180,7 +182,7 @@ class TextTask:
         return train_text_classifier(classifier, self, which, rate, self.spread, epochs, strength, seed)
 
     def without_blocks(self):
-        """The same for a model that has not been pretrained: its blocks add nothing, its vectors have no known scale."""
+        """The same for a model that is not pretrained: its blocks add nothing, its vectors have no known scale."""
         other = copy(self)
         other.context, other.mean, other.deviation = 0 * self.context, 0 * self.mean, 0 * self.mean + 1
         return other
@@ -193,14 +195,15 @@ def rates_and_epochs(rates):
     """-> a function: number of labels -> [(rate, epochs), ...]"""
     def options(n):
         fewest = int(min(30, max(2, 4000 / n)))
-        return [(rate, epochs) for rate in rates for epochs in ([fewest] if n > 5000 or rate == 0 else [fewest, 3 * fewest])]
+        return [(rate, epochs) for rate in rates
+                for epochs in ([fewest] if n > 5000 or rate == 0 else [fewest, 3 * fewest])]
     return options
 
 
 # ---------------------------------------------------------------- images
 
 class ImageClassifier(Classifier):
-    """Images (B, C, H, W), floats in [0, 1] -> logits (B, classes): an encoder, its features standardised, a linear layer."""
+    """Images (B, C, H, W), floats in [0, 1] -> logits (B, classes): encoder, standardised features, linear layer."""
 
     def __init__(self, body, mean, deviation, classes):
         super().__init__(mean, deviation, classes)
@@ -211,8 +214,8 @@ class ImageClassifier(Classifier):
 
 
 class ImageTask:
-    """data: Images with labels. model: the pretrained one; new_model(seed): the same, untrained. flip: may training mirror
-    images? code: an autoencoder's numbers a code, for the column of as many principal components."""
+    """data: Images with labels. model: the pretrained one; new_model(seed): the same, untrained. flip: may training
+    mirror images? code: an autoencoder's numbers a code, for the column of as many principal components."""
 
     trials = 1                          # draws of labels on which an option is tried: an image encoder is trained whole
     rows = ["10", "50", "500", "all"]   # of the table
@@ -227,8 +230,8 @@ class ImageTask:
         self.probe = Linear(z.__getitem__, self.labels, len(self.classes))
 
     def features(self, model):
-        return evaluation.image_features(lambda images: model.eval().features(images.float() / 255), self.images, self.cast,
-                                         self.device, progress=progress)
+        return evaluation.image_features(lambda images: model.eval().features(images.float() / 255), self.images,
+                                         self.cast, self.device, progress=progress)
 
     def columns(self):
         """{name: Column}, in the table's order."""
@@ -243,7 +246,8 @@ class ImageTask:
             directions = directions[:self.code].T                             # (C·H·W, D)
             scores = torch.cat([(self.images[part].cpu().flatten(1).float() - mean) @ directions for part in
                                 np.array_split(np.arange(len(self.images)), max(1, len(self.images) // 10_000))])
-            columns["pixel PCA"] = Linear(standardised(scores, self.train)[0].__getitem__, self.labels, classes).column()
+            scores = standardised(scores, self.train)[0]
+            columns["pixel PCA"] = Linear(scores.__getitem__, self.labels, classes).column()
         untrained = self.new_model(0).to(self.device)
         for module in untrained.modules():                                    # its batch norm has seen images, too
             if isinstance(module, nn.BatchNorm2d):
@@ -252,17 +256,17 @@ class ImageTask:
             untrained.train().features(self.images[some[evenly(len(some), 1000)]].to(self.device).float() / 255)
         untrained = standardised(self.features(untrained), self.train)[0]
         columns["untrained"] = Linear(untrained.__getitem__, self.labels, classes).column()
-        columns["from scratch"] = Column(self.fit_from_scratch, self.answers, lambda n: [
-            (0.005, 0.5), (0.02, 0.5), (0.02, 0.2)] if n <= 5000 else [(0.02, 0.5), (0.02, 0.2), (0.05, 0.2)])
+        few, many = [(0.005, 0.5), (0.02, 0.5), (0.02, 0.2)], [(0.02, 0.5), (0.02, 0.2), (0.05, 0.2)]
+        columns["from scratch"] = Column(self.fit_from_scratch, self.answers, lambda n: few if n <= 5000 else many)
         columns["linear probe"] = self.probe.column()
         columns["fine-tuned"] = Column(self.fit_fine_tuned, self.answers, lambda n: [
-            (0.0, 0.5), (0.0005, 0.5), (0.002, 0.5)] if n <= 5000 else [(0.0, 0.5), (0.005, 0.5), (0.02, 0.5), (0.05, 0.5)])
+            (rate, 0.5) for rate in ((0.0, 0.0005, 0.002) if n <= 5000 else (0.0, 0.005, 0.02, 0.05))])
         return columns
 
     def fit_from_scratch(self, which, option, seed):
         body, D = self.new_model(seed), len(self.mean)
-        return self.train_classifier(ImageClassifier(body, torch.zeros(D), torch.ones(D), len(self.classes)), which, option,
-                                     seed, smoothing=0.1, frozen_norm=False)
+        classifier = ImageClassifier(body, torch.zeros(D), torch.ones(D), len(self.classes))
+        return self.train_classifier(classifier, which, option, seed, smoothing=0.1, frozen_norm=False)
 
     def fit_fine_tuned(self, which, option, seed):
         classifier = ImageClassifier(deepcopy(self.model), self.mean, self.deviation, len(self.classes))
@@ -270,8 +274,8 @@ class ImageTask:
         return self.train_classifier(classifier, which, option, seed, smoothing=0.0, frozen_norm=len(which) <= 5000)
 
     def train_classifier(self, model, which, option, seed, smoothing, frozen_norm, images_seen=9600):
-        """Both ways get the same steps: `images_seen`, or 4 epochs where that is more. option: (Muon's rate, least share of
-        the image in a crop)."""
+        """Both ways get the same steps: `images_seen`, or 4 epochs where that is more. option: (Muon's rate, least
+        share of the image in a crop)."""
         (rate, crop), n = option, len(which)
         model = model.to(self.device, memory_format=torch.channels_last)
         B = min(n, 64 if n <= 5000 else 256)
@@ -323,8 +327,8 @@ def read_classifier(run, checkpoint):
 def label_texts(run, path, checkpoint, model, cast, device):
     """Print label, probability and text for each text of a file."""
     if not Path(path).is_file():
-        raise UserError(f"--predict {path}: {'a folder' if Path(path).is_dir() else 'there is no such file'}; give a .txt, a text a line "
-                        f"or a paragraph")
+        raise UserError(f"--predict {path}: {'a folder' if Path(path).is_dir() else 'there is no such file'}; "
+                        f"give a .txt, a text a line or a paragraph")
     if Path(path).suffix == ".npy":
         raise UserError(f"--predict {path}: the run learned from texts; give a .txt")
     strings = list(read_texts(Path(path)))
@@ -350,5 +354,6 @@ def label_images(run, path, checkpoint, model, cast, device):
     classifier = ImageClassifier(model, state["mean"], state["deviation"], len(classes))
     classifier.load_state_dict(state)
     classifier = classifier.to(device).eval()
-    for n, row in enumerate(evaluation.image_features(lambda x: classifier(x.float() / 255), images, cast, device).softmax(1)):
+    chances = evaluation.image_features(lambda x: classifier(x.float() / 255), images, cast, device).softmax(1)
+    for n, row in enumerate(chances):
         print(f"{classes[int(row.argmax())]}\t{float(row.max()):.2f}\t{n}")

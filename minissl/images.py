@@ -122,13 +122,13 @@ def shapes(limit=0):
 
 
 def distance(shape, x, y):
-    """Signed distance, nearly, from the points (x, y) to the outline of a shape of radius 1 around 0: below 0 inside."""
+    """Signed distance, nearly, from the points (x, y) to the outline of a shape of radius 1 about 0: below 0 inside."""
     r = torch.hypot(x, y)
 
     def box(width, height):
         return torch.maximum(x.abs() - width, y.abs() - height)
 
-    def star(points, inner):                       # fold the plane into one of 2 · points equal sectors: there it is a line
+    def star(points, inner):                   # fold the plane into one of 2 · points equal sectors: there it is a line
         sector = math.pi / points
         angle = (torch.atan2(y, x) % (2 * sector) - sector).abs() - sector         # 0 at the tip … -sector at the notch
         dx, dy = 1 - inner * math.cos(sector), inner * math.sin(sector)             # along the edge, and across
@@ -209,7 +209,8 @@ def cifar10(data_dir):
     archive = next((path for path in archives if path.exists()), archives[0])
     if not archive.exists():
         download(CIFAR10_URL, archive, CIFAR10_MD5)
-    return _cifar10({match[2]: data for match, data in read_archive(archive, CIFAR10_NAME, 2**25, CIFAR10_URL)}, archive)
+    return _cifar10({match[2]: data for match, data in read_archive(archive, CIFAR10_NAME, 2**25, CIFAR10_URL)},
+                    archive)
 
 
 def _cifar10(files, where):
@@ -228,7 +229,8 @@ def _cifar10(files, where):
         images.append(pixels.reshape(-1, 3, 32, 32))
         labels.append(label.astype(np.int64))
     split = np.repeat(np.uint8([TRAIN, HELD_OUT, TEST]), [45_000, 5_000, 10_000])
-    return Images(torch.from_numpy(np.concatenate(images)), torch.arange(60_000), np.concatenate(labels), split, CIFAR10)
+    return Images(torch.from_numpy(np.concatenate(images)), torch.arange(60_000),
+                  np.concatenate(labels), split, CIFAR10)
 
 
 def read_cifar_pickle(data):
@@ -272,12 +274,12 @@ def read_cifar_pickle(data):
 # ---------------------------------------------------------------- the reader's own array
 
 SMALLEST = 8        # pixels: the encoders halve height and width three times
-RECIPE = ("load them with Pillow: np.save('NAME.npy', np.stack([np.asarray(Image.open(p).convert('RGB').resize((32, 32))) "
-          "for p in paths]))")
+RECIPE = ("load them with Pillow: np.save('NAME.npy', "
+          "np.stack([np.asarray(Image.open(p).convert('RGB').resize((32, 32))) for p in paths]))")
 
 
 def own_images(path, keep_all=False, flag="--data"):
-    """NAME.npy, uint8 (N, H, W, C) or (N, H, W), and labels from NAME.labels.npy, where it is there. flag: who gave the path."""
+    """NAME.npy, uint8 (N, H, W, C) or (N, H, W), and labels from NAME.labels.npy, if there. flag: who gave the path."""
     if path.is_dir():
         raise UserError(f"{flag} {path}: a folder; minissl reads pictures as one array, {RECIPE}")
     if path.suffix != ".npy":
@@ -291,7 +293,8 @@ def own_images(path, keep_all=False, flag="--data"):
             if some.min(initial=0) < 0:
                 how = "((a - a.min()) / (a.max() - a.min()) * 255).round().astype(np.uint8)"
             else:
-                how = f"(np.nan_to_num(a) * {1 if some.max(initial=0) > 1 else 255}).clip(0, 255).round().astype(np.uint8)"
+                how = (f"(np.nan_to_num(a) * {1 if some.max(initial=0) > 1 else 255})"
+                       f".clip(0, 255).round().astype(np.uint8)")
         elif array.dtype == np.uint16:
             how = "(a // 256).astype(np.uint8)"
         else:
@@ -306,21 +309,23 @@ def own_images(path, keep_all=False, flag="--data"):
     if min(array.shape[1:3]) < SMALLEST:
         raise UserError(f"{found}: an image must be at least {SMALLEST} pixels high and wide; enlarge them")
     if len(array) < (1 if keep_all else 20):
-        raise UserError(f"{found}: {len(array)} images are too few" + " to learn from; give at least 20" * (not keep_all))
+        raise UserError(f"{found}: {len(array)} images are too few"
+                        + " to learn from; give at least 20" * (not keep_all))
     labels, label_path, classes = np.full(len(array), -1), path.with_name(path.stem + ".labels.npy"), []
     if label_path.exists():
         given = _load_array(label_path)
-        if given.shape != (len(array),) or given.dtype.kind not in "iu" or int(given.min()) < -1 or int(given.max()) > 9999:
-            raise UserError(f"{label_path}: {given.dtype} of shape {given.shape}; expected one whole number from 0 to 9999 "
-                            f"for each of the {len(array):,} images (-1: no label)")
+        if (given.shape != (len(array),) or given.dtype.kind not in "iu"
+                or int(given.min()) < -1 or int(given.max()) > 9999):
+            raise UserError(f"{label_path}: {given.dtype} of shape {given.shape}; expected one whole number "
+                            f"from 0 to 9999 for each of the {len(array):,} images (-1: no label)")
         values = np.unique(given[given >= 0])
         classes = [str(value) for value in values]
         labels = np.where(given >= 0, np.searchsorted(values, given), -1).astype(np.int64)
     split, hashes = split_blocks(labels), np.array([hash(image.tobytes()) for image in array])
     keep = without_twins(hashes, split, labels) | keep_all
     if not keep_all and (split[keep] == HELD_OUT).sum() < 2:
-        raise UserError(f"{found}: no two images are left to be held out; give at least 20 that differ, 10 of each class"
-                        + f" (there are {len(classes)} classes)" * (len(classes) > 1))
+        raise UserError(f"{found}: no two images are left to be held out; give at least 20 that differ, "
+                        f"10 of each class" + f" (there are {len(classes)} classes)" * (len(classes) > 1))
     pixels = torch.from_numpy(array).view(*array.shape[:3], -1).permute(0, 3, 1, 2)
     notes = [f"{(~keep).sum():,} images dropped that stand elsewhere in the data, too"] * (not keep.all())
     return Images(pixels, torch.arange(len(array)), labels, split, classes, notes).select(keep)

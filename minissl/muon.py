@@ -1,4 +1,4 @@
-"""Muon, the optimizer of the text encoder's blocks and of every matrix and kernel of the image models. All else: torch's Adam."""
+"""Muon optimizes the text encoder's blocks and every matrix and kernel of the image models, torch's Adam all else."""
 
 import torch
 
@@ -37,5 +37,5 @@ def orthogonalise(matrix, precision=torch.float32):
     x = x / (x.norm() + 1e-7)
     for _ in range(5):
         a = x @ x.T
-        x = torch.addmm(x, torch.addmm(a, a, a, beta=-4.7750, alpha=2.0315), x, beta=3.4445)        # 3.4445 x + (… a + … a²) x
+        x = torch.addmm(x, torch.addmm(a, a, a, beta=-4.7750, alpha=2.0315), x, beta=3.4445)  # 3.4445 x + (…a + …a²) x
     return (x.T if matrix.shape[0] > matrix.shape[1] else x).to(matrix.dtype)

@@ -1,20 +1,20 @@
 """Several processes that together take the steps of one.
 
     torchrun --nproc-per-node 4 -- train_contrastive.py --run runs/four                    one machine
-    torchrun --nnodes 2 --nproc-per-node 4 --rdzv-backend c10d --rdzv-endpoint HOST:29400 -- train_ae.py       on each of two
+    torchrun --nnodes 2 --nproc-per-node 4 --rdzv-backend c10d --rdzv-endpoint HOST:29400 -- train_ae.py  on each of two
 
 (The -- keeps torchrun from taking --run for an option of its own.)
 
-Each process draws what one process would draw and takes its slice of the batch; what a loss needs of the other slices it
-gets by `sum_over` or `gather`, with gradient; before the optimizer's step the gradients are averaged. So N processes
-make the step of one with the whole batch, and all hold the same weights ever after, without sending them.
+Each process draws what one process would draw and takes its slice of the batch; what a loss needs of the other
+slices it gets by `sum_over` or `gather`, with gradient; before the optimizer's step the gradients are averaged. So N
+processes make the step of one with the whole batch, and all hold the same weights ever after, without sending them.
 
 The trap: a collective whose value is right and whose gradient is not. A gather that returns the others' part as
 constants gives each process 1/N of the gradient that its slice has in the other processes' losses. Adam hides the
 factor; the tests compare gradients, with different data in each process.
 
-torch's DistributedDataParallel does the same averaging, but only for models that are entered by `forward` alone, and its
-SyncBatchNorm refuses CPU tensors. With one process every function here does nothing.
+torch's DistributedDataParallel does the same averaging, but only for models that are entered by `forward` alone, and
+its SyncBatchNorm refuses CPU tensors. With one process every function here does nothing.
 """
 
 import contextlib
@@ -73,7 +73,7 @@ def first_alone():
 
 
 def share(batch):
-    """This process's slice of a batch (B, ...), whose B is a multiple of the number of processes (training.Batches sees to it)."""
+    """This process's slice of a batch (B, ...); training.Batches sees to it that B is a multiple of WORLD."""
     return batch.chunk(WORLD)[RANK]
 
 

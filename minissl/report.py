@@ -16,10 +16,13 @@ from minissl.files import write_atomically
 
 PICTURES = {            # file name -> what it shows
     "views.png": "One batch as the model sees it: a column an image, its views one below the other.",
-    "reconstructions.png": "Held-out images, what the encoder was given where that differs, and what the decoder rebuilt.",
+    "reconstructions.png": "Held-out images, what the encoder was given where that differs, "
+                           "and what the decoder rebuilt.",
     "walks.png": "What the decoder makes of the way from one image's code to another's: the ends are real codes.",
-    "neighbours.png": "The first column: held-out images. Beside each the training images nearest to it in feature space.",
-    "map.png": "Features of held-out images, their first two principal components, coloured by class where there are labels.",
+    "neighbours.png": "The first column: held-out images. "
+                      "Beside each the training images nearest to it in feature space.",
+    "map.png": "Features of held-out images, their first two principal components, "
+               "coloured by class where there are labels.",
 }
 
 STYLE = """
@@ -77,7 +80,8 @@ def origin(path):
 
 def settings(path):
     found = json.loads(path.read_text(encoding="utf-8"))["settings"]
-    return "<h2>Settings</h2><p>" + " ".join(f"<code>{html.escape(f'{k}={v}')}</code>" for k, v in found.items()) + "</p>"
+    return ("<h2>Settings</h2><p>"
+            + " ".join(f"<code>{html.escape(f'{k}={v}')}</code>" for k, v in found.items()) + "</p>")
 
 
 def worth(path):
@@ -85,14 +89,15 @@ def worth(path):
     head, *lines = label_table(path)
     cells = "".join("<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in line) + "</tr>" for line in lines)
     return ("<h2>What it is worth</h2><p>Test accuracy in %, mean ± standard deviation over draws of labels.</p>"
-            f'<div class="wide"><table><tr>{"".join(f"<th>{html.escape(c)}</th>" for c in head)}</tr>{cells}</table></div>'
+            f'<div class="wide"><table><tr>{"".join(f"<th>{html.escape(c)}</th>" for c in head)}</tr>'
+            f'{cells}</table></div>'
             f"<figure>{label_figure(path)}</figure>")
 
 
 def sentences(path):
     found = json.loads(path.read_text(encoding="utf-8"))
-    return ("<h2>Filling in held-out text</h2><p>Of the tokens that were to be guessed, the model's guess; where it differs, "
-            "what stood there is struck through.</p>" + "".join(filled_in(*s) for s in found))
+    return ("<h2>Filling in held-out text</h2><p>Of the tokens that were to be guessed, the model's guess; "
+            "where it differs, what stood there is struck through.</p>" + "".join(filled_in(*s) for s in found))
 
 
 def picture(path):

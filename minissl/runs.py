@@ -46,23 +46,24 @@ def tokenizer_of(checkpoint):
 
 
 def encoder_of(checkpoint, model):
-    """What a batch's features are, by the model's own file: of tokens (B, T) and lengths (B,), or of images (B, C, H, W) uint8."""
+    """The model's own `encode`: tokens (B, T) and lengths (B,), or images (B, C, H, W) uint8 -> a batch's features."""
     return partial(MODELS[checkpoint["method"]].encode, model)
 
 
 def check_images(images, model, name):
     """UserError unless the model can read images (N, C, H, W) of this size."""
+    C, H, W = images.shape[1:]
     channels, size = model.channels, getattr(model, "size", None)
-    if min(images.shape[2:]) < SMALLEST:
-        raise UserError(f"{name}: images of {images.shape[2]} × {images.shape[3]}; at least {SMALLEST} × {SMALLEST} are needed: enlarge them")
-    if images.shape[1] != channels or size and tuple(images.shape[2:]) != size:
-        raise UserError(f"{name}: images of {images.shape[2]} × {images.shape[3]} × {images.shape[1]}; the run learned from "
-                        + (f"{size[0]} × {size[1]} × {channels}" if size else f"{channels} channels") + ": convert them")
+    if min(H, W) < SMALLEST:
+        raise UserError(f"{name}: images of {H} × {W}; at least {SMALLEST} × {SMALLEST} are needed: enlarge them")
+    if C != channels or size and (H, W) != size:
+        learned = f"{size[0]} × {size[1]} × {channels}" if size else f"{channels} channels"
+        raise UserError(f"{name}: images of {H} × {W} × {C}; the run learned from {learned}: convert them")
 
 
 def load_encoder(run):
-    """The encoder of a run's folder as a function -> features (N, D) float32. For texts of a list of N strings, for images
-    of an array (N, H, W, C) or (N, H, W), uint8."""
+    """The encoder of a run's folder as a function -> features (N, D) float32. For texts of a list of N strings, for
+    images of an array (N, H, W, C) or (N, H, W), uint8."""
     model, checkpoint = load_run(run)
     encode = encoder_of(checkpoint, model)
     if checkpoint["method"] == "mlm":
@@ -72,8 +73,8 @@ def load_encoder(run):
     def features(images):
         images = torch.as_tensor(np.ascontiguousarray(images))
         if images.dtype != torch.uint8 or images.ndim not in (3, 4) or not images.numel():
-            raise UserError(f"the array is {str(images.dtype)[6:]} of shape {tuple(images.shape)}; expected uint8 (N, H, W, C) "
-                            f"or (N, H, W), one image at least")
+            raise UserError(f"the array is {str(images.dtype)[6:]} of shape {tuple(images.shape)}; "
+                            f"expected uint8 (N, H, W, C) or (N, H, W), one image at least")
         images = images.view(*images.shape[:3], -1).permute(0, 3, 1, 2)                           # (N, C, H, W)
         check_images(images, model, "the array")
         return image_features(encode, images, nullcontext())
@@ -92,8 +93,8 @@ def fill(run, text):
         ids += [MASK] * (n > 0) + tokenizer.encode(piece, leading_space=n == 0 or piece[:1].isspace()).tolist()
     places = [i for i, token in enumerate(ids) if token == MASK]
     if not places or len(ids) > model.window:
-        raise UserError(f"--fill: the text has {len(places)} [MASK] and {len(ids)} tokens; it needs at least one [MASK] "
-                        f"and at most {model.window} tokens")
+        raise UserError(f"--fill: the text has {len(places)} [MASK] and {len(ids)} tokens; it needs at least one "
+                        f"[MASK] and at most {model.window} tokens")
     with torch.no_grad():
         chances = model.token_logits(model(torch.tensor([ids]))[0, places]).softmax(1)           # (M, V)
     for n, row in enumerate(chances):

@@ -97,7 +97,7 @@ def train(texts, vocabulary_size, minimum_count=2, report=None):
     counted = Counter()
     for text in texts:
         counted.update(split_pieces(text))
-        if len(counted) > 2**20:                      # words without end: keep the frequent ones, and memory stays bounded
+        if len(counted) > 2**20:                  # words without end: keep the frequent ones, and memory stays bounded
             counted = Counter(dict(counted.most_common(2**19)))
     pieces = [[FIRST_BYTE + byte for byte in piece.encode()] for piece in counted]
     counts = list(counted.values())
@@ -164,7 +164,8 @@ class Tokenizer:
 
     def encode(self, text, leading_space=True):
         """str -> (T,) array of token numbers, uint16 (int32 when V > 65,536). The empty text gives T = 0."""
-        return np.fromiter(chain.from_iterable(map(self.known.__getitem__, split_pieces(text, leading_space))), self.dtype)
+        pieces = split_pieces(text, leading_space)
+        return np.fromiter(chain.from_iterable(map(self.known.__getitem__, pieces)), self.dtype)
 
     def decode(self, ids):
         """Any sequence of token numbers -> str. Bytes that are not UTF-8, as between two halves of a character,

@@ -28,7 +28,8 @@ import numpy as np
 import torch
 
 from minissl import UserError, processes, report
-from minissl.files import CHECKPOINT_FORMAT, MISFITS, load_checkpoint, lock, misfit, writable, write_atomically, write_checkpoint, write_csv
+from minissl.files import (CHECKPOINT_FORMAT, MISFITS, load_checkpoint, lock, misfit, writable, write_atomically,
+                           write_checkpoint, write_csv)
 
 
 # ---------------------------------------------------------------- from the command line to settings, and out again
@@ -43,7 +44,8 @@ def read_settings(cls, description, argv=None, positional=()):
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     def error(message):                               # argparse's own prints the usage, too
-        message = re.sub("the following arguments are required: (.*)", r"\1 is missing: give it before all flags", message)
+        message = re.sub("the following arguments are required: (.*)",
+                         r"\1 is missing: give it before all flags", message)
         sys.exit(_say(f"{parser.prog}: {message}; --help lists what there is", 2))
     parser.error = error
     for item in fields(cls):
@@ -64,7 +66,8 @@ def read_settings(cls, description, argv=None, positional=()):
         parser.add_argument(flag, **options)
     arguments = parser.parse_args(argv)
     if getattr(arguments, "resume", False):           # what is not said again is as the run was started
-        parser.set_defaults(**{k: v for k, v in load_checkpoint(arguments.run)["settings"].items() if hasattr(arguments, k)})
+        parser.set_defaults(**{k: v for k, v in load_checkpoint(arguments.run)["settings"].items()
+                               if hasattr(arguments, k)})
         arguments = parser.parse_args(argv)
     return cls(**vars(arguments))
 
@@ -170,7 +173,7 @@ def count_flops(model, run):
 
 
 def choose_machine(settings):
-    """-> (torch.device, dtype of the forward pass, FLOP/s of a large matrix product in it), each printed with its reason."""
+    """-> (torch.device, forward pass's dtype, FLOP/s of a large matrix product in it), each printed with its reason."""
     device, reason = choose_device(settings.device)
     device = processes.join(device)
     print(f"device: {device} ({reason})" + f", {processes.WORLD} processes" * (processes.WORLD > 1))
@@ -196,12 +199,13 @@ def generator(seed, purpose, step):
 
 
 class Batches:
-    """Which of n examples step s takes, as a function of (seed, purpose, s): each epoch in an order of its own, of which
-    the last n mod size are left for another epoch."""
+    """Which of n examples step s takes, as a function of (seed, purpose, s): each epoch in an order of its own, of
+    which the last n mod size are left for another epoch."""
 
     def __init__(self, n, size, seed, purpose):
         if n < size:
-            raise UserError(f"--batch-size {size}: there are only {n:,} images to learn from; give more or a lower --batch-size")
+            raise UserError(f"--batch-size {size}: there are only {n:,} images to learn from; "
+                            f"give more or a lower --batch-size")
         if size % processes.WORLD:
             raise UserError(f"--batch-size {size}: no multiple of the {processes.WORLD} processes that are to share it")
         self.n, self.size, self.seed, self.purpose, self.epoch = n, size, seed, purpose, None
@@ -215,8 +219,7 @@ class Batches:
 
 
 def rate_at(step, steps, warmup, decay=0.5):
-    """The share of the peak learning rate at a step: linear up over `warmup` steps, flat, linear to 0 over the last
-    `decay` part.
+    """Share of the peak learning rate: linear up over `warmup` steps, flat, linear to 0 over the last `decay` part.
 
     >>> [round(rate_at(s, 10, 2), 2) for s in range(10)]
     [0.5, 1, 1, 1, 1, 1, 0.8, 0.6, 0.4, 0.2]
@@ -227,11 +230,12 @@ def rate_at(step, steps, warmup, decay=0.5):
 # ---------------------------------------------------------------- the run's folder
 
 def diverged(what, when, folder):
-    return UserError(f"the {what} not finite {when}: start another run, with a lower --learning-rate and another --run; {folder} keeps "
-                     f"its last good checkpoint, if there is one")
+    return UserError(f"the {what} not finite {when}: start another run, with a lower --learning-rate and another "
+                     f"--run; {folder} keeps its last good checkpoint, if there is one")
 
 
-MAY_CHANGE = {"steps", "device", "resume", "run", "data", "data_dir", "fill", "evaluate_every", "save_every"}       # on --resume
+MAY_CHANGE = {"steps", "device", "resume", "run", "data", "data_dir", "fill",          # on --resume
+              "evaluate_every", "save_every"}
 
 
 class Run:
@@ -252,11 +256,11 @@ class Run:
             self.rows = self._read_rows()
         elif not writable(place):
             raise UserError(f"--run {self.folder}: {place} is no folder that one can write into; give another name")
-        elif (self.folder / "checkpoint.pt").exists():       # without one a run may start anew: there is nothing to lose
+        elif (self.folder / "checkpoint.pt").exists():      # without one a run may start anew: there is nothing to lose
             raise UserError(f"{self.folder} holds a run already: --resume goes on with it, --run with another name "
                             f"starts one beside it")
         elif (self.folder.exists() and not (self.folder / "config.json").exists()
-              and {path.name for path in self.folder.iterdir()} - {"lock", "config.json.tmp"}):      # these, a kill at the start leaves
+              and {path.name for path in self.folder.iterdir()} - {"lock", "config.json.tmp"}):  # left by an early kill
             raise UserError(f"{self.folder} holds something that is no run: give --run another name")
 
     def begin(self, model, optimizers, data):
@@ -268,8 +272,8 @@ class Run:
             lock(self.folder)
         if self.checkpoint:
             if self.checkpoint["data"] != data:
-                raise UserError(f"{self.folder} learned from {self.checkpoint['data']}, and now finds {data}: give it the "
-                                f"same data (with labels beside it if there were any), or start another run")
+                raise UserError(f"{self.folder} learned from {self.checkpoint['data']}, and now finds {data}: give it "
+                                f"the same data (with labels beside it if there were any), or start another run")
             try:
                 step, (counted, losses) = int(self.checkpoint["step"]), self.checkpoint["unlogged"]
                 self.counted, self.losses = int(counted), [torch.tensor(float(loss)) for loss in losses]
@@ -279,11 +283,12 @@ class Run:
             except MISFITS as error:
                 raise misfit(self.folder, error) from None
             print(f"resuming: {step:,} of {self.settings.steps:,} steps are made")
-        config = dict(settings=asdict(self.settings), command=shlex.join(["python", *sys.argv]), python=sys.version.split()[0],
-                      torch=torch.__version__, numpy=np.__version__, started=time.strftime("%Y-%m-%d %H:%M:%S"))
+        config = dict(settings=asdict(self.settings), command=shlex.join(["python", *sys.argv]),
+                      python=sys.version.split()[0], torch=torch.__version__, numpy=np.__version__,
+                      started=time.strftime("%Y-%m-%d %H:%M:%S"))
         if not processes.RANK:
             write_atomically(self.folder / "config.json", json.dumps(config, indent=2).encode())
-        self.saved, self.logged = -math.inf, time.perf_counter()         # the first step is saved: from there on --resume works
+        self.saved, self.logged = -math.inf, time.perf_counter()    # the first step is saved: --resume works from there
         self.started = self.logged - (float(self.rows[-1]["seconds"]) if self.rows else 0)
         self.logged_step, self.items, self.flops = step, 0, 0
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -298,16 +303,18 @@ class Run:
 
     def _compare(self, old):
         if old.keys() != asdict(self.settings).keys():
-            raise UserError(f"the run in {self.folder} was made by another script, or another version of minissl: resume it with that")
+            raise UserError(f"the run in {self.folder} was made by another script, or another version of minissl: "
+                            f"resume it with that")
         for name, value in asdict(self.settings).items():
             if name not in MAY_CHANGE and old[name] != value:
                 raise UserError(f"--{name.replace('_', '-')} {value}: the run in {self.folder} was started with "
                                 f"{old[name]}; resume with that, or start another run")
         if self.settings.steps < self.checkpoint["step"]:
-            raise UserError(f"--steps {self.settings.steps}: the run in {self.folder} has made {self.checkpoint['step']}")
+            raise UserError(f"--steps {self.settings.steps}: "
+                            f"the run in {self.folder} has made {self.checkpoint['step']}")
 
     def count(self, items, flops, *losses, steps=1):
-        """Add a step, or a part of one (steps=0), to the log's next row. Losses stay on the device: no waiting for it here."""
+        """Add a step, or a part of one (steps=0), to the log's next row. Losses stay on the device: no wait here."""
         self.items += items
         self.flops += flops
         self.counted += steps
@@ -319,7 +326,8 @@ class Run:
         level, if it has one, then `more`. A loss that is not finite ends the run."""
         seconds = time.perf_counter() - self.logged
         totals = processes.sum_over(torch.stack([total.float() for total in self.losses])) / processes.WORLD
-        losses = {name: float(f"{total / self.counted:.6g}") or "" for name, total in zip(chance, totals.tolist())}      # "": is off
+        losses = {name: float(f"{total / self.counted:.6g}") or ""      # "": is off
+                  for name, total in zip(chance, totals.tolist())}
         if not all(math.isfinite(value or 0) for value in losses.values()):
             raise diverged("loss is", f"at step {step}", self.folder)
         more = dict(rate_per_second=round(self.items / seconds),
@@ -330,10 +338,11 @@ class Run:
         shown = [f"{name.replace('_', ' ')} {value:.4g}" + (f" (chance {chance[name]:.4g})" if chance[name] else "")
                  for name, value in losses.items() if value != ""]
         shown += [f"{name.replace('_', ' ')} {value:,}" for name, value in more.items() if value != ""]
-        stage = getattr(self.settings, "embedding_steps", 0)                  # its steps say nothing about the later ones' time
+        stage = getattr(self.settings, "embedding_steps", 0)        # its steps say nothing about the later ones' time
         end, of_what = (stage, " of the first stage") if step <= stage else (self.settings.steps, "")
         left = seconds / max(step - self.logged_step, 1) * (end - step) / 60
-        print(f"step {step:,}/{self.settings.steps:,}  " + "  ".join(shown) + f"  {left:.1f} min left{of_what}", flush=True)
+        print(f"step {step:,}/{self.settings.steps:,}  " + "  ".join(shown) + f"  {left:.1f} min left{of_what}",
+              flush=True)
         self.items, self.flops, self.counted, self.losses = 0, 0, 0, []
         self.logged, self.logged_step = time.perf_counter(), step
 
@@ -353,11 +362,12 @@ class Run:
             with open(path, encoding="utf-8", newline="") as file:
                 rows = list(csv.DictReader(file))
             steps, seconds = [int(row["step"]) for row in rows], [float(row["seconds"]) for row in rows]
-            if steps != sorted(set(steps)) or seconds != sorted(seconds) or any(None in (*row, *row.values()) for row in rows):
+            torn = any(None in (*row, *row.values()) for row in rows)
+            if torn or steps != sorted(set(steps)) or seconds != sorted(seconds):
                 raise ValueError("a line that is torn, doubled or out of order")
         except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
-            raise UserError(f"{path} is not as the run has left it ({error}); the checkpoint beside it is whole: mend the file, "
-                            f"or delete it and go on with a log that begins here") from None
+            raise UserError(f"{path} is not as the run has left it ({error}); the checkpoint beside it is whole: "
+                            f"mend the file, or delete it and go on with a log that begins here") from None
         return [row for row, step in zip(rows, steps) if step <= self.checkpoint["step"]]
 
     @contextlib.contextmanager
@@ -368,23 +378,22 @@ class Run:
         self.logged += time.perf_counter() - start
 
     def due(self):
-        """Is it time to save? By the clock, every --save-every seconds, which costs under 1 %; nothing else depends on it."""
+        """Time to save? By the clock, every --save-every seconds, which costs under 1 %; nothing else depends on it."""
         return time.perf_counter() - self.saved > self.settings.save_every
 
     def save(self, step, model, optimizers, **more):
-        """Everything that a resumed run needs; of several processes the first saves. A state that is not finite never replaces
-        a good one."""
+        """All that a resumed run needs, by the first process. A state that is not finite never replaces a good one."""
         if processes.RANK:
             return
         if not all(bool(p.isfinite().all()) for p in model.parameters()):
             raise diverged("weights are", f"at step {step}", self.folder)
         write_checkpoint(self.folder / "checkpoint.pt", dict(
-            format=CHECKPOINT_FORMAT, step=step, data=self.data, settings=asdict(self.settings), model=model.state_dict(),
-            optimizers=[optimizer.state_dict() for optimizer in optimizers],
+            format=CHECKPOINT_FORMAT, step=step, data=self.data, settings=asdict(self.settings),
+            model=model.state_dict(), optimizers=[optimizer.state_dict() for optimizer in optimizers],
             unlogged=[self.counted, [float(loss) for loss in self.losses]], **more))
         self.saved = time.perf_counter()
 
     def leave(self, step):
         """Stopped and saved: end the script, with a sentence on how to go on."""
-        raise KeyboardInterrupt(f"stopped at step {step:,} and saved; python {Path(sys.argv[0]).name} --run {self.folder} --resume "
-                                f"goes on")
+        raise KeyboardInterrupt(f"stopped at step {step:,} and saved; python {Path(sys.argv[0]).name} "
+                                f"--run {self.folder} --resume goes on")

@@ -35,7 +35,7 @@ Differences from the papers:
 
 Where the encoder starts: in each block the last matrix of attention and of the dense layers is zero, so at first h is
 the embedding itself, and the document vector a mean of embeddings. That model can be trained alone, thirty times as
-many tokens a second: this is what `train_mlm.py` does in its first stage, and the transformer goes on exactly from there.
+many tokens a second: `train_mlm.py` does so in its first stage, and the transformer goes on exactly from there.
 
 This file needs torch alone. Shapes: B sequences, T tokens, D width, V vocabulary, N word pairs, M masked positions,
 d document columns. Read next: train_mlm.py.
@@ -78,7 +78,8 @@ def mask_tokens(tokens, lengths, vocabulary_size, share=0.15, generator=None):
     targets = tokens.flatten()[positions]                                 # (M,)
 
     kind = torch.rand(len(positions), generator=generator, device=tokens.device)
-    random = torch.randint(FIRST_ORDINARY, vocabulary_size, (len(positions),), generator=generator, device=tokens.device)
+    random = torch.randint(FIRST_ORDINARY, vocabulary_size, (len(positions),),
+                           generator=generator, device=tokens.device)
     hidden = torch.where(kind < 0.8, MASK, torch.where(kind < 0.9, random, targets))
     inputs = tokens.flatten().index_put((positions,), hidden).view(B, T)  # a copy: the caller's tokens stay
     return inputs, positions, targets
@@ -203,8 +204,8 @@ class TextEncoder(nn.Module):
         self.blocks = nn.ModuleList(Block(width, heads) for _ in range(layers))
         self.token_dense = nn.Linear(width, width)
         self.token_bias = nn.Parameter(torch.zeros(vocabulary_size))
-        self.term_head = nn.Linear(document_columns, vocabulary_size + len(pairs))    # normed document vectors -> logits
-        nn.init.normal_(self.token_embedding.weight, std=0.1)             # at 0.02 the masked loss rests at 6.7 for 400 steps
+        self.term_head = nn.Linear(document_columns, vocabulary_size + len(pairs))   # normed document vectors -> logits
+        nn.init.normal_(self.token_embedding.weight, std=0.1)       # at 0.02 the masked loss rests at 6.7 for 400 steps
         if document_columns < width:                                      # a rare word should not weigh in the mean
             self.token_embedding.weight.data[:, :document_columns] *= 0.2
         nn.init.zeros_(self.pair_embedding.weight)
@@ -213,8 +214,8 @@ class TextEncoder(nn.Module):
 
     @torch.no_grad()
     def start_at(self, counts):
-        """Set the biases of both output layers to the frequencies of counts (V + N,), words and pairs: what needs no context
-        is known from the start. Returns the terms' weights in a bag, (V + N,)."""
+        """Set the biases of both output layers to the frequencies of counts (V + N,), words and pairs: what needs no
+        context is known from the start. Returns the terms' weights in a bag, (V + N,)."""
         V = len(self.token_bias)
         weights = term_weights(counts, V)
         self.token_bias.copy_(((counts[:V] + 1) / (counts[:V] + 1).sum()).log())
@@ -229,7 +230,7 @@ class TextEncoder(nn.Module):
         pair = self.pair_embedding(self.pair_ids(tokens))                 # (B, T, ≤ d)
         x = x + F.pad(pair, (0, x.shape[-1] - pair.shape[-1]))
         if torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))             # the residual stream, too: half the memory traffic
+            x = x.to(torch.get_autocast_dtype(x.device.type))        # the residual stream, too: half the memory traffic
         for block in self.blocks:
             x = block(x, visible)
         return x
@@ -241,9 +242,9 @@ class TextEncoder(nn.Module):
     def token_logits(self, x):
         """Token vectors (M, D), at the masked positions only -> logits (M, V), by the tied embedding.
 
-        All positions would be nearly seven times the work in this layer, and with 2 blocks that is more than half of the
-        forward pass instead of a sixth. The dense layer (BERT's, too) turns what the blocks say into the embedding's own
-        coordinates.
+        All positions would be nearly seven times the work in this layer, and with 2 blocks that is more than half of
+        the forward pass instead of a sixth. The dense layer (BERT's, too) turns what the blocks say into the
+        embedding's own coordinates.
         """
         x = F.relu(self.token_dense(norm(x))).square()                    # (M, D)
         return F.linear(norm(x), self.token_embedding.weight, self.token_bias)

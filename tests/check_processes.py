@@ -44,8 +44,8 @@ def mlm(model, data):
     part, low = slice(rows[0], rows[-1] + 1), rows[0] * T
     here = (positions >= low) & (positions < low + len(rows) * T)
     x = model(inputs[part], lengths[part])
-    masked = transformer.masked_language_model_loss(model.token_logits(x.flatten(0, 1)[positions[here] - low]), targets[here],
-                                                    len(targets) / W)
+    masked = transformer.masked_language_model_loss(model.token_logits(x.flatten(0, 1)[positions[here] - low]),
+                                                    targets[here], len(targets) / W)
     filled = sum_over((bag[part].sum(1) > 0).sum()).clamp(min=1)
     z = transformer.norm(model.mean(x, lengths[part]).double())
     return masked + 4 * transformer.document_loss(model.term_head(z), bag[part], filled / W)
@@ -84,9 +84,10 @@ def main():
         gradient = max(float((p.grad - q.grad).abs().max()) for p, q in zip(alone.parameters(), together.parameters())
                        if p.grad is not None)
         size = max(float(p.grad.abs().max()) for p in alone.parameters() if p.grad is not None)
-        buffers = max([float((a - b).abs().max()) for a, b in zip(alone.buffers(), together.buffers()) if a.numel()] + [0.0])
-        print(f"{task.__name__}: loss {abs(float(loss - expected)):.1e}, gradients {gradient:.1e} (largest {size:.1e}), "
-              f"running statistics {buffers:.1e}")
+        buffers = max([float((a - b).abs().max()) for a, b in zip(alone.buffers(), together.buffers()) if a.numel()]
+                      + [0.0])
+        print(f"{task.__name__}: loss {abs(float(loss - expected)):.1e}, "
+              f"gradients {gradient:.1e} (largest {size:.1e}), running statistics {buffers:.1e}")
         worst = max(worst, abs(float(loss - expected)) / 1e-10, gradient / 1e-8, buffers / 1e-6)
     processes.leave()
     sys.exit(worst > 1)

@@ -14,7 +14,7 @@ TOPICS = {"sea": ("ship harbour wave sailor anchor storm fish island", "sails dr
 
 
 def story(topic, seed, sentences=None):
-    """Sentences in which a noun fixes its verb, so that a masked word can be told from its neighbours; 8 to 16 of them."""
+    """8 to 16 sentences in which a noun fixes its verb, so that a masked word can be told from its neighbours."""
     nouns, verbs = (words.split() for words in TOPICS[topic])
     sentences = sentences or 8 + seed % 9
     draw = random.Random(f"{topic} {seed}")
@@ -36,8 +36,8 @@ def corpus(tmp_path_factory):
     return folder
 
 
-TINY = ("--steps 90 --embedding-steps 30 --batch-size 8 --window 32 --width 32 --heads 2 --layers 1 --vocabulary-size 400 "
-        "--pairs 100 --evaluate-every 30 --device cpu --precision float32").split()
+TINY = ("--steps 90 --embedding-steps 30 --batch-size 8 --window 32 --width 32 --heads 2 --layers 1 "
+        "--vocabulary-size 400 --pairs 100 --evaluate-every 30 --device cpu --precision float32").split()
 
 
 @pytest.fixture(scope="session")

@@ -2,9 +2,9 @@
 
     python tests/fourth_task.py --run runs/rotation             shapes; a minute
 
-Gidaris et al. 2018, arXiv 1803.07728. An example to copy, and test_fourth_task.py runs it: the model file's part and the
-script's part stand here in one file; in a fork they would be minissl/rotation.py and train_rotation.py. (On shapes, which
-lie at any angle, there is little to learn from this task but the light; on photographs there is.)
+Gidaris et al. 2018, arXiv 1803.07728. An example to copy, and test_fourth_task.py runs it: the model file's part and
+the script's part stand here in one file; in a fork they would be minissl/rotation.py and train_rotation.py. (On shapes,
+which lie at any angle, there is little to learn from this task but the light; on photographs there is.)
 """
 
 import math
@@ -26,12 +26,14 @@ from minissl.muon import Muon
 from minissl.training import Batches, Run, autocast, choose_machine, count_flops, rate_at, read_settings, run_script
 
 
-# ---------------------------------------------------------------- 1. the model file: a model with `features`, its loss, from_checkpoint
+# ---------------------------------------------------------------- 1. the model file
+# A model with `features`, its loss, from_checkpoint.
 
 class RotationModel(nn.Module):
     def __init__(self, mean, deviation, width=32):
         super().__init__()
-        self.channels, self.encoder, self.head = len(mean), ImageEncoder(mean, deviation, width), nn.Linear(4 * width, 4)
+        self.channels, self.encoder, self.head = (len(mean), ImageEncoder(mean, deviation, width),
+                                                  nn.Linear(4 * width, 4))
 
     def features(self, x):
         """Images (B, C, H, W), floats in [0, 1] -> (B, D)."""
@@ -102,9 +104,10 @@ def main():
             loss = rotation_loss(model, pool[batches(step)].to(device).float() / 255)
         loss.backward()
         run.count(B, 3 * flops * B, loss)
+        rate = rate_at(step, settings.steps, warmup=20, decay=1)
         for optimizer in optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = settings.learning_rate * group.get("times", 1) * rate_at(step, settings.steps, warmup=20, decay=1)
+                group["lr"] = settings.learning_rate * group.get("times", 1) * rate
             optimizer.step()
             optimizer.zero_grad()
         done, last = step + 1, step + 1 == settings.steps

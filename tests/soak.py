@@ -4,15 +4,15 @@
     python tests/soak.py --kills 2 --damage 50                  a few minutes
     python tests/soak.py --kills 3 --damage 100 --plant torn-save            with a defect planted: it must be found
 
-Kills: each training script runs once undisturbed; then again with SIGKILL at random moments and --resume after each, until
-it ends. The last checkpoint must be equal bit for bit, and metrics.csv the same, but for what the clock says.
+Kills: each training script runs once undisturbed; then again with SIGKILL at random moments and --resume after each,
+until it ends. The last checkpoint must be equal bit for bit, and metrics.csv the same, but for what the clock says.
 
 Damage: files of each kind are truncated, flipped in some bits, spliced from their own parts, or written with a crafted
 mistake, and then read by the function that the scripts use, under a limit of memory. Outcomes:
 
     refused     one sentence (UserError)
-    harmless    what was read is what the undamaged file holds, or a cache was made anew, or, for an array of pixels, which
-                carries no checksum, another array of uint8
+    harmless    what was read is what the undamaged file holds, or a cache was made anew, or, for an array of pixels,
+                which carries no checksum, another array of uint8
     wrong       anything else: another exception, another result, more than 20 seconds
 
 Wrong must be 0. The seed is printed, and the exit code is 1 if anything was wrong.
@@ -46,8 +46,8 @@ from minissl.tokenizer import Tokenizer
 TINY = "--device cpu --precision float32 --save-every 0.1".split()
 IMAGES = "--limit 300 --steps 150 --batch-size 32 --width 8 --evaluate-every 50".split()
 SCRIPTS = {"train_contrastive.py": ["--method", "byol", *IMAGES], "train_ae.py": ["--masked", "0.5", *IMAGES],
-           "train_mlm.py": ("--steps 300 --embedding-steps 100 --batch-size 8 --window 32 --width 64 --heads 2 --layers 1 "
-                            "--vocabulary-size 400 --pairs 100 --evaluate-every 100").split()}
+           "train_mlm.py": ("--steps 300 --embedding-steps 100 --batch-size 8 --window 32 --width 64 --heads 2 "
+                            "--layers 1 --vocabulary-size 400 --pairs 100 --evaluate-every 100").split()}
 
 
 def write_texts(folder):
@@ -63,14 +63,16 @@ def write_texts(folder):
 
 def kills(folder, count, draw, planted=""):
     """-> Counter of how many runs ended equal, how many wrong, and the kills that met a running training."""
-    planting = f"import runpy, sys; sys.path[:0] = {[str(ROOT / 'tests'), str(ROOT)]}; import soak; soak.plant({planted!r}); " \
-               "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
+    planting = (f"import runpy, sys; sys.path[:0] = {[str(ROOT / 'tests'), str(ROOT)]}; import soak; "
+                f"soak.plant({planted!r}); sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')")
     python = [sys.executable, "-c", planting] if planted else [sys.executable]
     outcomes = Counter()
     for script, flags in SCRIPTS.items():
-        flags = [*flags, *TINY] + (["--data", str(folder / "texts"), "--data-dir", str(folder)] if "mlm" in script else [])
+        flags = [*flags, *TINY] + (["--data", str(folder / "texts"), "--data-dir", str(folder)]
+                                   if "mlm" in script else [])
         start = time.time()
-        subprocess.run([*python, ROOT / script, "--run", folder / script / "whole", *flags], check=True, capture_output=True)
+        subprocess.run([*python, ROOT / script, "--run", folder / script / "whole", *flags], check=True,
+                       capture_output=True)
         length = time.time() - start
         done, attempt = 0, 0
         while done < count:
@@ -78,8 +80,8 @@ def kills(folder, count, draw, planted=""):
             attempt += 1
             while True:
                 resume = ["--resume"] if (run / "checkpoint.pt").exists() else []
-                process = subprocess.Popen([*python, ROOT / script, "--run", run, *flags, *resume], stdout=subprocess.PIPE,
-                                           stderr=subprocess.STDOUT, text=True)
+                process = subprocess.Popen([*python, ROOT / script, "--run", run, *flags, *resume],
+                                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
                 try:
                     printed = process.communicate(timeout=draw.uniform(0.3, 1) * length if done < count else None)[0]
                     break                                              # it came to its end
@@ -97,13 +99,15 @@ def kills(folder, count, draw, planted=""):
 
 def same_run(a, b):
     one, other = (files.load_checkpoint(run) for run in (a, b))
-    return log_of(a) == log_of(b) and equal(one["model"], other["model"]) and equal(one["optimizers"], other["optimizers"])
+    return (log_of(a) == log_of(b) and equal(one["model"], other["model"])
+            and equal(one["optimizers"], other["optimizers"]))
 
 
 def log_of(folder):
     """The rows of metrics.csv without what the clock says."""
     with open(folder / "metrics.csv", encoding="utf-8", newline="") as file:
-        return [{k: v for k, v in row.items() if k not in ("seconds", "rate_per_second", "share_of_peak")} for row in csv.DictReader(file)]
+        return [{k: v for k, v in row.items() if k not in ("seconds", "rate_per_second", "share_of_peak")}
+                for row in csv.DictReader(file)]
 
 
 def equal(a, b):
@@ -130,20 +134,22 @@ def damaged(data, draw):
     else:
         size = draw.choice([1, 8, 100, 4096])
         other = draw.randrange(len(data))
-        part = {"splice": data[other:other + size], "zeros": bytes(size), "insert": bytes(draw.randrange(256) for _ in range(min(size, 100)))}[kind]
+        part = {"splice": data[other:other + size], "zeros": bytes(size),
+                "insert": bytes(draw.randrange(256) for _ in range(min(size, 100)))}[kind]
         data[place:place + (0 if kind == "insert" else len(part))] = part
     return bytes(data)
 
 
 def readers(folder):
-    """{kind: (path of a good file, read() -> what to compare, crafted bytes)}; folder holds texts/ and two finished runs."""
+    """{kind: (a good file's path, read() -> what to compare, crafted bytes)}; folder: texts/ and two finished runs."""
     ae, mlm = folder / "train_ae.py" / "whole", folder / "train_mlm.py" / "whole"
     archive = folder / "imdb" / "aclImdb_v1.tar.gz"
     archive.parent.mkdir(exist_ok=True)
     with tarfile.open(archive, "w:gz") as tar:
         for part, label in (("train", "pos"), ("train", "neg"), ("train", "unsup"), ("test", "pos"), ("test", "neg")):
             for n in range(12):
-                member, text = tarfile.TarInfo(f"aclImdb/{part}/{label}/{n}_1.txt"), f"{part} {label} {n} some words".encode()
+                member, text = (tarfile.TarInfo(f"aclImdb/{part}/{label}/{n}_1.txt"),
+                                f"{part} {label} {n} some words".encode())
                 member.size = len(text)
                 tar.addfile(member, io.BytesIO(text))
     np.save(folder / "a.npy", np.random.default_rng(0).integers(0, 256, (40, 9, 11, 3)).astype(np.uint8))
@@ -163,7 +169,7 @@ def readers(folder):
     def pixels():
         found = images.own_images(folder / "a.npy", keep_all=True)
         assert found[:].dtype == torch.uint8 and found[:].shape[1] in (1, 3)
-        return None                                                            # pixels carry no checksum: any are as good
+        return None    # pixels carry no checksum: any are as good
 
     def pickled():
         try:
@@ -190,17 +196,23 @@ def readers(folder):
     (folder / "data_batch_1").write_bytes(batch(np.random.default_rng(0).integers(0, 256, (20, 3072)).astype(np.uint8)))
 
     return {"checkpoint": (ae / "checkpoint.pt", lambda: state(ae), [b"", b"PK\x03\x04", b"\x80\x02}q\x00."]),
-            "tokenizer": (tokenizer, lambda: check_tokenizer(tokenizer), [b"", b"{}", b"[]", b"null", b'{"merges": [[9, 9]]}', b"[" * 100_000]),
+            "tokenizer": (tokenizer, lambda: check_tokenizer(tokenizer),
+                          [b"", b"{}", b"[]", b"null", b'{"merges": [[9, 9]]}', b"[" * 100_000]),
             "cache tokens": (cache / "tokens.bin", lambda: texts(str(folder / "texts"), folder / "caches"), [b""]),
-            "cache index": (cache / "index.npz", lambda: texts(str(folder / "texts"), folder / "caches"), [b"", b"PK\x05\x06" + bytes(18)]),
+            "cache index": (cache / "index.npz", lambda: texts(str(folder / "texts"), folder / "caches"),
+                            [b"", b"PK\x05\x06" + bytes(18)]),
             "archive": (archive, archive_texts, [b"", b"\x1f\x8b"]),
-            "npy": (folder / "a.npy", pixels, [b"", npy_header("(99999999999999, 9, 9)"), npy_header("(-1, 9, 9)"), npy_header("(2, 9"),
-                                               npy_header("(40, 9, 9)", "|O")]),
-            "pickle": (folder / "data_batch_1", pickled, [b"", batch(Evil()), batch(np.array([Evil()], object)), batch([1])]),
-            "config": (ae / "config.json", page, [b"", b"{}", b"[]", b'{"settings": 3}', b"[" * 100_000, b"\xff\xfe", b'{"command": "\\ud800", "started": 1, '
-                                          b'"python": 2, "torch": 3, "settings": {"data": "\\ud800"}}']),
-            "log": (ae / "metrics.csv", page, [b"", b"step\n", b"step,seconds\n1,nan\n2,inf\n", b"step,a\n1,1e400\n2,-1e400\n"]),
-            "sentences": (mlm / "sentences.json", lambda: report.write_page(mlm), [b"", b"{}", b"[]", b"[[1, 2, 3]]", b'[["a", [1], [2]]]'])}
+            "npy": (folder / "a.npy", pixels, [b"", npy_header("(99999999999999, 9, 9)"), npy_header("(-1, 9, 9)"),
+                                               npy_header("(2, 9"), npy_header("(40, 9, 9)", "|O")]),
+            "pickle": (folder / "data_batch_1", pickled,
+                       [b"", batch(Evil()), batch(np.array([Evil()], object)), batch([1])]),
+            "config": (ae / "config.json", page, [
+                b"", b"{}", b"[]", b'{"settings": 3}', b"[" * 100_000, b"\xff\xfe",
+                b'{"command": "\\ud800", "started": 1, "python": 2, "torch": 3, "settings": {"data": "\\ud800"}}']),
+            "log": (ae / "metrics.csv", page, [b"", b"step\n", b"step,seconds\n1,nan\n2,inf\n",
+                                               b"step,a\n1,1e400\n2,-1e400\n"]),
+            "sentences": (mlm / "sentences.json", lambda: report.write_page(mlm),
+                          [b"", b"{}", b"[]", b"[[1, 2, 3]]", b'[["a", [1], [2]]]'])}
 
 
 def check_tokenizer(path):
@@ -216,7 +228,8 @@ def check_tokenizer(path):
 
 
 def datasets_text(tokenizer, text):
-    return " ".join(text.lower().split()) if tokenizer is None else " ".join(tokenizer.decode(tokenizer.encode(text).tolist()).split())
+    return (" ".join(text.lower().split()) if tokenizer is None
+            else " ".join(tokenizer.decode(tokenizer.encode(text).tolist()).split()))
 
 
 def npy_header(shape, kind="|u1"):
@@ -269,8 +282,9 @@ def damage(folder, count, draw, only=None):
 def plant(defect, patch=setattr):
     """Make minissl wrong in one place."""
     if defect == "trust-cache":                        # read as it lies, whatever its checksum
-        patch(datasets, "hash_of", lambda path, algorithm="sha256": json.loads(bytes(np.load(Path(path).with_name("index.npz"))["meta"]))[
-            "sha256"] if Path(path).name == "tokens.bin" else files.hash_of(path, algorithm))
+        patch(datasets, "hash_of", lambda path, algorithm="sha256": (
+            json.loads(bytes(np.load(Path(path).with_name("index.npz"))["meta"]))["sha256"]
+            if Path(path).name == "tokens.bin" else files.hash_of(path, algorithm)))
     elif defect == "trust-checkpoint":                 # as torch.load does
         patch(files.zipfile.ZipFile, "testzip", lambda archive: None)
     elif defect == "no-sentence":                      # whatever torch says of a damaged file comes through

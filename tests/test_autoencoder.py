@@ -66,7 +66,8 @@ def test_beta_means_the_same_at_every_size_of_image_batch_and_code(regularizer):
     big = autoencoder_loss(x.repeat(1, 1, 2, 3), x_hat.repeat(1, 1, 2, 3), z, 1.0, regularizer)
     torch.testing.assert_close(small, big)
     if regularizer == "sparse":
-        torch.testing.assert_close(small, autoencoder_loss(x.repeat(5, 1, 1, 1), x_hat.repeat(5, 1, 1, 1), z.repeat(5, 2), 1.0, "sparse"))
+        torch.testing.assert_close(small, autoencoder_loss(x.repeat(5, 1, 1, 1), x_hat.repeat(5, 1, 1, 1),
+                                                           z.repeat(5, 2), 1.0, "sparse"))
 
 
 @pytest.mark.parametrize("z, beta, regularizer, sentence", [
@@ -87,7 +88,8 @@ def test_exactly_the_share_of_patches_is_hidden_in_each_image_elsewhere_nothing_
     places = []
     for image, original in zip(y, x):
         hidden = [(i, j) for i in range(4) for j in range(4)
-                  if not torch.equal(image[:, 8 * i:8 * i + 8, 8 * j:8 * j + 8], original[:, 8 * i:8 * i + 8, 8 * j:8 * j + 8])]
+                  if not torch.equal(image[:, 8 * i:8 * i + 8, 8 * j:8 * j + 8],
+                                     original[:, 8 * i:8 * i + 8, 8 * j:8 * j + 8])]
         assert len(hidden) == round(0.6 * 16)
         for i, j in hidden:
             patch = image[:, 8 * i:8 * i + 8, 8 * j:8 * j + 8]
@@ -174,10 +176,11 @@ def test_sparsity_and_correlation_of_known_cases():
     assert autoencoder.sparsity(torch.randn(20_000, 3)).item() == pytest.approx(1 - 2 / np.pi, abs=0.01)
     x = torch.randn(100, 1)
     assert autoencoder.correlation(torch.cat([x, -x], 1)).item() == pytest.approx(1, abs=1e-4)
-    assert autoencoder.correlation(torch.tensor([[1.0, 1], [1, -1], [-1, 1], [-1, -1]])).item() == pytest.approx(0, abs=1e-6)
+    unrelated = torch.tensor([[1.0, 1], [1, -1], [-1, 1], [-1, -1]])
+    assert autoencoder.correlation(unrelated).item() == pytest.approx(0, abs=1e-6)
     a, b = torch.tensor([1.0, 1, -1, -1]), torch.tensor([1.0, -1, 1, -1])
     assert autoencoder.correlation(torch.stack([a, 0.6 * a + 0.8 * b], 1)).item() == pytest.approx(0.6)
-    unlike = torch.tensor([[2.0, -2, 2], [0.1, 0.1, -0.1]]).T                                     # each column by its own scale
+    unlike = torch.tensor([[2.0, -2, 2], [0.1, 0.1, -0.1]]).T    # each column by its own scale
     assert autoencoder.sparsity(unlike).item() == pytest.approx(0, abs=1e-6)
 
 

@@ -19,7 +19,8 @@ def info_nce_by_loops(views, temperature, similarity):
 
     def s(a, b):
         dot = sum(x * y for x, y in zip(a, b))
-        return dot / (math.sqrt(sum(x * x for x in a)) * math.sqrt(sum(y * y for y in b))) if similarity == "cosine" else dot
+        norms = math.sqrt(sum(x * x for x in a)) * math.sqrt(sum(y * y for y in b))
+        return dot / norms if similarity == "cosine" else dot
     terms = []
     for v in range(V):
         for b in range(B):
@@ -43,12 +44,13 @@ def test_info_nce_is_the_formula_by_value_and_gradient(V, similarity, temperatur
         up, down = views.copy(), views.copy()
         up[place] += 1e-5
         down[place] -= 1e-5
-        slope = (info_nce_by_loops(up, temperature, similarity) - info_nce_by_loops(down, temperature, similarity)) / 2e-5
+        slope = (info_nce_by_loops(up, temperature, similarity)
+                 - info_nce_by_loops(down, temperature, similarity)) / 2e-5
         assert float(x.grad[place]) == pytest.approx(slope, abs=1e-7)
 
 
 def test_a_worked_example():
-    """Two images, two views, all four at right angles but for the positives, which agree: each row is softmax(1, 0, 0)."""
+    """Two images, two views, all at right angles but for the positives, which agree: each row is softmax(1, 0, 0)."""
     a, b = [1.0, 0.0], [0.0, 1.0]
     loss = info_nce(torch.tensor([[a, b], [a, b]]), temperature=1.0)
     assert float(loss) == pytest.approx(-math.log(math.e / (math.e + 2)))
@@ -101,7 +103,8 @@ def test_what_info_nce_cannot_compare_is_refused(views, options):
 def test_byol_loss_is_the_distance_of_unit_vectors_and_gives_the_target_no_gradient():
     rng = np.random.default_rng(0)
     q, z = rng.normal(size=(5, 4)), rng.normal(size=(5, 4))
-    wanted = np.mean([sum((a / np.linalg.norm(q[i]) - b / np.linalg.norm(z[i])) ** 2 for a, b in zip(q[i], z[i])) for i in range(5)])
+    wanted = np.mean([sum((a / np.linalg.norm(q[i]) - b / np.linalg.norm(z[i])) ** 2 for a, b in zip(q[i], z[i]))
+                      for i in range(5)])
     prediction, target = torch.tensor(q, requires_grad=True), torch.tensor(z, requires_grad=True)
     loss = byol_loss(prediction, target)
     assert loss.item() == pytest.approx(wanted, rel=1e-12)
@@ -176,7 +179,8 @@ def bilinear(image, x, y):
 @pytest.mark.parametrize("H, W", [(12, 12), (9, 15)])
 def test_crop_and_flip_is_bilinear_resampling_of_a_box(H, W):
     torch.manual_seed(0)
-    images, numbers, crop, (h, w) = torch.randint(0, 256, (6, 3, H, W), dtype=torch.uint8), torch.rand(6, 5), 0.2, (6, 8)
+    images, numbers, crop, (h, w) = (torch.randint(0, 256, (6, 3, H, W), dtype=torch.uint8), torch.rand(6, 5),
+                                     0.2, (6, 8))
     views = crop_and_flip(images, (h, w), numbers, crop, True)
     for image, n, view in zip(images.numpy() / 255.0, numbers.double().tolist(), views.double().numpy()):
         area, ratio = crop + (1 - crop) * n[0], (4 / 3) ** (2 * n[1] - 1)
@@ -227,8 +231,9 @@ def test_each_number_of_a_view_decides_one_thing():
     images, numbers = torch.randint(0, 256, (40, 3, 16, 16), dtype=torch.uint8), torch.rand(40, 12)
     crops, other = crop_and_flip(images, (8, 8), numbers[:, :5], 0.2, True), numbers.clone()
     torch.testing.assert_close(augment(images, (8, 8), numbers), recolour(crops, numbers[:, 5:], 0.4, 0.1, 0.2))
-    other[:, 4] = 1 - other[:, 4]                                    # the other side up: the same crop, in the same colours
-    torch.testing.assert_close(augment(images, (8, 8), other), augment(images, (8, 8), numbers).flip(3), atol=1e-5, rtol=0)
+    other[:, 4] = 1 - other[:, 4]    # the other side up: the same crop, in the same colours
+    torch.testing.assert_close(augment(images, (8, 8), other), augment(images, (8, 8), numbers).flip(3),
+                               atol=1e-5, rtol=0)
 
 
 def test_grey_images_stay_grey_and_one_channel_works():
@@ -247,7 +252,7 @@ def test_each_image_has_its_own_draw(C):
     assert torch.pdist(views).min() > 1e-3                         # 64 copies of one image, all views different
     assert views.min() >= 0 and views.max() <= 1
     alone = augment(image.expand(2, -1, -1, -1), (12, 12), numbers := torch.rand(2, 12))
-    torch.testing.assert_close(augment(image, (12, 12), numbers[1:]), alone[1:])     # no image depends on its neighbours
+    torch.testing.assert_close(augment(image, (12, 12), numbers[1:]), alone[1:])    # no image depends on its neighbours
 
 
 # ---------------------------------------------------------------- the encoder
@@ -255,8 +260,9 @@ def test_each_image_has_its_own_draw(C):
 @pytest.mark.parametrize("B, H, W", [(1, 3, 3), (6, 9, 5), (7, 4, 7), (16, 6, 6), (8, 1, 1)])
 @pytest.mark.parametrize("stride", [1, 2])
 def test_the_images_of_a_batch_laid_side_by_side_do_not_touch(stride, B, H, W):
-    """Whole numbers, which bfloat16 holds exactly: the wide images must give the very values and gradients of float32. (The
-    library's own gradient in bfloat16 is no reference: of maps of 1 × 1 it has been seen to hold what lay in the memory.)"""
+    """Whole numbers, which bfloat16 holds exactly: the wide images must give the very values and gradients of float32.
+    (The library's own gradient in bfloat16 is no reference: of maps of 1 × 1 it has been seen to hold what lay in the
+    memory.)"""
     torch.manual_seed(0)
     layer = contrastive.Convolution(4, 8, stride).to(torch.bfloat16)
     x, weight = torch.randint(-1, 2, (B, 4, H, W)).bfloat16(), torch.randint(-1, 2, layer.weight.shape)
@@ -279,7 +285,8 @@ def test_the_encoder_takes_any_size(C, H, W):
 
 
 def test_encode_takes_pixels_from_0_to_255():
-    model, images = ContrastiveModel(torch.full((3,), 0.5), torch.full((3,), 0.2), width=8).eval(), torch.randint(0, 256, (4, 3, 16, 16)).byte()
+    model, images = (ContrastiveModel(torch.full((3,), 0.5), torch.full((3,), 0.2), width=8).eval(),
+                     torch.randint(0, 256, (4, 3, 16, 16)).byte())
     assert torch.equal(contrastive.encode(model, images), model.encoder(images.float() / 255))
 
 
@@ -293,7 +300,8 @@ def test_features_of_an_image_do_not_depend_on_the_batch_and_move_nothing():
     before = {k: v.clone() for k, v in model.state_dict().items()}
     images = torch.randint(0, 256, (7, 3, 16, 16), dtype=torch.uint8)
     with torch.no_grad():
-        torch.testing.assert_close(contrastive.encode(model, images)[3:4], contrastive.encode(model, images[3:4]), atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(contrastive.encode(model, images)[3:4], contrastive.encode(model, images[3:4]),
+                                   atol=1e-5, rtol=1e-4)
     assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
 
 

@@ -45,7 +45,8 @@ def test_a_limit_keeps_some_of_each_class_in_each_split_and_their_order(corpus, 
 
 
 def test_the_tokenizer_never_sees_the_test_texts_and_no_text_stands_on_both_sides(tmp_path):
-    files = {f"a/{n:02}.txt": f"common words number {n}" for n in range(10)} | {f"b/{n:02}.txt": f"other words {n}" for n in range(10)}
+    files = ({f"a/{n:02}.txt": f"common words number {n}" for n in range(10)}
+             | {f"b/{n:02}.txt": f"other words {n}" for n in range(10)})
     files["a/09.txt"] = "zyzzyva zyzzyva zyzzyva zyzzyva"         # test texts, by their place
     files["a/08.txt"] = "twin text"
     files["b/00.txt"] = files["a/08.txt"]                         # among the training texts of class b
@@ -89,7 +90,8 @@ def test_a_line_of_megabytes_is_read_in_pieces_without_losing_a_character(tmp_pa
 def test_the_lines_of_a_very_large_file_are_read_together(tmp_path, monkeypatch):
     (tmp_path / "l.txt").write_text("".join(f"line {n}\n" for n in range(100)), encoding="utf-8")
     pieces = list(documents.read_texts(tmp_path / "l.txt", least=50))
-    assert "".join(pieces) == (tmp_path / "l.txt").read_text(encoding="utf-8") and all(50 <= len(p) < 60 for p in pieces[:-1])
+    assert ("".join(pieces) == (tmp_path / "l.txt").read_text(encoding="utf-8")
+            and all(50 <= len(p) < 60 for p in pieces[:-1]))
     assert len(load_texts(str(tmp_path / "l.txt"), tmp_path / "data", 300)) == 100
     monkeypatch.setattr(documents, "SAMPLE_BYTES", 200)
     texts = load_texts(str(tmp_path / "l.txt"), tmp_path / "data", 300)
@@ -106,7 +108,8 @@ def test_pairs_are_counted_as_a_loop_does_however_often_they_are_put_together(co
     some = datasets.frequent_pairs(texts, 300, 5).tolist()              # the most frequent ones, by their numbers
     assert len(some) == 5 and some == sorted(some) and sorted(often[p] for p in some) == sorted(often.values())[-5:]
     found = [np.sort(np.random.default_rng(n).integers(0, 99, 50) << 24 | 1) for n in range(3)]
-    assert datasets._together(found).tolist() == [pair << 24 | n for pair, n in sorted(Counter(int(x) >> 24 for part in found for x in part).items())]
+    assert datasets._together(found).tolist() == [
+        pair << 24 | n for pair, n in sorted(Counter(int(x) >> 24 for part in found for x in part).items())]
 
 
 @pytest.mark.parametrize("name, content, sentence", [
@@ -159,7 +162,7 @@ def test_an_epoch_of_windows_shows_every_text_once_and_the_rest_is_what_is_outsi
     seen = []
     for step in range(windows.batches):
         tokens, lengths, rest, owner = windows(step)
-        assert lengths.sum() <= 4 * 64 and tokens.shape[1] == lengths.max() <= lengths.min() + 8             # of like length
+        assert lengths.sum() <= 4 * 64 and tokens.shape[1] == lengths.max() <= lengths.min() + 8    # of like length
         for row in range(len(tokens)):
             inside, outside = tokens[row, :lengths[row]].tolist(), rest[owner == row]
             start = int((outside == 0).nonzero()[0])              # the window's place is blanked
@@ -176,8 +179,8 @@ def test_an_epoch_of_windows_shows_every_text_once_and_the_rest_is_what_is_outsi
 def test_windows_lie_anywhere_in_a_text_and_come_in_another_order_each_epoch(rest):
     """A text of 100 tokens that are all different, so that a window tells where it lies; and twenty short ones."""
     lengths = np.array([100] + [9] * 20)
-    texts = datasets.Texts(np.arange(2, 2 + lengths.sum(), dtype=np.uint16), np.cumsum(lengths) - lengths, lengths, lengths * 0,
-                           lengths * 0, [], None)
+    texts = datasets.Texts(np.arange(2, 2 + lengths.sum(), dtype=np.uint16), np.cumsum(lengths) - lengths, lengths,
+                           lengths * 0, lengths * 0, [], None)
     windows = datasets.Windows(texts, 10, 2, seed=0, rest=rest)
     starts, orders = [], []
     for epoch in range(200):
@@ -259,7 +262,8 @@ def test_docstrings_are_split_by_file_and_do_not_name_their_package(tmp_path):
         for n in range(10):
             path = tmp_path / package / f"m{n}.py"
             path.parent.mkdir(exist_ok=True)
-            path.write_text("\n".join(f'def f{i}():\n    """alpha and Beta.thing {n} {i}."""' for i in range(25)), encoding="utf-8")
+            path.write_text("\n".join(f'def f{i}():\n    """alpha and Beta.thing {n} {i}."""'
+                                      for i in range(25)), encoding="utf-8")
             files.append((path, (package, f"m{n}")))
     found = list(documents._read_pydocs(files))
     assert len(found) == 500 and {label for _, label, _ in found} == {"alpha", "beta"}
@@ -276,8 +280,10 @@ def test_a_docstring_does_not_name_a_part_of_its_packages_name_either(tmp_path):
     files = []
     for n in range(10):
         path = tmp_path / f"m{n}.py"
-        path.write_text("\n".join(f'def f{i}():\n    """See nn.Linear{n} and torch.nn or np.sum {i}."""' for i in range(25)), encoding="utf-8")
+        path.write_text("\n".join(f'def f{i}():\n    """See nn.Linear{n} and torch.nn or np.sum {i}."""'
+                                  for i in range(25)), encoding="utf-8")
         files.append((path, ("torch", "nn", f"m{n}")))
     found = list(documents._read_pydocs(files))
     assert len(found) == 250 and {label for _, label, _ in found} == {"torch.nn"}
-    assert all(re.fullmatch(r"See package.Linear\d and package.package or package.sum \d+\.", text) for text, _, _ in found)
+    assert all(re.fullmatch(r"See package.Linear\d and package.package or package.sum \d+\.", text)
+               for text, _, _ in found)

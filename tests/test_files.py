@@ -34,7 +34,8 @@ def server():
                 begin = begin if behaviour != "all again" else 0
                 if begin >= len(DATA):
                     return self.send_error(416)
-                body = {"other bytes": b"x" * len(DATA), "html": b"<html>please log in</html>"}.get(behaviour, DATA[begin:])
+                body = {"other bytes": b"x" * len(DATA),
+                        "html": b"<html>please log in</html>"}.get(behaviour, DATA[begin:])
                 self.send_response(206 if begin else 200)
                 self.send_header("Content-Length", str(len(body)))
                 self.end_headers()
@@ -60,8 +61,9 @@ def server():
 
 
 @pytest.mark.parametrize("behaviours, requests", [
-    (["good"], [0]), ([503, "good"], [0, 0]), (["cut", "good"], [0, 256_000]), (["cut", "cut", "good"], [0, 256_000, 384_000]),
-    (["cut", "all again"], [0, 256_000]), (["stall", "good"], [0, 1000])])
+    (["good"], [0]), ([503, "good"], [0, 0]), (["cut", "good"], [0, 256_000]),
+    (["cut", "cut", "good"], [0, 256_000, 384_000]), (["cut", "all again"], [0, 256_000]),
+    (["stall", "good"], [0, 1000])])
 def test_a_download_goes_on_where_it_broke(behaviours, requests, server, tmp_path):
     url = server(*behaviours)
     files.download(url, tmp_path / "data.bin", MD5, pauses=(0.01, 0.01), patience=0.5)
@@ -70,17 +72,20 @@ def test_a_download_goes_on_where_it_broke(behaviours, requests, server, tmp_pat
 
 
 @pytest.mark.parametrize("behaviours, sentence, requests", [
-    ([404], "404", 1), ([503], "503", 3), (["html"], "not the published file", 1), (["other bytes"], "not the published file", 1),
-    (["stall"], "timed out", 3)])
-def test_a_download_that_fails_says_what_to_put_where_and_leaves_no_file_of_that_name(behaviours, sentence, requests, server, tmp_path):
+    ([404], "404", 1), ([503], "503", 3), (["html"], "not the published file", 1),
+    (["other bytes"], "not the published file", 1), (["stall"], "timed out", 3)])
+def test_a_download_that_fails_says_what_to_put_where_and_leaves_no_file_of_that_name(behaviours, sentence, requests,
+                                                                                      server, tmp_path):
     url = server(*behaviours)
     with pytest.raises(UserError) as caught:
         files.download(url, tmp_path / "data.bin", MD5, pauses=(0.01, 0.01), patience=0.3)
-    assert sentence in str(caught.value) and f"get {url} in another way and put it at {tmp_path / 'data.bin'}" in str(caught.value)
+    assert (sentence in str(caught.value)
+            and f"get {url} in another way and put it at {tmp_path / 'data.bin'}" in str(caught.value))
     assert not (tmp_path / "data.bin").exists() and len(server.requests) == requests
 
 
-@pytest.mark.parametrize("left, requests", [(DATA[:5], [5]), (DATA, [len(DATA)]), (b"rubbish", [7, 0]), (DATA + b"too long", [len(DATA) + 8, 0])])
+@pytest.mark.parametrize("left, requests", [
+    (DATA[:5], [5]), (DATA, [len(DATA)]), (b"rubbish", [7, 0]), (DATA + b"too long", [len(DATA) + 8, 0])])
 def test_what_an_earlier_download_left_is_used_if_it_is_right_and_thrown_away_if_not(left, requests, server, tmp_path):
     (tmp_path / "data.bin.part").write_bytes(left)
     files.download(server("good"), tmp_path / "data.bin", MD5, pauses=(0.01,))
@@ -94,10 +99,12 @@ def test_an_archive_yields_wanted_regular_files_only_and_none_that_is_too_large(
                 member = tarfile.TarInfo(name)
                 member.type, member.size, member.linkname = kind, len(data), "/etc/passwd"
                 archive.addfile(member, io.BytesIO(data))
-        return [(match[0], data) for match, data in files.read_archive(tmp_path / "a.tar.gz", re.compile(r"good/\d\.txt"), 10, "url")]
+        found = files.read_archive(tmp_path / "a.tar.gz", re.compile(r"good/\d\.txt"), 10, "url")
+        return [(match[0], data) for match, data in found]
 
-    assert pack(("good/1.txt", b"one", tarfile.REGTYPE), ("../good/2.txt", b"out", tarfile.REGTYPE), ("/good/3.txt", b"root", tarfile.REGTYPE),
-                ("good/4.txt", b"", tarfile.SYMTYPE), ("good/5.txt", b"", tarfile.LNKTYPE)) == [("good/1.txt", b"one")]
+    assert pack(("good/1.txt", b"one", tarfile.REGTYPE), ("../good/2.txt", b"out", tarfile.REGTYPE),
+                ("/good/3.txt", b"root", tarfile.REGTYPE), ("good/4.txt", b"", tarfile.SYMTYPE),
+                ("good/5.txt", b"", tarfile.LNKTYPE)) == [("good/1.txt", b"one")]
     with pytest.raises(UserError, match="good/1.txt has 11 bytes"):
         pack(("good/1.txt", b"x" * 11, tarfile.REGTYPE))
 

@@ -20,12 +20,14 @@ def few_options(monkeypatch):
 
 
 def test_the_table_has_every_row_and_column_and_lands_in_csv_and_page(trained, run_script, few_options):
-    code, printed = run_script(finetune, trained, "--labels", 10, "all", "--seeds", 2, "--data-dir", trained.parent / "data")
+    code, printed = run_script(finetune, trained, "--labels", 10, "all", "--seeds", 2,
+                               "--data-dir", trained.parent / "data")
     assert code == 0, printed
     with open(trained / "finetune.csv", encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
     assert {(r["labels_a_class"], r["method"]) for r in rows} == {
-        (labels, method) for labels in ("10", "all") for method in ("tf-idf", "from scratch", "linear probe", "fine-tuned")}
+        (labels, method) for labels in ("10", "all")
+        for method in ("tf-idf", "from scratch", "linear probe", "fine-tuned")}
     best = [float(r["test_accuracy"]) for r in rows if r["labels_a_class"] == "10" and r["method"] == "linear probe"]
     assert np.mean(best) > 90          # the two topics share almost no noun: a probe that fails here is broken
     assert "fine-tuned" in (trained / "report.html").read_text(encoding="utf-8")
@@ -38,11 +40,13 @@ def test_the_table_has_every_row_and_column_and_lands_in_csv_and_page(trained, r
 def test_the_probe_can_be_had_alone_and_leaves_the_table_as_it_is(trained, run_script):
     files = [trained / name for name in ("finetune.csv", "classifier.pt")]
     before = [path.read_bytes() if path.exists() else None for path in files]
-    code, printed = run_script(finetune, trained, "--probe", "--labels", 2, 5, "--seeds", 2, "--data-dir", trained.parent / "data")
+    code, printed = run_script(finetune, trained, "--probe", "--labels", 2, 5, "--seeds", 2,
+                               "--data-dir", trained.parent / "data")
     assert code == 0 and [path.read_bytes() if path.exists() else None for path in files] == before, printed
     with open(trained / "probe.csv", encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
-    assert [(row["labels_a_class"], row["method"]) for row in rows] == [("2", "linear probe")] * 2 + [("5", "linear probe")] * 2
+    found = [(row["labels_a_class"], row["method"]) for row in rows]
+    assert found == [("2", "linear probe")] * 2 + [("5", "linear probe")] * 2
 
 
 def test_ctrl_c_keeps_the_rows_that_are_finished(trained, run_script, few_options, monkeypatch):
@@ -87,7 +91,8 @@ def test_permuting_the_test_labels_changes_no_choice_and_no_weight(trained, run_
         return texts
     for loader in (load, permuted):
         monkeypatch.setattr(finetune, "load_texts", loader)
-        code, printed = run_script(finetune, trained, "--labels", 2, "--seeds", 1, "--data-dir", trained.parent / "data")
+        code, printed = run_script(finetune, trained, "--labels", 2, "--seeds", 1,
+                                   "--data-dir", trained.parent / "data")
         assert code == 0, printed
     assert len(seen) > 10 and seen[:len(seen) // 2] == seen[len(seen) // 2:]
     assert made[0].keys() == made[1].keys() and all(torch.equal(made[0][k], made[1][k]) for k in made[0])
@@ -95,15 +100,18 @@ def test_permuting_the_test_labels_changes_no_choice_and_no_weight(trained, run_
 
 def test_all_means_all_that_is_not_for_the_test_and_each_draw_is_another(trained, run_script, monkeypatch):
     asked, fit = [], finetuning.Linear.fit
-    monkeypatch.setattr(finetuning.Linear, "fit", lambda self, which, *more: asked.append(tuple(which)) or fit(self, which, *more))
-    code, printed = run_script(finetune, trained, "--probe", "--labels", 2, "all", "--seeds", 3, "--data-dir", trained.parent / "data")
+    monkeypatch.setattr(finetuning.Linear, "fit",
+                        lambda self, which, *more: asked.append(tuple(which)) or fit(self, which, *more))
+    code, printed = run_script(finetune, trained, "--probe", "--labels", 2, "all", "--seeds", 3,
+                               "--data-dir", trained.parent / "data")
     assert code == 0 and len(set(asked[:3])) == 3, printed
     assert [len(which) for which in asked] == [4] * 3 + [160] * 2
 
 
 def test_the_option_is_chosen_that_is_best_on_held_out_examples():
     labels = torch.tensor([0, 1] * 30)
-    task = SimpleNamespace(labels=labels, train=np.arange(40), held_out=np.arange(40, 50), test=np.arange(50, 60), trials=2)
+    task = SimpleNamespace(labels=labels, train=np.arange(40), held_out=np.arange(40, 50), test=np.arange(50, 60),
+                           trials=2)
     right = {"a": np.zeros(60, bool), "b": np.arange(60) < 50, "c": np.arange(60) >= 50}         # c: on the test set
     column = finetuning.Column(lambda which, option, seed: option, lambda option, which: torch.where(
         torch.from_numpy(right[option][which]), labels[which], 1 - labels[which]), lambda n: ["a", "b", "c"])
@@ -113,17 +121,19 @@ def test_the_option_is_chosen_that_is_best_on_held_out_examples():
 def test_chance_is_the_share_of_the_commonest_class_in_the_test_set(capsys):
     labels = torch.tensor([0, 1] * 10 + [0, 1, 1, 1] * 2)
     column = finetuning.Column(lambda which, option, seed: None, lambda fitted, which: torch.ones(len(which)))
-    task = SimpleNamespace(labels=labels, train=np.arange(10), held_out=np.arange(10, 20), test=np.arange(20, 28), classes=["a", "b"],
-                           probe=SimpleNamespace(column=lambda: column), trials=1)
+    task = SimpleNamespace(labels=labels, train=np.arange(10), held_out=np.arange(10, 20), test=np.arange(20, 28),
+                           classes=["a", "b"], probe=SimpleNamespace(column=lambda: column), trials=1)
     ((_, found, _),), chance = finetune.table(SimpleNamespace(labels=["2"], seeds=2, probe=True), task)
-    assert chance == 75 and found["linear probe"][0] == [75, 75] and "commonest class is 75.0 %" in capsys.readouterr().out
+    assert (chance == 75 and found["linear probe"][0] == [75, 75]
+            and "commonest class is 75.0 %" in capsys.readouterr().out)
 
 
 def text_task(trained, change=lambda model: None):
     model, checkpoint = runs.load_run(trained)
     change(model)
     settings = checkpoint["settings"]
-    texts = documents.load_texts(settings["data"], settings["data_dir"], settings["vocabulary_size"], tokenizer=runs.tokenizer_of(checkpoint))
+    texts = documents.load_texts(settings["data"], settings["data_dir"], settings["vocabulary_size"],
+                                 tokenizer=runs.tokenizer_of(checkpoint))
     return finetuning.TextTask(texts, model, nullcontext(), torch.device("cpu"))
 
 
@@ -145,13 +155,14 @@ def test_fine_tuning_a_text_encoder_at_rate_0_is_the_probe(trained):
     with torch.no_grad():
         found = still(evaluation.rows(task.counts, task.test), task.context[task.test], task.words[task.test])
     wanted = evaluation.predict(task.z[task.test], task.probe.fit(which)[0])
-    assert wanted.abs().max() > 0.1 and task.context.abs().max() > 1e-3                            # the blocks have a part in it
+    assert wanted.abs().max() > 0.1 and task.context.abs().max() > 1e-3    # the blocks have a part in it
     torch.testing.assert_close(found, wanted, atol=1e-3, rtol=1e-3)
 
 
 def test_rows_of_features_follow_the_texts_whatever_their_lengths(trained):
     model, checkpoint = runs.load_run(trained)
-    strings = ["the ship waits", "the tower rises and the tram opens and the crowd sleeps " * 9, "a storm", "the island drifts " * 30]
+    strings = ["the ship waits", "the tower rises and the tram opens and the crowd sleeps " * 9, "a storm",
+               "the island drifts " * 30]
     features = runs.load_encoder(trained)(strings)
     for row, string in zip(features, strings):
         tokens = torch.from_numpy(runs.tokenizer_of(checkpoint).encode(string).astype(np.int64))[None]
@@ -161,7 +172,8 @@ def test_rows_of_features_follow_the_texts_whatever_their_lengths(trained):
 
 
 def test_features_are_written_one_row_a_text(trained, corpus, run_script, tmp_path):
-    code, _ = run_script(finetune, trained, "--features", tmp_path / "out.npy", "--data", corpus, "--data-dir", tmp_path)
+    code, _ = run_script(finetune, trained, "--features", tmp_path / "out.npy", "--data", corpus,
+                         "--data-dir", tmp_path)
     features = np.load(tmp_path / "out.npy")
     assert code == 0 and features.shape == (200, 32) and features.dtype == np.float32
     texts = [(corpus / "city" / f"{n:03}.txt").read_text(encoding="utf-8") for n in (0, 7)]
@@ -181,9 +193,10 @@ def test_doubled_texts_have_their_rows_of_features_too_in_the_order_of_the_paths
 @pytest.mark.parametrize("flags, sentence", [
     (["--labels", "1", "1000"], "--labels 1000: too many"), (["--labels", "some"], "whole numbers above 0, or all"),
     (["--predict", "not/there.txt"], "not/there.txt"), (["--data", "not/there"], "there is nothing there"),
-    (["--predict", "a.txt", "--features", "b.npy"], "give one of them"), (["--features", "not/there/b.npy"], "one can write into"), (["--features", f"{__file__}/b.npy"], "one can write into"), (["--features", "out.txt"], "a new .npy"),
-    (["--predict", "."], "a folder; give a .txt"),
-    (["--data", "cifar10"], "learned from texts")])
+    (["--predict", "a.txt", "--features", "b.npy"], "give one of them"),
+    (["--features", "not/there/b.npy"], "one can write into"),
+    (["--features", f"{__file__}/b.npy"], "one can write into"), (["--features", "out.txt"], "a new .npy"),
+    (["--predict", "."], "a folder; give a .txt"), (["--data", "cifar10"], "learned from texts")])
 def test_what_cannot_be_done_is_said_in_one_sentence(flags, sentence, trained, run_script):
     code, printed = run_script(finetune, trained, "--data-dir", trained.parent / "data", *flags)
     assert code == 2 and sentence in printed.splitlines()[-1] and "Traceback" not in printed and "draw 1" not in printed
@@ -214,7 +227,8 @@ def test_accuracy_counts_every_item_at_any_batch_size(trained, corpus, tmp_path)
     encode = lambda tokens, lengths: torch.stack([lengths, tokens.sum(1)], 1).float()
     whole = evaluation.text_features(encode, texts, torch.autocast("cpu", enabled=False), tokens_a_batch=10**9)
     for size in (1, 200, 1000):
-        assert torch.equal(whole, evaluation.text_features(encode, texts, torch.autocast("cpu", enabled=False), tokens_a_batch=size))
+        assert torch.equal(whole, evaluation.text_features(encode, texts, torch.autocast("cpu", enabled=False),
+                                                           tokens_a_batch=size))
     assert whole[:, 0].tolist() == texts.lengths.tolist()
 
 
@@ -238,8 +252,9 @@ def test_logistic_regression_finds_the_minimum_and_sparse_equals_dense():
     assert found.grad.abs().max() < 1e-4                          # convex: no gradient, no better place
     owner, term = x.nonzero(as_tuple=True)
     sparse = evaluation.csr(F.pad(torch.bincount(owner, minlength=60).cumsum(0), (1, 0)), term, x[owner, term], x.shape)
-    torch.testing.assert_close(evaluation.logistic_regression(sparse, labels, 3, 0.1), found.detach().float(), atol=1e-3, rtol=1e-3)
-    wide, few = torch.randn(8, 30), labels[:8]                    # more features than examples: solved in the examples' span
+    torch.testing.assert_close(evaluation.logistic_regression(sparse, labels, 3, 0.1), found.detach().float(),
+                               atol=1e-3, rtol=1e-3)
+    wide, few = torch.randn(8, 30), labels[:8]    # more features than examples: solved in the examples' span
     found = evaluation.logistic_regression(wide, few, 3, 0.1).double().requires_grad_()
     (F.cross_entropy(wide.double() @ found[:-1] + found[-1], few) + 0.05 * found[:-1].square().sum()).backward()
     assert found.grad.abs().max() < 1e-4
@@ -292,9 +307,11 @@ def test_words_and_pairs_are_counted_as_a_loop_does_in_any_number_of_slices(corp
 def test_tf_idf_is_the_textbook_formula():
     counts = torch.tensor([[2.0, 0, 1], [0, 3, 1], [1, 0, 0]])
     owner, term = counts.nonzero(as_tuple=True)
-    sparse = evaluation.csr(F.pad(torch.bincount(owner, minlength=3).cumsum(0), (1, 0)), term, counts[owner, term], counts.shape)
+    sparse = evaluation.csr(F.pad(torch.bincount(owner, minlength=3).cumsum(0), (1, 0)), term, counts[owner, term],
+                            counts.shape)
     found = evaluation.tf_idf(sparse, np.array([0, 1])).to_dense()
     for i in range(3):
-        row = [0.0 if counts[i, j] == 0 else (1 + np.log(float(counts[i, j]))) * (np.log(3 / (1 + int((counts[:2, j] > 0).sum()))) + 1)
+        row = [0.0 if counts[i, j] == 0 else
+               (1 + np.log(float(counts[i, j]))) * (np.log(3 / (1 + int((counts[:2, j] > 0).sum()))) + 1)
                for j in range(3)]
         np.testing.assert_allclose(found[i], np.array(row) / np.linalg.norm(row), rtol=1e-5)

@@ -9,10 +9,11 @@ from minissl import files, runs
 
 
 def test_a_fourth_task_trains_resumes_and_is_probed_like_the_other_three(run_script, tmp_path, monkeypatch):
-    """Images whose upper half is light: whoever tells which way up they are has found what tells the classes apart, the border's height."""
+    """Images light above: who tells which way up they are has found the border, whose height is the class."""
     rng = np.random.default_rng(0)
     labels = np.repeat([0, 1], 150)
-    images = rng.integers(0, 60, (300, 16, 16)) + 150 * (np.arange(16)[:, None] < np.where(labels, 10, 5)[:, None, None])
+    images = (rng.integers(0, 60, (300, 16, 16))
+              + 150 * (np.arange(16)[:, None] < np.where(labels, 10, 5)[:, None, None]))
     np.save(tmp_path / "a.npy", images.astype(np.uint8))
     np.save(tmp_path / "a.labels.npy", labels)
     flags = ["--data", tmp_path / "a.npy", *"--batch-size 32 --width 8 --device cpu --precision float32".split()]
@@ -26,5 +27,6 @@ def test_a_fourth_task_trains_resumes_and_is_probed_like_the_other_three(run_scr
     assert all(torch.equal(one[name], other[name]) for name in one)
     code, printed = run_script(finetune, tmp_path / "run", "--probe", "--labels", 5, "--seeds", 1)
     assert code == 0 and float(printed.split("linear probe ")[1].split()[0]) > 90, printed
-    monkeypatch.setattr(fourth_task, "encode", lambda model, x: model.features(x.float() / 255)[:, :7])            # its own, not another's
+    monkeypatch.setattr(fourth_task, "encode",
+                        lambda model, x: model.features(x.float() / 255)[:, :7])    # its own, not another's
     assert runs.load_encoder(tmp_path / "run")(images[:3].astype(np.uint8)).shape == (3, 7)

@@ -30,8 +30,8 @@ def test_shapes_are_the_same_each_time_and_all_different():
 
 def test_no_thousand_of_shapes_is_drawn_twice(monkeypatch):
     seeds = []
-    monkeypatch.setattr(images, "draw_shapes", lambda n, generator: (seeds.append(generator.initial_seed()) or torch.zeros(n, 3, 2, 2).byte(),
-                                                                     torch.zeros(n).long()))
+    monkeypatch.setattr(images, "draw_shapes", lambda n, generator: (
+        seeds.append(generator.initial_seed()) or torch.zeros(n, 3, 2, 2).byte(), torch.zeros(n).long()))
     assert images.shapes().shape == (60_000, 3, 2, 2) and len(set(seeds)) == len(seeds) == 60
 
 
@@ -43,7 +43,7 @@ def test_the_distance_is_negative_inside_and_its_outline_is_where_geometry_has_i
         assert at(shape, *inside) < 0 < at(shape, 1.5, 1.5), shape
     assert at("circle", 0.3, 0.0) == pytest.approx(-0.5)
     assert at("square", 0.0, 0.72) == pytest.approx(0) and at("cross", 0.9, 0.28) == pytest.approx(0, abs=1e-6)
-    for angle in np.arange(6) * np.pi / 3:                        # of a triangle, three corners at 1, three edges at 1/2
+    for angle in np.arange(6) * np.pi / 3:    # of a triangle, three corners at 1, three edges at 1/2
         r = 1.0 if round(angle * 3 / np.pi) % 2 == 0 else 0.5
         assert abs(at("triangle", r * np.cos(angle), r * np.sin(angle))) < 1e-5
     assert at("ring", 0.0, 0.0) > 0 and at("frame", 0.0, 0.0) > 0
@@ -86,7 +86,8 @@ def binary(pixels, labels):
 
 
 def pickled(pixels, labels):
-    return pickle.dumps({b"batch_label": b"x", b"data": pixels, b"labels": labels.tolist(), b"filenames": [b"a.png"]}, protocol=2)
+    return pickle.dumps({b"batch_label": b"x", b"data": pixels, b"labels": labels.tolist(),
+                         b"filenames": [b"a.png"]}, protocol=2)
 
 
 def pack(path, folder, files):
@@ -99,7 +100,8 @@ def pack(path, folder, files):
 
 @pytest.mark.parametrize("version", ["binary", "python"])
 def test_cifar10_is_read_packed_and_unpacked(version, cifar, tmp_path):
-    folder, write, end = {"binary": ("cifar-10-batches-bin", binary, ".bin"), "python": ("cifar-10-batches-py", pickled, "")}[version]
+    folder, write, end = {"binary": ("cifar-10-batches-bin", binary, ".bin"),
+                          "python": ("cifar-10-batches-py", pickled, "")}[version]
     files = {name + end: write(*batch) for name, batch in cifar.items()} | {"readme.html": b"<html>"}
     (tmp_path / "unpacked" / folder).mkdir(parents=True)
     for name, data in files.items():
@@ -109,7 +111,8 @@ def test_cifar10_is_read_packed_and_unpacked(version, cifar, tmp_path):
     for place in ("unpacked", "packed"):
         data = images.load_images("cifar10", tmp_path / place)
         found = data[:].flatten(1).numpy()
-        assert data.shape == (60_000, 3, 32, 32) and [int((data.split == s).sum()) for s in (0, 1, 2)] == [45_000, 5_000, 10_000]
+        assert (data.shape == (60_000, 3, 32, 32)
+                and [int((data.split == s).sum()) for s in (0, 1, 2)] == [45_000, 5_000, 10_000])
         for n, (pixels, labels) in enumerate(cifar.values()):
             assert (data.labels[10_000 * n:10_000 * (n + 1)] == labels).all()
             assert (found[10_000 * n:10_000 * (n + 1)] == pixels).all()
@@ -126,7 +129,8 @@ class Evil:
         return (exec, ("raise SystemExit('code from the file has run')",))
 
 
-@pytest.mark.parametrize("data", [pickle.dumps({b"data": Evil(), b"labels": [1]}, 2), pickle.dumps([1, 2], 2), b"", b"\x80\x04.", b"garbage",
+@pytest.mark.parametrize("data", [pickle.dumps({b"data": Evil(), b"labels": [1]}, 2), pickle.dumps([1, 2], 2),
+                                  b"", b"\x80\x04.", b"garbage",
                                   pickle.dumps({b"data": np.array([Evil()], object), b"labels": [1]}, 2),
                                   pickle.dumps({b"data": np.zeros((2, 3072), np.uint8), b"labels": [1]}, 2),
                                   pickle.dumps({b"data": np.zeros((1, 5), np.uint8), b"labels": [1]}, 2)])
@@ -178,9 +182,10 @@ def test_a_limit_keeps_images_of_each_class_of_a_sorted_array(tmp_path):
     assert [np.bincount(some.labels[some.split == split]).tolist() for split in (TRAIN, HELD_OUT, TEST)] == [[5, 5]] * 3
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux says what of a process's memory is mapped files")
+@pytest.mark.skipif(not Path("/proc/self/status").exists(),
+                    reason="Linux says what of a process's memory is mapped files")
 def test_an_own_array_stays_on_the_disk_and_only_what_a_batch_takes_is_in_memory(tmp_path):
-    array = np.lib.format.open_memmap(tmp_path / "a.npy", mode="w+", dtype=np.uint8, shape=(20_000, 100, 100))     # 200 MB
+    array = np.lib.format.open_memmap(tmp_path / "a.npy", mode="w+", dtype=np.uint8, shape=(20_000, 100, 100))  # 200 MB
     for n in range(0, 20_000, 1000):
         array[n:n + 1000] = np.random.default_rng(n).integers(0, 256, (1000, 100, 100), np.uint8)
     own = lambda: int(re.search(r"RssAnon:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) / 1000
@@ -200,8 +205,10 @@ def test_an_own_array_stays_on_the_disk_and_only_what_a_batch_takes_is_in_memory
     (np.full((20, 8, 8), np.nan, np.float32), "float32.*nan_to_num"),
     (np.zeros((20, 3, 32, 32), np.uint8), "channels stand first.*transpose"),
     (np.zeros((20, 32, 32, 4), np.uint8), "with 1 or 3 channels C: .*a\\[..., :3\\]"),
-    (np.zeros((20, 64), np.uint8), "expected uint8.*: one image is a\\[None\\]"), (np.zeros((20, 7, 32), np.uint8), "at least 8 pixels"),
-    (np.zeros((3, 8, 8), np.uint8), "too few to learn from"), (np.zeros((30, 8, 8), np.uint8), "left to be held out"), (np.array([{}] * 20), "cannot be read as a NumPy array")])
+    (np.zeros((20, 64), np.uint8), "expected uint8.*: one image is a\\[None\\]"),
+    (np.zeros((20, 7, 32), np.uint8), "at least 8 pixels"), (np.zeros((3, 8, 8), np.uint8), "too few to learn from"),
+    (np.zeros((30, 8, 8), np.uint8), "left to be held out"),
+    (np.array([{}] * 20), "cannot be read as a NumPy array")])
 def test_an_array_of_the_wrong_kind_is_refused_with_the_way_to_mend_it(array, sentence, tmp_path):
     np.save(tmp_path / "a.npy", array)
     with pytest.raises(UserError) as caught:
@@ -209,7 +216,8 @@ def test_an_array_of_the_wrong_kind_is_refused_with_the_way_to_mend_it(array, se
     assert re.search(sentence.replace("(20", r"\(20").replace("8);", r"8\);"), str(caught.value)), caught.value
 
 
-@pytest.mark.parametrize("labels", [np.zeros(19, int), np.zeros((20, 1), int), np.zeros(20), np.full(20, -2), np.full(20, 10**6)])
+@pytest.mark.parametrize("labels", [np.zeros(19, int), np.zeros((20, 1), int), np.zeros(20), np.full(20, -2),
+                                    np.full(20, 10**6)])
 def test_labels_that_do_not_fit_are_refused(labels, tmp_path):
     np.save(tmp_path / "a.npy", np.random.default_rng(0).integers(0, 256, (20, 8, 8)).astype(np.uint8))
     np.save(tmp_path / "a.labels.npy", labels)
@@ -223,8 +231,8 @@ def test_files_that_are_no_arrays_are_refused(tmp_path):
     np.save(good, np.zeros((20, 8, 8), np.uint8))
     huge = good.getvalue().replace(b"(20, 8, 8)", b"(20" + b"0" * 16 + b",)")[:len(good.getvalue())]
     for name, data, sentence in (("a.txt", b"x", "give shapes, cifar10 or a .npy"), ("b.npy", b"", "cannot be read"),
-                                 ("c.npy", b"\x93NUMPY\x01\x00v\x00{", "cannot be read"), ("d.npy", good.getvalue()[:-1], "cannot be read"),
-                                 ("e.npy", huge, "cannot be read")):
+                                 ("c.npy", b"\x93NUMPY\x01\x00v\x00{", "cannot be read"),
+                                 ("d.npy", good.getvalue()[:-1], "cannot be read"), ("e.npy", huge, "cannot be read")):
         (tmp_path / name).write_bytes(data)
         with pytest.raises(UserError, match=sentence):
             images.load_images(str(tmp_path / name))
@@ -265,23 +273,28 @@ def test_a_grid_enlarges_small_images_and_shows_one_channel_as_grey():
 
 
 def test_the_table_shows_mean_and_sample_deviation(tmp_path):
-    (tmp_path / "finetune.csv").write_text("labels_a_class,method,seed,test_accuracy,seconds,data\n10,pixels,0,20,1,x\n10,pixels,1,30,1,x\n"
-                                           "all,pixels,0,40,1,x\n", encoding="utf-8")
-    assert figures.label_table(tmp_path / "finetune.csv") == [["labels a class", "pixels"], ["10", "25.0 ± 7.1"], ["all", "40.0 ± 0.0"]]
+    (tmp_path / "finetune.csv").write_text("labels_a_class,method,seed,test_accuracy,seconds,data\n"
+                                           "10,pixels,0,20,1,x\n10,pixels,1,30,1,x\nall,pixels,0,40,1,x\n",
+                                           encoding="utf-8")
+    assert figures.label_table(tmp_path / "finetune.csv") == [
+        ["labels a class", "pixels"], ["10", "25.0 ± 7.1"], ["all", "40.0 ± 0.0"]]
 
 
 def test_a_curve_is_high_where_the_value_is_and_ends_at_its_last_step():
     drawn = figures.curve([0, 50, 100], [3.0, 1.0, 2.0], width=300, height=140)
     places = [tuple(map(float, pair.split(","))) for pair in re.search(r'points="([^"]+)"', drawn)[1].split()]
-    assert places == [(45, 10), (170, 120), (295, 65)]              # from the axis to the right edge; the greatest value on top
+    assert places == [(45, 10), (170, 120), (295, 65)]    # from the axis to the right edge; the greatest value on top
     assert ">3<" in drawn and ">1<" in drawn and ">step 100<" in drawn
 
 
 def test_the_figure_shows_each_method_at_each_number_of_labels_as_high_as_its_accuracy(tmp_path):
-    (tmp_path / "finetune.csv").write_text("labels_a_class,method,seed,test_accuracy,seconds,data\n10,pixels,0,20,1,x\n10,pixels,1,30,1,x\n"
-                                           "10,fine-tuned,0,50,1,x\nall,pixels,0,40,1,x\nall,fine-tuned,0,60,1,x\n", encoding="utf-8")
+    (tmp_path / "finetune.csv").write_text("labels_a_class,method,seed,test_accuracy,seconds,data\n"
+                                           "10,pixels,0,20,1,x\n10,pixels,1,30,1,x\n10,fine-tuned,0,50,1,x\n"
+                                           "all,pixels,0,40,1,x\nall,fine-tuned,0,60,1,x\n", encoding="utf-8")
     figure = figures.label_figure(tmp_path / "finetune.csv", height=300)
-    heights = [float(y) for y in re.findall(r'<circle cx="[\d.]+" cy="([\d.]+)"', figure)]               # fine-tuned first: it ends higher
-    step = heights[0] - heights[1]                                                                        # 10 points
-    assert step > 10 and heights[2] - heights[0] == pytest.approx(2.5 * step, abs=0.2) and heights[2] - heights[3] == pytest.approx(1.5 * step, abs=0.2)
+    # fine-tuned first: it ends higher
+    heights = [float(y) for y in re.findall(r'<circle cx="[\d.]+" cy="([\d.]+)"', figure)]
+    step = heights[0] - heights[1]    # 10 points
+    assert (step > 10 and heights[2] - heights[0] == pytest.approx(2.5 * step, abs=0.2)
+            and heights[2] - heights[3] == pytest.approx(1.5 * step, abs=0.2))
     assert all(name in figure for name in ("pixels 40.0", "fine-tuned 60.0", ">10<", ">all<"))

@@ -1,7 +1,6 @@
 """Several processes make the step of one: by gradient, and by the scripts themselves."""
 
 import csv
-import os
 import signal
 import socket
 import subprocess
@@ -9,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 
@@ -22,38 +22,36 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def torchrun(n, script, *arguments):
     """-> the running torchrun."""
-    return start(["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", n, "--", script, *arguments])
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(n), "--", script]
+    return subprocess.Popen([*command, *map(str, arguments)], cwd=ROOT, text=True, stdout=subprocess.PIPE,
+                            stderr=subprocess.STDOUT)
 
 
-def start(command, **environment):
-    return subprocess.Popen([sys.executable, *map(str, command)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                            env=os.environ | environment)
-
-
-def workers(n, script, *arguments):
-    """-> n running processes in torchrun's environment, without the seconds that it takes itself."""
+def workers(n, log, script, *arguments):
+    """-> n running processes in torchrun's environment, without its own seconds; they print into `log`."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    return [start([script, *arguments], RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(n), MASTER_ADDR="127.0.0.1",
-                  MASTER_PORT=str(port)) for rank in range(n)]
+    return [forked.start(log, script, *arguments, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(n),
+                         MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)) for rank in range(n)]
 
 
-def together(n, script, *arguments):
+def together(n, log, script, *arguments):
     """-> (exit codes, what was printed) of n processes that run to their end."""
-    running = workers(n, script, *arguments)
-    printed = "".join(process.communicate(timeout=120)[0] for process in running)
-    return [process.returncode for process in running], printed
+    running = workers(n, log, script, *arguments)
+    for process in running:
+        process.join(120)
+    return [process.exitcode for process in running], log.read_text(encoding="utf-8")
 
 
-def test_loss_and_gradients_of_four_processes_are_those_of_one():
-    codes, printed = together(4, "tests/check_processes.py")
+def test_loss_and_gradients_of_four_processes_are_those_of_one(tmp_path):
+    codes, printed = together(4, tmp_path / "printed", ROOT / "tests" / "check_processes.py")
     assert not any(codes) and printed.count("running statistics") == 4, printed
 
 
 IMAGES = "--limit 200 --steps 6 --batch-size 16 --width 8 --evaluate-every 3 --device cpu --precision float32".split()
-TEXT = ("--steps 12 --embedding-steps 6 --batch-size 8 --window 32 --width 32 --heads 2 --layers 1 --vocabulary-size 400 --pairs 100 "
-        "--evaluate-every 6 --device cpu --precision float32").split()
+TEXT = ("--steps 12 --embedding-steps 6 --batch-size 8 --window 32 --width 32 --heads 2 --layers 1 "
+        "--vocabulary-size 400 --pairs 100 --evaluate-every 6 --device cpu --precision float32").split()
 
 
 @pytest.mark.parametrize("script", [train_contrastive, train_mlm], ids=lambda script: script.__name__)
@@ -61,7 +59,7 @@ def test_a_script_learns_the_same_in_two_processes(script, corpus, run_script, t
     flags = [*TEXT, "--data", corpus, "--data-dir", tmp_path] if script is train_mlm else IMAGES
     code, printed = run_script(script, "--run", tmp_path / "1", *flags)
     assert code == 0, printed
-    codes, printed = together(2, script.__file__, "--run", tmp_path / "2", *flags)
+    codes, printed = together(2, tmp_path / "printed", script.__file__, "--run", tmp_path / "2", *flags)
     assert codes == [0, 0], printed
     assert printed.count("done:") == 1                             # one process writes
     one, two = (files.load_checkpoint(tmp_path / str(n))["model"] for n in (1, 2))
@@ -89,13 +87,16 @@ def test_ctrl_c_saves_once_and_another_number_of_processes_goes_on(run_script, t
 
 
 def test_when_a_process_dies_the_others_end_with_a_sentence(tmp_path):
-    first, second = workers(2, "train_ae.py", "--run", tmp_path / "run", *IMAGES, "--steps", 100_000)
+    log = tmp_path / "printed"
+    first, second = workers(2, log, train_ae.__file__, "--run", tmp_path / "run", *IMAGES, "--steps", 100_000)
     end = time.time() + 60
     while not (tmp_path / "run" / "metrics.csv").exists() and time.time() < end:
         time.sleep(0.1)
     second.kill()
-    printed = first.communicate(timeout=60)[0]
-    assert first.returncode == 1 and "another process is gone" in printed.splitlines()[-1] and "Traceback" not in printed, printed
+    first.join(60)
+    printed = log.read_text(encoding="utf-8")
+    assert first.exitcode == 1 and "another process is gone" in printed.splitlines()[-1], printed
+    assert "Traceback" not in printed, printed
 
 
 def test_a_batch_that_does_not_split_is_refused(monkeypatch):

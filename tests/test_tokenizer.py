@@ -27,8 +27,9 @@ def random_string(rng):
 
 
 HARD = ["", " ", " \t\n \u3000", " a ", "👩\u200d👩\u200d👧 a family 👍🏽", "a\0b \0 c", "שלום עולם، مرحبا",
-        "line\r\n\r\nline\r", "e\u0301a\u0308\u0323 \u0301alone", "\ud800", "a\udfff\ud83d\ude00b", "__init__ snake_case _",
-        "3.14159 1000000 ٣٤٥ ½ ²", "don't 'tis o'clock' ''", "[MASK]", "a [PAD] b [MASK]c", "ΣΊΣΥΦΟΣ İstanbul STRASSE ẞ",
+        "line\r\n\r\nline\r", "e\u0301a\u0308\u0323 \u0301alone", "\ud800", "a\udfff\ud83d\ude00b",
+        "__init__ snake_case _", "3.14159 1000000 ٣٤٥ ½ ²", "don't 'tis o'clock' ''", "[MASK]", "a [PAD] b [MASK]c",
+        "ΣΊΣΥΦΟΣ İstanbul STRASSE ẞ",
         "!" * 100, "x" * 33, "1" * 9, "\u2028a\u0085b\x1cc", "漢字かな交じり文", "\ufeffbom \ufffd"]
 
 
@@ -150,8 +151,8 @@ def test_a_text_that_is_no_tokenizer_is_a_value_error(text):
 
 @pytest.mark.parametrize("merges", [
     "null", "3", '"ab"', '["ab"]', "[7]", "[[7]]", "[[7, 8, 9]]", "[[null, 7]]", '[["a", "b"]]', '[["7", "8"]]',
-    "[[7.5, 8]]", "[[7, NaN]]", "[[7, Infinity]]", "[[7, 258]]", "[[-1, 7]]", "[[0, 7]]", "[[7, 1]]", "[[259, 7], [7, 8]]",
-    "[[7, 8], [7, 8]]"])
+    "[[7.5, 8]]", "[[7, NaN]]", "[[7, Infinity]]", "[[7, 258]]", "[[-1, 7]]", "[[0, 7]]", "[[7, 1]]",
+    "[[259, 7], [7, 8]]", "[[7, 8], [7, 8]]"])
 def test_malformed_merges_are_a_value_error(merges):
     with pytest.raises(ValueError):
         Tokenizer.from_json(f'{{"format": "minissl byte-pair tokenizer", "merges": {merges}}}')

@@ -13,7 +13,8 @@ import torch
 import finetune
 import train_ae
 import train_contrastive
-from minissl import UserError, autoencoder, contrastive, datasets, evaluation, figures, files, images, runs as opened, training
+from minissl import (UserError, autoencoder, contrastive, datasets, evaluation, figures, files, images, runs as opened,
+                     training)
 from minissl.finetuning import ImageTask
 from minissl.muon import Muon
 from soak import log_of
@@ -36,15 +37,18 @@ def runs(tmp_path_factory):
 
 @pytest.fixture
 def brief(monkeypatch):
-    """A few steps, and every third strength of a probe, are enough to see what depends on what."""
-    train, probe = ImageTask.train_classifier, evaluation.probe
-    monkeypatch.setattr(ImageTask, "train_classifier", lambda *arguments, **options: train(*arguments, **options, images_seen=64))
-    monkeypatch.setattr(evaluation, "probe", lambda x, labels, classes, strengths: probe(x, labels, classes, strengths[::3]))
+    """A few steps, and a probe of one strength, are enough to see what depends on what."""
+    train = ImageTask.train_classifier
+    monkeypatch.setattr(ImageTask, "train_classifier",
+                        lambda *arguments, **options: train(*arguments, **options, images_seen=64))
+    monkeypatch.setattr(evaluation, "probe", lambda x, labels, classes, strengths: (
+        evaluation.logistic_regression(x, labels, classes, strengths[1]), strengths[1]))
 
 
 def test_a_resumed_run_keeps_the_precision_that_was_chosen_and_its_clock_goes_on(run_script, tmp_path, monkeypatch):
     def choose(best):
-        return lambda name, device: (best, 1e9, "measured") if name == "auto" else (getattr(torch, name), 1e9, "as asked")
+        return lambda name, device: ((best, 1e9, "measured") if name == "auto"
+                                     else (getattr(torch, name), 1e9, "as asked"))
     monkeypatch.setattr(training, "choose_precision", choose(torch.float32))
     assert run_script(train_ae, "--run", tmp_path / "run", *TINY, "--steps", 1, "--precision", "auto")[0] == 0
     log = (tmp_path / "run" / "metrics.csv").read_text(encoding="utf-8")
@@ -58,16 +62,20 @@ def test_a_resumed_run_keeps_the_precision_that_was_chosen_and_its_clock_goes_on
 
 
 def test_what_changes_the_learning_may_not_change_on_resume(runs, run_script):
-    for flag, value in (("--learning-rate", 0.5), ("--seed", 3), ("--batch-size", 8), ("--limit", 300), ("--precision", "bfloat16"), ("--noise", 0.5)):
+    for flag, value in (("--learning-rate", 0.5), ("--seed", 3), ("--batch-size", 8), ("--limit", 300),
+                        ("--precision", "bfloat16"), ("--noise", 0.5)):
         code, printed = run_script(train_ae, "--run", runs / "ae", "--resume", flag, value)
-        assert code == 2 and f"{flag} {value}: the run" in printed and "was started with" in printed.splitlines()[-1], printed
+        assert (code == 2 and f"{flag} {value}: the run" in printed
+                and "was started with" in printed.splitlines()[-1]), printed
 
 
 @pytest.mark.parametrize("name, flags", [("simclr", ["--views", 3]), ("byol", []), ("ae", [])])
 def test_chance_is_the_loss_of_an_encoder_that_has_learned_nothing(name, flags, run_script, tmp_path):
-    code, printed = run_script(SCRIPTS[name][0], "--run", tmp_path / "run", *SCRIPTS[name][1], *TINY, "--steps", 1, *flags)
+    code, printed = run_script(SCRIPTS[name][0], "--run", tmp_path / "run", *SCRIPTS[name][1], *TINY, "--steps", 1,
+                               *flags)
     held_out = images.load_images("shapes", limit=400).of(datasets.HELD_OUT)[:].double() / 255
-    chance = {"simclr": np.log(3 * 16 - 1), "byol": 2, "ae": float(held_out.var(0, correction=0).mean())}[name]    # all views alike; the mean image
+    # all views alike; the mean image
+    chance = {"simclr": np.log(3 * 16 - 1), "byol": 2, "ae": float(held_out.var(0, correction=0).mean())}[name]
     assert code == 0 and f"(chance {chance:.4g})" in printed, printed
 
 
@@ -85,12 +93,16 @@ def test_no_draw_of_a_run_is_used_twice(name, run_script, tmp_path, monkeypatch)
 def test_rates_fall_to_nothing_and_byols_target_slows_down_to_a_stop(name, run_script, tmp_path, monkeypatch):
     rates, targets = {Muon: [], torch.optim.Adam: []}, []
     for optimizer in rates:
-        monkeypatch.setattr(optimizer, "step", lambda self, optimizer=optimizer: rates[optimizer].append(self.param_groups[0]["lr"]))
+        monkeypatch.setattr(optimizer, "step",
+                            lambda self, optimizer=optimizer: rates[optimizer].append(self.param_groups[0]["lr"]))
     monkeypatch.setattr(contrastive.ContrastiveModel, "update_target", lambda self, rate: targets.append(rate))
-    assert run_script(SCRIPTS[name][0], "--run", tmp_path / "run", *SCRIPTS[name][1], *TINY, "--steps", 40, "--limit", 100, "--evaluate-every", 40)[0] == 0
-    assert rates[Muon] == pytest.approx([0.02 * min((step + 1) / 2, 1 - step / 40) for step in range(40)])          # two steps of warm-up
+    assert run_script(SCRIPTS[name][0], "--run", tmp_path / "run", *SCRIPTS[name][1], *TINY, "--steps", 40,
+                      "--limit", 100, "--evaluate-every", 40)[0] == 0
+    # two steps of warm-up
+    assert rates[Muon] == pytest.approx([0.02 * min((step + 1) / 2, 1 - step / 40) for step in range(40)])
     assert rates[torch.optim.Adam] == pytest.approx([0.1 * rate for rate in rates[Muon]])
-    assert targets == pytest.approx([1 - 0.02 * (1 + np.cos(np.pi * step / 40)) / 2 for step in range(40)] if name == "byol" else [])
+    assert targets == pytest.approx([1 - 0.02 * (1 + np.cos(np.pi * step / 40)) / 2 for step in range(40)]
+                                    if name == "byol" else [])
 
 
 def image_task(run, data=None, code=None, noise=0.0):
@@ -98,8 +110,9 @@ def image_task(run, data=None, code=None, noise=0.0):
     model, checkpoint = opened.load_run(run)
     for parameter in model.parameters():
         parameter.data += noise * torch.randn(parameter.shape)
-    return ImageTask(data or images.load_images("shapes", limit=100), model, lambda seed: opened.new_model(checkpoint, seed), flip=True,
-                     code=code, device=torch.device("cpu"), precision=torch.float32)
+    return ImageTask(data or images.load_images("shapes", limit=100), model,
+                     lambda seed: opened.new_model(checkpoint, seed), flip=True, code=code,
+                     device=torch.device("cpu"), precision=torch.float32)
 
 
 def test_the_principal_components_are_those_along_which_the_images_vary_most(runs):
@@ -122,9 +135,11 @@ def test_features_are_standardised_by_the_training_images_alone(runs):
 def test_the_rate_of_fine_tuning_climbs_for_a_tenth_of_the_steps_and_falls_to_nothing(runs, monkeypatch):
     rates = {Muon: [], torch.optim.Adam: []}
     for optimizer in rates:
-        monkeypatch.setattr(optimizer, "step", lambda self, optimizer=optimizer: rates[optimizer].append(self.param_groups[0]["lr"]))
+        monkeypatch.setattr(optimizer, "step",
+                            lambda self, optimizer=optimizer: rates[optimizer].append(self.param_groups[0]["lr"]))
     task = image_task(runs / "simclr")
-    task.train_classifier(task.fit_fine_tuned(task.train[:32], (0.0, 0.5), 0), task.train[:32], (0.01, 0.5), 0, 0.0, True, images_seen=640)
+    task.train_classifier(task.fit_fine_tuned(task.train[:32], (0.0, 0.5), 0), task.train[:32], (0.01, 0.5), 0, 0.0,
+                          True, images_seen=640)
     assert rates[Muon] == pytest.approx([0.01 * min(1, (step + 1) / 2) * (1 - step / 20) for step in range(20)])
     assert rates[torch.optim.Adam] == pytest.approx([0.1 * rate for rate in rates[Muon]])
 
@@ -133,7 +148,8 @@ def test_an_image_encoder_from_scratch_owes_nothing_to_the_pretrained_weights(ru
     tasks = [image_task(runs / "simclr", noise=noise) for noise in (0.0, 0.1)]
     fitted = [task.fit_from_scratch(task.train[:32], (0.02, 0.5), 3).state_dict() for task in tasks]
     assert equal(*fitted)
-    assert all(buffer.abs().max() > 0 for key, buffer in fitted[0].items() if key.startswith("body.encoder") and key.endswith("running_mean"))
+    assert all(buffer.abs().max() > 0 for key, buffer in fitted[0].items()
+               if key.startswith("body.encoder") and key.endswith("running_mean"))
     assert not equal(tasks[0].new_model(0).state_dict(), tasks[0].new_model(1).state_dict())
 
 
@@ -143,7 +159,7 @@ def test_the_gradient_of_a_step_is_that_of_the_formula(name, run_script, tmp_pat
     module, cls = (autoencoder, "Autoencoder") if name == "ae" else (contrastive, "ContrastiveModel")
     made, model_of = [], getattr(module, cls)
 
-    def random_model(*arguments, **options):                           # scales that start at zero would hide what they multiply
+    def random_model(*arguments, **options):    # scales that start at zero would hide what they multiply
         model = model_of(*arguments, **options)
         for n, parameter in enumerate(model.parameters()):
             parameter.data += 0.1 * torch.randn(parameter.shape, generator=training.generator(0, "test", n))
@@ -151,14 +167,16 @@ def test_the_gradient_of_a_step_is_that_of_the_formula(name, run_script, tmp_pat
         return model
 
     monkeypatch.setattr(module, cls, random_model)
-    monkeypatch.setattr(torch.optim.Optimizer, "zero_grad", lambda self: None)       # the step's gradients stay where they are
-    flags = [*flags, *TINY, "--steps", 1, *([] if name == "ae" else ["--crop", 0.3, "--jitter", 0.5, "--hue", 0.2, "--grey", 0.5]),
+    monkeypatch.setattr(torch.optim.Optimizer, "zero_grad", lambda self: None)    # the step's gradients are kept
+    flags = [*flags, *TINY, "--steps", 1,
+             *([] if name == "ae" else ["--crop", 0.3, "--jitter", 0.5, "--hue", 0.2, "--grey", 0.5]),
              *(["--temperature", 0.3, "--views", 3] if name == "simclr" else [])]
     code, printed = run_script(script, "--run", tmp_path / "run", *flags)
     assert code == 0, printed
     (model, trained), pool = made[0], images.load_images("shapes", limit=400).of(datasets.TRAIN)
-    batch, draw = pool[training.Batches(400, 16, 0, "image order")(0)], lambda purpose: training.generator(0, purpose, 0)
-    if name == "ae":                                                   # half of the 16 patches of 8 × 8 are the mean colour
+    batch, draw = (pool[training.Batches(400, 16, 0, "image order")(0)],
+                   lambda purpose: training.generator(0, purpose, 0))
+    if name == "ae":    # half of the 16 patches of 8 × 8 are the mean colour
         x = batch.float() / 255
         hidden = torch.rand(16, 16, generator=draw("corruption")).argsort(1).argsort(1) < 8
         hidden = hidden.view(16, 1, 4, 4).repeat_interleave(8, 2).repeat_interleave(8, 3)
@@ -167,14 +185,15 @@ def test_the_gradient_of_a_step_is_that_of_the_formula(name, run_script, tmp_pat
         loss = (x - rebuilt).square().mean() + 0.1 * off_diagonal.square().sum() / z.shape[1]
     else:
         V = 3 if name == "simclr" else 2
-        views = torch.stack([contrastive.augment(batch, (24, 24), torch.rand(16, 12, generator=draw(f"view {v}")), 0.3, 0.5, 0.2, 0.5)
-                             for v in range(V)])
+        views = torch.stack([contrastive.augment(batch, (24, 24), torch.rand(16, 12, generator=draw(f"view {v}")),
+                                                 0.3, 0.5, 0.2, 0.5) for v in range(V)])
         z, loss = model.project(views), 0.0
         if name == "simclr":
             z = z / z.norm(dim=2, keepdim=True)
             for v in range(V):
                 for b in range(16):
-                    others = torch.stack([z[w, c] for w in range(V) for c in range(16) if (w, c) != (v, b)]) @ z[v, b] / 0.3
+                    others = (torch.stack([z[w, c] for w in range(V) for c in range(16) if (w, c) != (v, b)])
+                              @ z[v, b] / 0.3)
                     for w in range(V):
                         if w != v:
                             loss = loss + (others.logsumexp(0) - z[w, b] @ z[v, b] / 0.3) / (V * 16 * (V - 1))
@@ -190,7 +209,8 @@ def test_the_gradient_of_a_step_is_that_of_the_formula(name, run_script, tmp_pat
     assert found.keys() == {name for name, p in model.named_parameters() if p.requires_grad}
     for key, gradient in found.items():
         wanted = dict(model.named_parameters())[key].grad
-        torch.testing.assert_close(gradient, wanted, rtol=2e-3, atol=2e-3 * float(wanted.abs().max()), msg=lambda text: f"{key}: {text}")
+        torch.testing.assert_close(gradient, wanted, rtol=2e-3, atol=2e-3 * float(wanted.abs().max()),
+                                   msg=lambda text: f"{key}: {text}")
 
 
 def states(folder):
@@ -207,7 +227,8 @@ def test_a_run_leaves_log_pictures_and_page(name, runs):
         rows = list(csv.DictReader(file))
     assert [row["step"] for row in rows] == ["1", "4", "8", "12"] and all(row["knn"] for row in rows[1:])
     pictures = {path.name for path in (runs / name).glob("*.png")}
-    assert pictures == {"neighbours.png", "map.png"} | ({"reconstructions.png", "walks.png"} if name == "ae" else {"views.png"})
+    assert pictures == {"neighbours.png", "map.png"} | (
+        {"reconstructions.png", "walks.png"} if name == "ae" else {"views.png"})
     page = (runs / name / "report.html").read_text(encoding="utf-8")
     assert page.count("data:image/png") == len(pictures) and "http" not in re.sub("base64,[^\"]*", "", page)
 
@@ -216,20 +237,22 @@ def test_a_run_leaves_log_pictures_and_page(name, runs):
 def test_same_seed_same_bytes_and_a_stopped_run_goes_on_as_if_it_had_not(name, runs, run_script, tmp_path, monkeypatch):
     script, flags = SCRIPTS[name]
     stop_at = iter([False] * 4 + [True] + [False] * 100)          # Ctrl-C in the fifth step
-    monkeypatch.setattr("minissl.training.Run.stopping", property(lambda self: next(stop_at), lambda self, value: None), raising=False)
+    monkeypatch.setattr("minissl.training.Run.stopping",
+                        property(lambda self: next(stop_at), lambda self, value: None), raising=False)
     code, printed = run_script(script, "--run", tmp_path / "run", *flags, *TINY)
     assert code == 130 and files.load_checkpoint(tmp_path / "run")["step"] == 5, printed
     code, printed = run_script(script, "--run", tmp_path / "run", "--resume")
     assert code == 0, printed
     assert equal(states(tmp_path / "run"), states(runs / name))
-    assert log_of(tmp_path / "run") == log_of(runs / name)        # the losses too: none of a step is counted twice or not at all
+    assert log_of(tmp_path / "run") == log_of(runs / name)    # the losses too: no step's is counted twice or left out
     code, _ = run_script(script, "--run", tmp_path / "other", *flags, *TINY, "--seed", 1)
     assert not equal(states(tmp_path / "other"), states(runs / name))
 
 
 def test_a_run_does_not_go_on_with_other_images_of_the_same_number_and_size(run_script, tmp_path):
     flags = ["--data", tmp_path / "a.npy", "--run", tmp_path / "run", *TINY]
-    np.save(tmp_path / "a.npy", np.random.default_rng(0).integers(0, 256, (20, 16, 16), np.uint8))           # of two held out, pictures, too
+    # of two held out, pictures, too
+    np.save(tmp_path / "a.npy", np.random.default_rng(0).integers(0, 256, (20, 16, 16), np.uint8))
     assert run_script(train_ae, *flags, "--steps", 1)[0] == 0
     np.save(tmp_path / "a.npy", np.random.default_rng(1).integers(0, 256, (20, 16, 16), np.uint8))
     code, printed = run_script(train_ae, *flags, "--resume", "--steps", 2)
@@ -249,19 +272,22 @@ def test_a_short_training_raises_the_probe_above_the_random_encoder(name, run_sc
     rng = np.random.default_rng(0)
     stripes = (np.sin(np.arange(16) * 1.6 + rng.uniform(0, 6, (600, 1))) * 60 + 128)[:, None, :].repeat(16, 1)
     labels = rng.integers(0, 2, 600)
-    pictures = np.where(labels[:, None, None] == 0, stripes, stripes.transpose(0, 2, 1)) + rng.normal(0, 60, stripes.shape)
+    pictures = (np.where(labels[:, None, None] == 0, stripes, stripes.transpose(0, 2, 1))
+                + rng.normal(0, 60, stripes.shape))
     np.save(tmp_path / "a.npy", pictures.clip(0, 255).astype(np.uint8))
     np.save(tmp_path / "a.labels.npy", labels)
     script = SCRIPTS[name][0]
-    code, printed = run_script(script, "--run", tmp_path / "run", "--data", tmp_path / "a.npy", "--steps", 60, "--batch-size", 32, "--width", 8,
-                               "--device", "cpu", "--precision", "float32")
+    code, printed = run_script(script, "--run", tmp_path / "run", "--data", tmp_path / "a.npy", "--steps", 60,
+                               "--batch-size", 32, "--width", 8, "--device", "cpu", "--precision", "float32")
     assert code == 0, printed
     code, printed = run_script(finetune, tmp_path / "run", "--labels", 5, "--seeds", 3)
     assert code == 0, printed
     with open(tmp_path / "run" / "finetune.csv", encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
-    mean = {m: np.mean([float(r["test_accuracy"]) for r in rows if r["method"] == m]) for m in {r["method"] for r in rows}}
-    assert set(mean) == {"pixels", "untrained", "from scratch", "linear probe", "fine-tuned"} | ({"pixel PCA"} if name == "ae" else set())
+    mean = {m: np.mean([float(r["test_accuracy"]) for r in rows if r["method"] == m])
+            for m in {r["method"] for r in rows}}
+    assert set(mean) == {"pixels", "untrained", "from scratch", "linear probe", "fine-tuned"} | (
+        {"pixel PCA"} if name == "ae" else set())
     assert mean["linear probe"] > mean["untrained"] + 5, mean
 
 
@@ -277,16 +303,18 @@ def test_a_probe_moves_neither_parameters_nor_buffers_of_the_encoder(runs, brief
     tuned = columns["fine-tuned"].fit(which, (0.002, 0.5), 0)
     assert equal(before, model.state_dict())
     buffers = {k for k, v in tuned.body.named_buffers()}
-    for k, v in tuned.body.state_dict().items():                                   # few labels: batch norm stays, weights move
+    for k, v in tuned.body.state_dict().items():    # few labels: batch norm stays, weights move
         assert torch.equal(v, before[k]) == (k in buffers or "projection_head" in k), k
     still = columns["fine-tuned"].fit(which, (0.0, 0.5), 0)                        # rate 0 is the probe itself
     probe = columns["linear probe"]
-    assert (columns["fine-tuned"].answers(still, task.test) == probe.answers(probe.fit(which, None, 0), task.test)).all()
+    assert (columns["fine-tuned"].answers(still, task.test)
+            == probe.answers(probe.fit(which, None, 0), task.test)).all()
 
 
 def test_what_must_not_be_mirrored_is_not_mirrored_while_fine_tuning_either(runs, run_script, monkeypatch, brief):
     flips, augment = set(), contrastive.augment
-    monkeypatch.setattr(contrastive, "augment", lambda *arguments, **named: flips.add(named["flip"]) or augment(*arguments, **named))
+    monkeypatch.setattr(contrastive, "augment",
+                        lambda *arguments, **named: flips.add(named["flip"]) or augment(*arguments, **named))
     for flags, wanted in ([], {True}), (["--no-flip"], {False}):
         assert run_script(finetune, runs / "byol", "--labels", 3, "--seeds", 1, "--limit", 100, *flags)[0] == 0
         assert flips == wanted
@@ -295,11 +323,12 @@ def test_what_must_not_be_mirrored_is_not_mirrored_while_fine_tuning_either(runs
 
 def test_beside_each_held_out_image_stands_the_training_image_that_is_nearest(tmp_path, monkeypatch):
     pixels = torch.randint(0, 256, (36, 1, 8, 8), generator=training.generator(0, "test", 0)).byte()
-    pixels[12:24] = pixels[:12]                                                    # the held-out images are copies of training images
+    pixels[12:24] = pixels[:12]    # the held-out images are copies of training images
     data = images.Images(pixels, torch.arange(36), np.arange(36) % 3, np.repeat(np.uint8([0, 1, 2]), 12), list("abc"))
     shown, dots, grid, scatter = [], [], figures.grid, figures.scatter
     monkeypatch.setattr(figures, "grid", lambda rows: shown.extend(rows) or grid(rows))
-    monkeypatch.setattr(figures, "scatter", lambda points, labels: dots.append((points, labels)) or scatter(points, labels))
+    monkeypatch.setattr(figures, "scatter",
+                        lambda points, labels: dots.append((points, labels)) or scatter(points, labels))
     assert evaluation.Neighbours(data, "cpu")(lambda x: x.flatten(1).float(), nullcontext(), tmp_path) == 100
     assert len(shown) == 10 and all(torch.equal(row[0], row[1]) and not torch.equal(row[0], row[2]) for row in shown)
     assert dots[0][0].shape == (12, 2) and dots[0][1].tolist() == data.labels[12:24].tolist()
@@ -332,7 +361,8 @@ def test_permuting_the_test_labels_changes_no_choice_and_no_weight(runs, run_scr
 def test_the_classifier_of_the_last_row_is_saved_and_labels_new_images(runs, run_script, tmp_path, brief, monkeypatch):
     made, table = [], finetune.table
     monkeypatch.setattr(finetune, "table", lambda *arguments: made.append(table(*arguments)) or made[-1])
-    assert run_script(finetune, runs / "simclr", "--labels", 2, 5, "--seeds", 1, "--limit", 100, "--precision", "float32")[0] == 0
+    assert run_script(finetune, runs / "simclr", "--labels", 2, 5, "--seeds", 1, "--limit", 100,
+                      "--precision", "float32")[0] == 0
     (_, _, first), (_, _, last) = made[0][0]
     saved = torch.load(runs / "simclr" / "classifier.pt", weights_only=True)["model"]
     assert equal(saved, last.state_dict()) and not equal(saved, first.state_dict())
@@ -355,7 +385,8 @@ def test_predictions_and_features_of_new_images(runs, run_script, tmp_path, brie
     code, printed = run_script(finetune, runs / "ae", "--predict", tmp_path / "new.npy")
     lines = [line.split("\t") for line in printed.splitlines() if "\t" in line]
     assert code == 0 and len(lines) == 120 and [line[:2] for line in lines[:60]] == [line[:2] for line in lines[60:]]
-    code, printed = run_script(finetune, runs / "ae", "--features", tmp_path / "out.npy", "--data", tmp_path / "new.npy", "--precision", "float32")
+    code, printed = run_script(finetune, runs / "ae", "--features", tmp_path / "out.npy",
+                               "--data", tmp_path / "new.npy", "--precision", "float32")
     features = np.load(tmp_path / "out.npy")
     assert code == 0 and features.shape == (120, 64)
     np.testing.assert_allclose(opened.load_encoder(runs / "ae")(array[:7]), features[:7], atol=1e-4)
@@ -363,7 +394,8 @@ def test_predictions_and_features_of_new_images(runs, run_script, tmp_path, brie
     code, one = run_script(finetune, runs / "ae", "--predict", tmp_path / "one.npy")
     assert code == 0 and "\t".join(lines[0][:1]) in one and one.count("\t") == 2
     np.save(tmp_path / "grey.npy", array[..., 0])
-    code, printed = run_script(finetune, runs / "ae", "--features", tmp_path / "out.npy", "--data", tmp_path / "grey.npy")
+    code, printed = run_script(finetune, runs / "ae", "--features", tmp_path / "out.npy",
+                               "--data", tmp_path / "grey.npy")
     assert code == 2 and "images of 32 × 32 × 1; the run learned from 32 × 32 × 3" in printed
 
 
@@ -376,7 +408,7 @@ def test_a_training_that_diverges_before_a_look_ends_with_a_sentence(name, run_s
 
 def test_a_run_that_was_killed_before_its_first_checkpoint_is_started_again(runs, run_script, tmp_path):
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "lock").write_bytes(b"")                   # the first file of a run: killed there, it can start, too
+    (tmp_path / "run" / "lock").write_bytes(b"")    # the first file of a run: killed there, it can start, too
     run = training.Run(SimpleNamespace(run=tmp_path / "run", resume=False))
     assert run.checkpoint is None
     (tmp_path / "run" / "config.json").write_bytes((runs / "ae" / "config.json").read_bytes())
@@ -389,7 +421,8 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_is_started_again(runs
 
 def test_an_array_that_is_not_uint8_is_refused_by_the_encoder_of_a_run(runs):
     encode = opened.load_encoder(runs / "ae")
-    for array in (np.zeros((2, 32, 32, 3), np.float32), np.zeros((32, 32), np.uint8), np.zeros((0, 32, 32, 3), np.uint8)):
+    for array in (np.zeros((2, 32, 32, 3), np.float32), np.zeros((32, 32), np.uint8),
+                  np.zeros((0, 32, 32, 3), np.uint8)):
         with pytest.raises(UserError, match=r"expected uint8 \(N, H, W, C\)"):
             encode(array)
 
@@ -406,7 +439,8 @@ def test_labels_that_came_after_the_pretraining_are_warned_of(run_script, tmp_pa
     code, printed = run_script(finetune, tmp_path / "other", "--labels", 5, "--seeds", 1, "--probe")
     assert code == 0 and "mind:" not in printed, printed
     code, printed = run_script(finetune, tmp_path / "run", "--features", tmp_path / "a.npy")
-    assert code == 2 and "that is the data" in printed.splitlines()[-1] and np.load(tmp_path / "a.npy").dtype == np.uint8
+    assert (code == 2 and "that is the data" in printed.splitlines()[-1]
+            and np.load(tmp_path / "a.npy").dtype == np.uint8)
 
 
 def test_the_encoder_of_a_run_takes_a_view_with_turned_channels(runs):
@@ -416,7 +450,8 @@ def test_the_encoder_of_a_run_takes_a_view_with_turned_channels(runs):
 
 def test_masking_an_image_of_one_patch_is_refused(run_script, tmp_path):
     np.save(tmp_path / "a.npy", np.random.default_rng(0).integers(0, 255, (60, 8, 8)).astype(np.uint8))
-    code, printed = run_script(train_ae, "--run", tmp_path / "run", "--data", tmp_path / "a.npy", "--masked", 0.6, *TINY)
+    code, printed = run_script(train_ae, "--run", tmp_path / "run", "--data", tmp_path / "a.npy",
+                               "--masked", 0.6, *TINY)
     assert code == 2 and "are one patch of 8 × 8" in printed.splitlines()[-1] and not (tmp_path / "run").exists()
 
 
@@ -426,12 +461,15 @@ def test_a_run_is_resumed_by_the_script_that_made_it_and_no_other(runs, run_scri
 
 
 @pytest.mark.parametrize("script, flags, sentence", [
-    (train_contrastive, ["--batch-size", 1], "--batch-size 1: must be at least 2"), (train_contrastive, ["--views", 1], "--views 1"),
-    (train_contrastive, ["--temperature", 0], "--temperature 0.0"), (train_contrastive, ["--crop", 2], "must be at most 1"),
+    (train_contrastive, ["--batch-size", 1], "--batch-size 1: must be at least 2"),
+    (train_contrastive, ["--views", 1], "--views 1"), (train_contrastive, ["--temperature", 0], "--temperature 0.0"),
+    (train_contrastive, ["--crop", 2], "must be at most 1"),
     (train_contrastive, ["--batch-size", 500, "--limit", 400], "there are only 400 images"),
-    (train_contrastive, ["--data", "no_such_name"], "give shapes, cifar10 or a .npy"), (train_contrastive, ["--method", "dino"], "invalid choice"),
+    (train_contrastive, ["--data", "no_such_name"], "give shapes, cifar10 or a .npy"),
+    (train_contrastive, ["--method", "dino"], "invalid choice"),
     (train_contrastive, ["--method", "byol", "--temperature", 0.2], "--method byol has neither --temperature nor"),
-    (train_ae, ["--beta", -1], "--beta -1.0"), (train_ae, ["--beta", 1], "give both or neither"), (train_ae, ["--masked", 1], "at most 0.95"),
+    (train_ae, ["--beta", -1], "--beta -1.0"), (train_ae, ["--beta", 1], "give both or neither"),
+    (train_ae, ["--masked", 1], "at most 0.95"),
     (train_ae, ["--data", "not_there.npy"], "there is no such file")])
 def test_a_mistake_is_one_sentence_and_leaves_no_folder(script, flags, sentence, run_script, tmp_path):
     code, printed = run_script(script, "--run", tmp_path / "run", *flags)

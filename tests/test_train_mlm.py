@@ -25,7 +25,8 @@ def assert_equal_states(a, b):
 
 
 def test_a_run_leaves_a_folder_with_all_that_is_promised(trained):
-    assert {"config.json", "metrics.csv", "checkpoint.pt", "report.html", "sentences.json"} <= {p.name for p in trained.iterdir()}
+    assert {"config.json", "metrics.csv", "checkpoint.pt", "report.html", "sentences.json"} <= {
+        p.name for p in trained.iterdir()}
     config = json.loads((trained / "config.json").read_text(encoding="utf-8"))
     assert config["settings"]["steps"] == 90 and "train_mlm.py" in config["command"]
     page = (trained / "report.html").read_text(encoding="utf-8")
@@ -38,23 +39,28 @@ def test_two_runs_with_one_seed_are_equal_and_another_seed_is_not(corpus, tmp_pa
     assert run_script(train_mlm, *flags, "--run", tmp_path / "c", "--seed", 1)[0] == 0
     first = files.load_checkpoint(trained)["model"]
     assert_equal_states(first, files.load_checkpoint(tmp_path / "b")["model"])
-    assert not torch.equal(first["token_embedding.weight"], files.load_checkpoint(tmp_path / "c")["model"]["token_embedding.weight"])
+    assert not torch.equal(first["token_embedding.weight"],
+                           files.load_checkpoint(tmp_path / "c")["model"]["token_embedding.weight"])
 
 
 def test_how_often_one_looks_does_not_change_what_is_learned(corpus, tmp_path, run_script, trained):
-    run_script(train_mlm, "--data", corpus, "--data-dir", tmp_path, *TINY, "--evaluate-every", 7, "--run", tmp_path / "b")
+    run_script(train_mlm, "--data", corpus, "--data-dir", tmp_path, *TINY, "--evaluate-every", 7,
+               "--run", tmp_path / "b")
     assert_equal_states(files.load_checkpoint(trained)["model"], files.load_checkpoint(tmp_path / "b")["model"])
 
 
 def test_the_time_left_is_that_of_the_stage(corpus, tmp_path, run_script):
     """A step of the second stage takes several times as long: the first says nothing about it."""
-    _, printed = run_script(train_mlm, "--data", corpus, "--data-dir", tmp_path, *TINY, "--run", tmp_path / "b", "--steps", 40)
-    last = {line.split()[1]: line.endswith("min left of the first stage") for line in printed.splitlines() if line.startswith("step ")}
+    _, printed = run_script(train_mlm, "--data", corpus, "--data-dir", tmp_path, *TINY,
+                            "--run", tmp_path / "b", "--steps", 40)
+    last = {line.split()[1]: line.endswith("min left of the first stage")
+            for line in printed.splitlines() if line.startswith("step ")}
     assert last == {"1/40": True, "30/40": True, "40/40": False}
 
 
 @pytest.mark.parametrize("at", [20, 60])           # in the first stage, in the second
-def test_a_stopped_and_resumed_run_ends_as_one_that_was_never_stopped(at, corpus, tmp_path, run_script, trained, monkeypatch):
+def test_a_stopped_and_resumed_run_ends_as_one_that_was_never_stopped(at, corpus, tmp_path, run_script, trained,
+                                                                      monkeypatch):
     log = training.Run.count
 
     def stop_at(self, *arguments, **options):
@@ -67,7 +73,7 @@ def test_a_stopped_and_resumed_run_ends_as_one_that_was_never_stopped(at, corpus
     assert code == 130 and "--resume" in printed
     monkeypatch.setattr(training.Run, "count", log)
     assert run_script(train_mlm, "--run", tmp_path / "b", "--resume")[0] == 0       # all else as the run was started
-    assert log_of(tmp_path / "b") == log_of(trained)              # the losses too: none of a step is counted twice or not at all
+    assert log_of(tmp_path / "b") == log_of(trained)    # the losses too: no step's is counted twice or left out
     a, b = files.load_checkpoint(trained), files.load_checkpoint(tmp_path / "b")
     assert_equal_states(a["model"], b["model"])
     for one, other in zip(a["optimizers"], b["optimizers"]):
@@ -104,43 +110,51 @@ def test_no_draw_of_a_run_is_used_twice(corpus, tmp_path, run_script, monkeypatc
     made, generator = [], training.generator
     for module in (train_mlm, training, datasets):
         monkeypatch.setattr(module, "generator", lambda *key: made.append(key) or generator(*key))
-    assert run_script(train_mlm, "--data", corpus, "--data-dir", tmp_path, *TINY, "--steps", 40, "--run", tmp_path / "run")[0] == 0
-    assert {purpose for _, purpose, _ in made} == {"document order", "coin", "windows", "mask"} and len(set(made)) == len(made)
+    assert run_script(train_mlm, "--data", corpus, "--data-dir", tmp_path, *TINY, "--steps", 40,
+                      "--run", tmp_path / "run")[0] == 0
+    assert ({purpose for _, purpose, _ in made} == {"document order", "coin", "windows", "mask"}
+            and len(set(made)) == len(made))
 
 
-def test_rates_fall_to_nothing_in_each_stage_and_each_kind_of_parameter_has_its_own(corpus, tmp_path, run_script, monkeypatch):
+def test_rates_fall_to_nothing_in_each_stage_and_each_kind_of_parameter_has_its_own(corpus, tmp_path, run_script,
+                                                                                    monkeypatch):
     rates = {Muon: [], torch.optim.Adam: []}
     for optimizer in rates:
-        monkeypatch.setattr(optimizer, "step", lambda self, optimizer=optimizer: rates[optimizer].append([g["lr"] for g in self.param_groups]))
-    flags = ["--data", corpus, "--data-dir", tmp_path, *TINY, "--steps", 240, "--embedding-steps", 40, "--evaluate-every", 240]
+        monkeypatch.setattr(optimizer, "step", lambda self, optimizer=optimizer: rates[optimizer].append(
+            [g["lr"] for g in self.param_groups]))
+    flags = ["--data", corpus, "--data-dir", tmp_path, *TINY, "--steps", 240, "--embedding-steps", 40,
+             "--evaluate-every", 240]
     assert run_script(train_mlm, *flags, "--run", tmp_path / "run")[0] == 0
     first = [0.02 * 0.5 * min((step + 1) / 20, 1 - step / 40) for step in range(40)]
     second = [0.02 * min((step + 1) / 100, (200 - step) / 100) for step in range(200)]
-    assert rates[Muon][40:] == pytest.approx(np.array(second)[:, None])                             # before, the blocks have no gradient
+    assert rates[Muon][40:] == pytest.approx(np.array(second)[:, None])    # before, the blocks have no gradient
     assert rates[torch.optim.Adam][:40] == pytest.approx(np.array([first, first]).T)                # embeddings, heads
     assert rates[torch.optim.Adam][40:] == pytest.approx(np.outer(second, [0.05, 0.15]))
 
 
 @pytest.mark.parametrize("stage", [1, 2])
-def test_the_gradient_of_a_step_is_that_of_the_two_formulas_one_document_at_a_time(stage, tmp_path, run_script, monkeypatch):
+def test_the_gradient_of_a_step_is_that_of_the_two_formulas_one_document_at_a_time(stage, tmp_path, run_script,
+                                                                                   monkeypatch):
     (tmp_path / "texts").mkdir()
     for n in range(40):                                                # of many lengths
         (tmp_path / "texts" / f"{n:02}.txt").write_text(story("sea", n, sentences=1 + n % 13), encoding="utf-8")
-    flags = ["--data", str(tmp_path / "texts"), "--data-dir", str(tmp_path / "data"), *TINY, "--run", str(tmp_path / "run"), "--steps", "1",
+    flags = ["--data", str(tmp_path / "texts"), "--data-dir", str(tmp_path / "data"), *TINY,
+             "--run", str(tmp_path / "run"), "--steps", "1",
              *(["--masked-weight", "0", "--embedding-steps", "1"] if stage == 1 else
                "--embedding-steps 0 --window 512 --batch-size 2 --masked-weight 1.5 --document-weight 2.5".split())]
     made = []
 
-    def random_model(settings, pool, new=train_mlm.new_model):         # matrices that start at zero would hide what they multiply
+    def random_model(settings, pool, new=train_mlm.new_model):    # matrices that start at zero hide what they multiply
         model, weights = new(settings, pool)
         for parameter in model.parameters():
-            parameter.data += 0.1 * torch.randn(parameter.shape, generator=training.generator(0, "test", parameter.numel()))
+            parameter.data += 0.1 * torch.randn(parameter.shape,
+                                                generator=training.generator(0, "test", parameter.numel()))
         model.pair_embedding.weight.data[-1] = 0                       # "no pair" is no parameter
         made.append((pool, copy.deepcopy(model), weights, model))
         return model, weights
 
     monkeypatch.setattr(train_mlm, "new_model", random_model)
-    monkeypatch.setattr(torch.optim.Optimizer, "zero_grad", lambda self: None)       # the step's gradients stay where they are
+    monkeypatch.setattr(torch.optim.Optimizer, "zero_grad", lambda self: None)    # the step's gradients are kept
     code, printed = run_script(train_mlm, *flags)
     assert code == 0, printed
     (pool, model, weights, trained), = made
@@ -161,7 +175,8 @@ def test_the_gradient_of_a_step_is_that_of_the_two_formulas_one_document_at_a_ti
     else:
         tokens, lengths, rest, owner = datasets.Windows(pool, 512, 2, 0, rest=True)(0)
         assert lengths.min() < lengths.max()                           # there is padding
-        inputs, positions, targets = transformer.mask_tokens(tokens, lengths, len(model.token_bias), 0.15, training.generator(0, "mask", 0))
+        inputs, positions, targets = transformer.mask_tokens(tokens, lengths, len(model.token_bias), 0.15,
+                                                             training.generator(0, "mask", 0))
         for row in range(len(tokens)):
             x = model(inputs[row:row + 1, :lengths[row]])[0]           # (T, D), alone
             here = positions // tokens.shape[1] == row
@@ -175,7 +190,8 @@ def test_the_gradient_of_a_step_is_that_of_the_two_formulas_one_document_at_a_ti
     for name, gradient in found.items():
         wanted = dict(model.named_parameters())[name].grad
         assert gradient.norm() > 0, name
-        torch.testing.assert_close(gradient, wanted, rtol=1e-3, atol=1e-3 * float(wanted.abs().max()), msg=lambda text: f"{name}: {text}")
+        torch.testing.assert_close(gradient, wanted, rtol=1e-3, atol=1e-3 * float(wanted.abs().max()),
+                                   msg=lambda text: f"{name}: {text}")
 
 
 def test_gradient_accumulation_does_not_change_the_gradient(corpus, tmp_path, run_script):
@@ -193,12 +209,14 @@ def test_where_no_text_is_left_to_be_held_out_it_is_said(corpus, tmp_path, run_s
     for name, part in (("a", "city"), ("b", "sea")):
         text = " ".join(path.read_text(encoding="utf-8") for path in sorted((corpus / part).iterdir()))
         (tmp_path / "books" / f"{name}.txt").write_text(text, encoding="utf-8")
-    code, printed = run_script(train_mlm, "--data", tmp_path / "books", "--data-dir", tmp_path, *TINY, "--run", tmp_path / "b", "--steps", 31)
+    code, printed = run_script(train_mlm, "--data", tmp_path / "books", "--data-dir", tmp_path, *TINY,
+                               "--run", tmp_path / "b", "--steps", 31)
     assert code == 0 and "the held-out loss below is of texts that are trained on" in printed, printed
 
 
 def test_the_masked_loss_falls_well_below_the_entropy_of_single_words(corpus, tmp_path, run_script):
-    flags = ["--data", corpus, "--data-dir", tmp_path, *TINY, "--run", tmp_path / "b", "--steps", 500, "--evaluate-every", 250]
+    flags = ["--data", corpus, "--data-dir", tmp_path, *TINY, "--run", tmp_path / "b", "--steps", 500,
+             "--evaluate-every", 250]
     assert run_script(train_mlm, *flags)[0] == 0
     texts = documents.load_texts(str(corpus), tmp_path, 400)
     share = np.bincount(texts.tokens) / len(texts.tokens)
@@ -239,21 +257,24 @@ def test_fill_answers_for_each_mask_and_refuses_a_text_without_one(trained, run_
     code, printed = run_script(train_mlm, "--run", trained, "--fill", "The ship [MASK] and the [MASK], wait[MASK]")
     model, checkpoint = runs.load_run(trained)
     tokenizer = runs.tokenizer_of(checkpoint)
-    pieces = [tokenizer.encode("the ship"), [MASK], tokenizer.encode("and the"), [MASK], tokenizer.encode(", wait", leading_space=False), [MASK]]
+    pieces = [tokenizer.encode("the ship"), [MASK], tokenizer.encode("and the"), [MASK],
+              tokenizer.encode(", wait", leading_space=False), [MASK]]
     ids = [int(token) for piece in pieces for token in piece]
     with torch.no_grad():
         chances = model.token_logits(model(torch.tensor([ids]))[0]).softmax(1)
     assert code == 0 and printed.count("[MASK] ") == 3
     for n, place in enumerate(i for i, token in enumerate(ids) if token == MASK):
         best = chances[place].topk(5)
-        assert f"[MASK] {n + 1}: " + ", ".join(f"{tokenizer.decode([int(i)])} {p:.2f}" for p, i in zip(*best)) in printed
+        answers = ", ".join(f"{tokenizer.decode([int(i)])} {p:.2f}" for p, i in zip(*best))
+        assert f"[MASK] {n + 1}: " + answers in printed
     code, printed = run_script(train_mlm, "--run", trained, "--fill", "no mask here")
     assert code == 2 and "at least one [MASK]" in printed
 
 
 @pytest.mark.parametrize("flags", [["--masked-weight", "0"], ["--document-weight", "0"], ["--layers", "0"]])
 def test_each_term_and_the_embeddings_can_learn_alone(flags, corpus, tmp_path, run_script):
-    code, printed = run_script(train_mlm, "--data", corpus, "--data-dir", tmp_path, *TINY, *flags, "--run", tmp_path / "b")
+    code, printed = run_script(train_mlm, "--data", corpus, "--data-dir", tmp_path, *TINY, *flags,
+                               "--run", tmp_path / "b")
     assert code == 0, printed
 
 
@@ -261,12 +282,13 @@ def test_each_term_and_the_embeddings_can_learn_alone(flags, corpus, tmp_path, r
     (["--stepz", "3"], "unrecognized arguments"), (["--steps", "many"], "invalid int value"),
     (["--steps", "0"], "--steps 0: must be at least 1"), (["--mask-share", "nan"], "must be at least"),
     (["--device", "tpu"], "invalid choice"), (["--heads", "3"], "multiple of twice the --heads"),
-    (["--embedding-steps", "90"], "leave none of --steps 90"),
+    (["--embedding-steps", "90"], "must be below --steps 90"),
     (["--masked-weight", "0", "--document-weight", "0"], "nothing is left to learn"),
     (["--data", "not/there"], "there is nothing there"), (["--batch-size", "9999"], "a step needs"),
     (["--resume"], "there is no such file")])
 def test_a_wrong_setting_gets_one_sentence_and_exit_code_2(flags, sentence, corpus, tmp_path, run_script):
-    code, printed = run_script(train_mlm, "--data", corpus, "--data-dir", tmp_path, "--run", tmp_path / "b", *TINY, *flags)
+    code, printed = run_script(train_mlm, "--data", corpus, "--data-dir", tmp_path, "--run", tmp_path / "b",
+                               *TINY, *flags)
     assert code == 2 and sentence in printed.splitlines()[-1] and "Traceback" not in printed
     assert not (tmp_path / "b").exists()       # nothing half-made: the corrected command must find the place free
 

@@ -27,7 +27,8 @@ def test_flags_and_their_help_come_from_the_dataclass_and_its_comments(capsys):
         training.read_settings(Settings, "What it is.", ["--help"])
     said = capsys.readouterr().out
     assert stop.value.code == 0
-    assert all(part in said for part in ("What it is.", "how many (default 10)", "how fast, in 100 % of something", "{a,b}"))
+    assert all(part in said for part in ("What it is.", "how many (default 10)", "how fast, in 100 % of something",
+                                         "{a,b}"))
 
 
 @pytest.mark.parametrize("flags", [["--step", "3"], ["--steps", "x"], ["--kind", "c"], ["--steps"], ["stray"]])
@@ -166,7 +167,8 @@ def test_two_processes_cannot_train_into_one_folder(run_script, tmp_path):
     import fcntl
 
     import train_ae
-    flags = ["--run", tmp_path / "run", *"--limit 40 --batch-size 16 --width 8 --device cpu --precision float32".split()]
+    flags = ["--run", tmp_path / "run",
+             *"--limit 40 --batch-size 16 --width 8 --device cpu --precision float32".split()]
     code, printed = run_script(train_ae, *flags, "--steps", 1)
     assert code == 0
     with open(tmp_path / "run" / "lock", "w", encoding="utf-8") as other:
@@ -178,12 +180,14 @@ def test_two_processes_cannot_train_into_one_folder(run_script, tmp_path):
     assert code == 0
 
 
-@pytest.mark.parametrize("change", [lambda c: c.pop("method"), lambda c: c["model"].pop("mean"), lambda c: c["model_settings"].update(code="x"),
-                                    lambda c: c["model"].update({"mean": torch.zeros(5, 1, 1)}), lambda c: c.update(model=[1, 2]),
-                                    lambda c: c["model_settings"].update(more=1)])
+@pytest.mark.parametrize("change", [
+    lambda c: c.pop("method"), lambda c: c["model"].pop("mean"), lambda c: c["model_settings"].update(code="x"),
+    lambda c: c["model"].update({"mean": torch.zeros(5, 1, 1)}), lambda c: c.update(model=[1, 2]),
+    lambda c: c["model_settings"].update(more=1)])
 def test_a_checkpoint_that_holds_something_else_gets_a_sentence(change, run_script, tmp_path):
     import train_ae
-    code, printed = run_script(train_ae, "--run", tmp_path / "run", *"--limit 40 --steps 1 --batch-size 16 --width 8 --device cpu".split())
+    code, printed = run_script(train_ae, "--run", tmp_path / "run",
+                               *"--limit 40 --steps 1 --batch-size 16 --width 8 --device cpu".split())
     checkpoint = files.load_checkpoint(tmp_path / "run")
     change(checkpoint)
     torch.save(checkpoint, tmp_path / "run" / "checkpoint.pt")
@@ -197,17 +201,20 @@ def test_a_checkpoint_of_a_method_that_is_not_registered_says_where_to_register_
         runs.load_run(tmp_path)
 
 
-@pytest.mark.parametrize("change", [lambda text: text[:-9], lambda text: text + text.splitlines(True)[-1], lambda text: "\0" + text,
-                                    lambda text: text.replace("1,", "x,", 1), lambda text: "\n".join(text.splitlines()[::-1])])
+@pytest.mark.parametrize("change", [
+    lambda text: text[:-9], lambda text: text + text.splitlines(True)[-1], lambda text: "\0" + text,
+    lambda text: text.replace("1,", "x,", 1), lambda text: "\n".join(text.splitlines()[::-1])])
 def test_a_log_that_is_not_as_the_run_left_it_stops_a_resumption_before_anything_is_lost(change, run_script, tmp_path):
     import train_ae
-    flags = ["--run", tmp_path / "run", *"--limit 40 --batch-size 16 --width 8 --device cpu --precision float32".split()]
+    flags = ["--run", tmp_path / "run",
+             *"--limit 40 --batch-size 16 --width 8 --device cpu --precision float32".split()]
     assert run_script(train_ae, *flags, "--steps", 2)[0] == 0
     path = tmp_path / "run" / "metrics.csv"
     good = path.read_text(encoding="utf-8")
     path.write_text(change(good), encoding="utf-8")
     code, printed = run_script(train_ae, *flags, "--resume", "--steps", 3)
-    assert code == 2 and "is not as the run has left it" in printed and path.read_text(encoding="utf-8") == change(good), printed
+    assert (code == 2 and "is not as the run has left it" in printed
+            and path.read_text(encoding="utf-8") == change(good)), printed
     path.unlink()                                                                  # as the sentence says
     assert run_script(train_ae, *flags, "--resume", "--steps", 3)[0] == 0
 

@@ -130,11 +130,13 @@ def test_term_weights_are_their_formula():
 
 
 def test_both_output_layers_start_at_what_needs_no_context():
-    model, counts = random_model(), [0, 0, 400, 100, 50, 30, 19, 0, 60, 21, 5, 7, 90, 10, 0, 25, 300]          # V words, N pairs
+    # V words, N pairs
+    model, counts = random_model(), [0, 0, 400, 100, 50, 30, 19, 0, 60, 21, 5, 7, 90, 10, 0, 25, 300]
     weights = model.start_at(tensor(counts, torch.float32))
     words = [count + 1 for count in counts[:V]]
     np.testing.assert_allclose(model.token_bias.detach().softmax(0), np.array(words) / sum(words), rtol=1e-5)
-    expected = [count * float(weight) + 0.5 for count, weight in zip(counts, transformer.term_weights(tensor(counts), V))]
+    expected = [count * float(weight) + 0.5
+                for count, weight in zip(counts, transformer.term_weights(tensor(counts), V))]
     np.testing.assert_allclose(model.term_head.bias.detach().softmax(0), np.array(expected) / sum(expected), rtol=1e-5)
     np.testing.assert_allclose(weights, transformer.term_weights(tensor(counts), V), rtol=1e-5)
 
@@ -161,8 +163,8 @@ def test_of_the_masked_80_percent_are_hidden_10_become_any_ordinary_token_and_10
     assert len(targets) == n and set(shown[random].tolist()) == {2, 3, 4, 5}
     for share, seen in [(0.8, shown == MASK), (0.1 + same, kept), (0.1 - same, random)]:
         assert abs(seen.float().mean() - share) < 4 * math.sqrt(share * (1 - share) / n)
-    each = torch.bincount(positions % 64, minlength=64) / 2000           # every place is chosen as often: 10 times in 64
-    assert (each - 10 / 64).abs().max() < 5 * math.sqrt(10 / 64 * 54 / 64 / 2000)                # 5 sigma, for 64 places
+    each = torch.bincount(positions % 64, minlength=64) / 2000    # every place is chosen as often: 10 times in 64
+    assert (each - 10 / 64).abs().max() < 5 * math.sqrt(10 / 64 * 54 / 64 / 2000)    # 5 sigma, for 64 places
 
 
 def test_targets_are_the_originals_all_else_stays_and_each_generator_draws_its_own_mask():
@@ -254,9 +256,11 @@ def test_the_forward_pass_and_both_output_layers_are_the_whole_transformer_by_ha
         expected = encoder_by_hand(model, tokens[b, :T].tolist())
         np.testing.assert_allclose(x[b, :T].detach(), expected, rtol=1e-10, atol=1e-12)
         z = norm_by_hand(sum(expected)[:d] / T)                          # W z + c, float32 from the mean on
-        np.testing.assert_allclose(terms[b].detach(), w["term_head.weight"] @ z + w["term_head.bias"], rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(terms[b].detach(), w["term_head.weight"] @ z + w["term_head.bias"],
+                                   rtol=1e-4, atol=1e-5)
         for t in range(T):                                               # E g(h) + b, E the token embedding again
-            g = [max(0, value) ** 2 for value in w["token_dense.weight"] @ norm_by_hand(expected[t]) + w["token_dense.bias"]]
+            g = [max(0, value) ** 2
+                 for value in w["token_dense.weight"] @ norm_by_hand(expected[t]) + w["token_dense.bias"]]
             y = w["token_embedding.weight"] @ norm_by_hand(g) + w["token_bias"]
             np.testing.assert_allclose(logits[b, t].detach(), y, rtol=1e-10, atol=1e-12)
     torch.testing.assert_close(model(tokens[:1])[0], x[0], rtol=1e-12, atol=1e-12)       # no lengths: no padding
@@ -312,8 +316,8 @@ def test_padding_changes_nothing_neither_its_length_nor_what_stands_in_it():
 
 def test_every_parameter_learns_from_the_two_losses_and_the_output_layer_is_tied_to_the_embedding():
     model, (tokens, lengths) = random_model(), documents(6, 5, 6, 6, 4)
-    model.token_logits(torch.randn(3, D)).square().sum().backward()      # vectors from elsewhere: the output layer alone
-    assert (model.token_embedding.weight.grad.abs().sum(1) > 0).all()    # reaches the embedding, and every row of it
+    model.token_logits(torch.randn(3, D)).square().sum().backward()    # vectors from elsewhere: the output layer alone
+    assert (model.token_embedding.weight.grad.abs().sum(1) > 0).all()  # reaches the embedding, and every row of it
     model.zero_grad()
     tokens[0, :2], tokens[3, 4:] = torch.tensor([2, 3]), torch.tensor([7, 9])             # two frequent pairs
     inputs, positions, targets = mask_tokens(tokens, lengths, V, generator=generator(0))

@@ -31,7 +31,7 @@ from minissl.training import autocast, choose_precision, count_flops, generator,
 WARM_UP = 5       # steps of each round that are not counted: memory is taken, and the workers' first batches lie ready
 missing = ""
 try:
-    try:                                # a torchvision built for CUDA imports over a CPU torch if its operators have names
+    try:    # a torchvision built for CUDA imports over a CPU torch if its operators have names
         import torchvision  # noqa: F401
     except RuntimeError:
         for name in [name for name in sys.modules if name.split(".")[0] == "torchvision"]:
@@ -50,8 +50,9 @@ class Pictures(torch.utils.data.Dataset):
     """What lightly's LightlyDataset gives: the transform's views of a PIL image."""
 
     def __init__(self, images, view):
-        self.images, self.transform = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in images], SimCLRTransform(
-            input_size=view, cj_strength=0.5, gaussian_blur=0.0, min_scale=0.2)
+        self.images, self.transform = (
+            [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in images],
+            SimCLRTransform(input_size=view, cj_strength=0.5, gaussian_blur=0.0, min_scale=0.2))
 
     def __len__(self):
         return len(self.images)
@@ -62,7 +63,8 @@ class Pictures(torch.utils.data.Dataset):
 
 def convolution_rate(o, precision, seconds=2.0):
     """FLOP/s of the 128-channel convolution, forward and backward: the best."""
-    x = torch.randn(2 * o.batch, 2 * o.width, o.view // 4, o.view // 4, dtype=precision).to(memory_format=torch.channels_last)
+    x = torch.randn(2 * o.batch, 2 * o.width, o.view // 4, o.view // 4, dtype=precision).to(
+        memory_format=torch.channels_last)
     layer = contrastive.Convolution(2 * o.width, 2 * o.width).to(precision, memory_format=torch.channels_last)
     gradient, best, end = torch.randn_like(layer(x.requires_grad_())), 1e9, time.perf_counter() + seconds
     while time.perf_counter() < end:
@@ -81,7 +83,7 @@ def main(o):
     images, _ = draw_shapes(o.batch * (o.steps + WARM_UP), generator(0, "benchmark", 0))
     models = [contrastive.ContrastiveModel(torch.full((3,), 0.5), torch.full((3,), 0.25), width=o.width)
               .to(memory_format=torch.channels_last) for _ in range(2)]
-    flops = 3 * count_flops(models[0], lambda: models[0].project(torch.zeros(2, 1, 3, o.view, o.view)))        # an image
+    flops = 3 * count_flops(models[0], lambda: models[0].project(torch.zeros(2, 1, 3, o.view, o.view)))    # an image
 
     matrices, vectors = ([p for p in models[0].parameters() if (p.ndim > 1) == many] for many in (True, False))
     ours = [Muon(matrices, 0.02, weight_decay=0.02, precision=precision), torch.optim.AdamW(vectors, 0.002, fused=True)]
@@ -91,8 +93,8 @@ def main(o):
         for step in range(o.steps + WARM_UP):
             begin = time.perf_counter()
             batch = images[step * o.batch:(step + 1) * o.batch]
-            views = torch.stack([contrastive.augment(batch, (o.view, o.view), torch.rand(o.batch, 12), jitter=0.4, hue=0.1,
-                                                     grey=0.2) for _ in range(2)])
+            views = torch.stack([contrastive.augment(batch, (o.view, o.view), torch.rand(o.batch, 12), jitter=0.4,
+                                                     hue=0.1, grey=0.2) for _ in range(2)])
             augmenting.append(time.perf_counter() - begin)
             with cast:
                 loss = contrastive.info_nce(models[0].project(views), 0.15)
@@ -107,7 +109,8 @@ def main(o):
         optimizer, criterion = torch.optim.SGD(models[1].parameters(), 0.06, momentum=0.9), NTXentLoss(0.15)
         for first, second in loader:
             with cast:
-                z0, z1 = (models[1].project(view[None].contiguous(memory_format=torch.contiguous_format))[0] for view in (first, second))
+                z0, z1 = (models[1].project(view[None].contiguous(memory_format=torch.contiguous_format))[0]
+                          for view in (first, second))
                 loss = criterion(z0.float(), z1.float())
             loss.backward()
             optimizer.step()
@@ -127,7 +130,8 @@ def main(o):
                 pass
             rates[name].append(o.batch * o.steps / (time.perf_counter() - begin))
     convolution.append(convolution_rate(o, precision))
-    print(f"convolution {convolution[0] / 1e9:,.0f} GFLOP/s before, {convolution[1] / 1e9:,.0f} after; matrix product {peak / 1e9:,.0f}")
+    print(f"convolution {convolution[0] / 1e9:,.0f} GFLOP/s before, {convolution[1] / 1e9:,.0f} after; "
+          f"matrix product {peak / 1e9:,.0f}")
     for name, r in rates.items():
         if r:
             print(f"{name}: {median(r):,.0f} images/s ({min(r):,.0f} to {max(r):,.0f}), "

@@ -2,7 +2,7 @@
 
     python tests/benchmarks/mlm.py                              a few minutes on two cores
     python tests/benchmarks/mlm.py --plain-malloc               without keep_freed_memory()
-    python tests/benchmarks/mlm.py --rounds 2 --batch 4 --layers 1 --width 64 --window 32 --vocabulary 512      does it run?
+    python tests/benchmarks/mlm.py --rounds 2 --batch 4 --layers 1 --width 64 --window 32 --vocabulary 512  does it run?
 
 A step is mask_tokens, forward, loss, backward, optimizer. Both sides get the same tokens and masks, no padding, no
 dropout, a tied output layer and torch.optim.AdamW(fused=True), so that the models are compared. They take turns in one
@@ -35,7 +35,7 @@ from minissl.transformer import FIRST_ORDINARY, TextEncoder, mask_tokens, masked
 
 missing = ""
 try:
-    sys.modules["torchvision"] = None     # transformers imports it where it is found, and fails if it does not fit torch
+    sys.modules["torchvision"] = None  # transformers imports it where it is found, and fails if it does not fit torch
     from transformers import BertConfig, BertForMaskedLM, __version__ as transformers_version
 except ImportError as error:
     missing = f"Hugging Face transformers cannot be imported ({error}), so our side is measured alone."
@@ -71,9 +71,9 @@ def new_rows(o, dtype):
     for row, positions in rows.items():
         model = TextEncoder(V, torch.empty(0, dtype=torch.int64), D, o.layers, HEADS, T) if row != THEIRS else (
             BertForMaskedLM(BertConfig(
-                vocab_size=V, hidden_size=D, num_hidden_layers=o.layers, num_attention_heads=HEADS, intermediate_size=4 * D,
-                max_position_embeddings=T, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
-                tie_word_embeddings=True, attn_implementation="sdpa")))
+                vocab_size=V, hidden_size=D, num_hidden_layers=o.layers, num_attention_heads=HEADS,
+                intermediate_size=4 * D, max_position_embeddings=T, hidden_dropout_prob=0.0,
+                attention_probs_dropout_prob=0.0, tie_word_embeddings=True, attn_implementation="sdpa")))
         blocks = list(model.blocks.parameters()) if row == MUON else []
         rest = [p for name, p in model.named_parameters() if not (blocks and name.startswith("blocks."))]
         optimizers = [torch.optim.AdamW(rest, lr=1e-3, fused=True)]
@@ -105,7 +105,7 @@ def measure(o, dtype):
         check(o, rows)
     rates, lengths = {row: [] for row in rows}, torch.full((o.batch,), o.window)
     peaks = [matrix_product_rate(torch.device("cpu"), dtype)]
-    for n in range(-2, o.rounds):                                         # two rounds of warm-up: memory, optimizer state
+    for n in range(-2, o.rounds):    # two rounds of warm-up: memory, optimizer state
         tokens = torch.randint(FIRST_ORDINARY, o.vocabulary, (o.batch, o.window), generator=generator(0, "tokens", n))
         for row, (model, optimizers, _) in rows.items():
             start = time.perf_counter()
@@ -123,7 +123,7 @@ def measure(o, dtype):
     print(f"\n{str(dtype)[6:]}: matrix product {peaks[0] / 1e9:,.0f} GFLOP/s before, {peaks[1] / 1e9:,.0f} after")
     print(f"{'tokens/s':<24}   median      min      max  of peak  / Hugging Face: medians  median of pairs")
     for row, r in rates.items():
-        share = 6 * rows[row][2] / tokens.numel() * median(r) / max(peaks)                # 6: 2 FLOPs, forward + 2 backward
+        share = 6 * rows[row][2] / tokens.numel() * median(r) / max(peaks)    # 6: 2 FLOPs, forward + 2 backward
         theirs = rates.get(THEIRS)
         ratio = f"{median(r) / median(theirs):25.2f}{median(a / b for a, b in zip(r, theirs)):17.2f}" if theirs else ""
         print(f"{row:<24}{median(r):9,.0f}{min(r):9,.0f}{max(r):9,.0f}{share:9.1%}{ratio}", flush=True)
@@ -140,7 +140,8 @@ if __name__ == "__main__":
         parser.error(f"sizes must be at least 1, --vocabulary 3, --width 64 and a multiple of the {HEADS} heads")
     if not options.plain_malloc:
         keep_freed_memory()
-    print(missing or f"transformers {transformers_version}", f"torch {torch.__version__}, {torch.get_num_threads()} threads",
+    print(missing or f"transformers {transformers_version}",
+          f"torch {torch.__version__}, {torch.get_num_threads()} threads",
           "plain malloc" if options.plain_malloc else "keep_freed_memory()", sep="\n")
     measure(options, torch.float32)
     if all(matrix_product_rate(torch.device("cpu"), torch.bfloat16, n) > matrix_product_rate(
