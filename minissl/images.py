@@ -328,6 +328,8 @@ def own_images(path, keep_all=False, flag="--data"):
                         f"10 of each class" + f" (there are {len(classes)} classes)" * (len(classes) > 1))
     pixels = torch.from_numpy(array).view(*array.shape[:3], -1).permute(0, 3, 1, 2)
     notes = [f"{(~keep).sum():,} images dropped that stand elsewhere in the data, too"] * (not keep.all())
+    if array[evenly(len(array), 100)].max() <= 1:
+        notes.append("all of it is nearly black, 0 or 1 where 255 is white: if 1 is meant to be white, save 255 * a")
     return Images(pixels, torch.arange(len(array)), labels, split, classes, notes).select(keep)
 
 

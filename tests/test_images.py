@@ -161,6 +161,14 @@ def test_own_images_come_back_as_they_are(shape, tmp_path):
     assert (some.permute(0, 2, 3, 1).numpy().reshape(30, *shape[1:]) == array[:30]).all()     # row by row the array
 
 
+def test_zeros_and_ones_are_taken_as_they_are_with_a_word_about_it(tmp_path):
+    masks = np.random.default_rng(0).integers(0, 2, (40, 8, 8)).astype(np.uint8)
+    for factor, notes in (1, 1), (255, 0):
+        np.save(tmp_path / "a.npy", factor * masks)
+        found = images.load_images(str(tmp_path / "a.npy"), "data")
+        assert found[:].max() == factor and sum("nearly black" in note for note in found.notes) == notes
+
+
 def test_mean_and_deviation_are_of_images_from_the_whole_array():
     pixels = torch.cat([torch.zeros(12_000, 1, 8, 8), torch.full((12_000, 1, 8, 8), 255)]).byte()
     mean, deviation = images.mean_and_deviation(pixels)
