@@ -234,8 +234,8 @@ def diverged(what, when, folder):
                      f"--run; {folder} keeps its last good checkpoint, if there is one")
 
 
-MAY_CHANGE = {"steps", "device", "resume", "run", "data", "data_dir", "fill",          # on --resume
-              "evaluate_every", "save_every"}
+# When a run is resumed; data may lie elsewhere, they are known by their checksum.
+MAY_CHANGE = {"steps", "device", "resume", "run", "data", "data_dir", "fill", "evaluate_every", "save_every"}
 
 
 class Run:
