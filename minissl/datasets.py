@@ -188,6 +188,7 @@ def encode_documents(documents, split, cache, vocabulary_size, tokenizer):
             notes.append(f"the text has pairs for a vocabulary of {len(tokenizer):,} only, not {vocabulary_size:,}")
         documents = itertools.chain(_emptied(sample), documents)
 
+    shutil.rmtree(cache, ignore_errors=True)         # a damaged one
     cache.parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(dir=cache.parent, prefix=cache.name + "."))
     try:
@@ -219,8 +220,11 @@ def encode_documents(documents, split, cache, vocabulary_size, tokenizer):
         meta = dict(classes=classes, tokenizer=tokenizer.to_json(), notes=notes, sha256=digest.hexdigest())
         np.savez(folder / "index.npz", starts=(np.cumsum(lengths) - lengths)[keep], lengths=lengths[keep],
                  labels=labels[keep], split=parts[keep], meta=np.frombuffer(json.dumps(meta).encode(), np.uint8))
-        shutil.rmtree(cache, ignore_errors=True)     # a damaged one
-        os.replace(folder, cache)
+        try:
+            os.replace(folder, cache)
+        except OSError:
+            if not cache.exists():                   # else another run has made the same meanwhile
+                raise
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 

@@ -49,12 +49,12 @@ COLOURS = np.uint8([[31, 119, 180], [255, 127, 14], [44, 160, 44], [214, 39, 40]
 
 
 def scatter(points, labels, size=480):
-    """points (N, 2), labels (N,) int -> (size, size, 3) uint8: a dot each, coloured by label."""
+    """points (N, 2), labels (N,) int -> (size, size, 3) uint8: a dot each, coloured by label, light grey without (-1)."""
     canvas = np.full((size, size, 3), 250, np.uint8)
     low, high = np.percentile(points, [1, 99], axis=0)
     place = ((points - low) / (high - low + 1e-9)).clip(0, 1) * (size - 12) + 6
     for (x, y), label in zip(place.astype(int), labels):
-        canvas[y - 2:y + 3, x - 2:x + 3] = COLOURS[label % len(COLOURS)]
+        canvas[y - 2:y + 3, x - 2:x + 3] = COLOURS[label % len(COLOURS)] if label >= 0 else 200
     return canvas
 
 

@@ -287,6 +287,8 @@ def own_images(path, keep_all=False, flag="--data"):
     array = _load_array(path)
     found = f"{flag} {path}: {array.dtype} of shape {array.shape}"
     wanted = "expected uint8 (N, H, W, C) or (N, H, W), with 1 or 3 channels C"
+    if array.dtype.kind not in "buif" or not array.ndim:
+        raise UserError(f"{found}; {wanted}: {RECIPE}")
     if array.dtype != np.uint8:
         if array.dtype.kind == "f":
             some = np.nan_to_num(array[:100])
@@ -295,8 +297,8 @@ def own_images(path, keep_all=False, flag="--data"):
             else:
                 how = (f"(np.nan_to_num(a) * {1 if some.max(initial=0) > 1 else 255})"
                        f".clip(0, 255).round().astype(np.uint8)")
-        elif array.dtype == np.uint16:
-            how = "(a // 256).astype(np.uint8)"
+        elif array.dtype == np.uint16 and array[:100].max(initial=0) > 255:
+            how = "(a / a.max() * 255).round().astype(np.uint8)"
         else:
             how = "a.astype(np.uint8) * 255" if array[:100].max(initial=0) <= 1 else "a.clip(0, 255).astype(np.uint8)"
         raise UserError(f"{found}; {wanted}: convert it with {how}")

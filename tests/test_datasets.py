@@ -3,6 +3,7 @@
 import gzip
 import hashlib
 import io
+import os
 import re
 import tarfile
 from collections import Counter
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 
 from conftest import story
-from minissl import UserError, datasets, documents, files
+from minissl import UserError, datasets, documents, files, tokenizer
 from minissl.datasets import HELD_OUT, TEST, TRAIN
 from minissl.documents import load_texts
 
@@ -57,10 +58,11 @@ def test_the_tokenizer_never_sees_the_test_texts_and_no_text_stands_on_both_side
 
 
 def test_a_twin_is_dropped_from_the_less_precious_split_and_test_texts_all_stay():
-    split = np.array([TRAIN, TEST, TEST, HELD_OUT, TRAIN, TRAIN, TRAIN], np.uint8)
-    labels = np.array([-1, 0, 0, 0, -1, 0, 1])
-    hashes = np.array([7, 7, 7, 8, 9, 9, 8], np.uint64)
-    assert datasets.without_twins(hashes, split, labels).tolist() == [False, True, True, True, False, True, False]
+    split = np.array([TRAIN, TEST, TEST, HELD_OUT, TRAIN, TRAIN, TRAIN, TRAIN, HELD_OUT], np.uint8)
+    labels = np.array([-1, 0, 0, 0, -1, 0, 1, 0, -1])
+    hashes = np.array([7, 7, 7, 8, 9, 9, 8, 6, 6], np.uint64)
+    assert datasets.without_twins(hashes, split, labels).tolist() == [
+        False, True, True, True, False, True, False, False, True]
 
 
 def test_hidden_and_empty_files_are_passed_over_and_counted(tmp_path, capsys):
@@ -114,7 +116,8 @@ def test_pairs_are_counted_as_a_loop_does_however_often_they_are_put_together(co
 
 @pytest.mark.parametrize("name, content, sentence", [
     ("a.txt", b"", "the file is empty"), ("a.txt", b" \n \n", "no text at all"),
-    ("a.txt", b"good\nbad \xff here", "not UTF-8: byte 9"), ("a.txt", gzip.compress(b"text"), "gzip"),
+    ("a.txt", b"good\nbad \xff here", "not UTF-8: byte 9"), ("a.txt", b"\xef\xbb\xbfgood \xff", "not UTF-8: byte 8"),
+     ("a.txt", gzip.compress(b"text"), "gzip"),
     ("a.txt", b"cut off \xe2\x82", "not UTF-8: byte 8"), ("a.csv", b"x", "must end in .txt")])
 def test_an_odd_file_gets_a_sentence_and_leaves_nothing_behind(name, content, sentence, tmp_path):
     path = tmp_path / name
@@ -141,6 +144,55 @@ def test_the_cache_is_used_and_a_damaged_one_is_made_anew(corpus, tmp_path, monk
             assert np.array_equal(load_texts(str(corpus), tmp_path, 400).tokens, first), (name, len(damaged))
             assert "is damaged" in capsys.readouterr().err
             assert (cache / name).read_bytes() == whole
+
+
+def test_a_cache_is_for_one_vocabulary_one_tokenizer_and_these_names_of_files(tmp_path):
+    names = [f"a/{n}.txt" for n in range(10)] + [f"b/{n}.txt" for n in range(1, 10)]
+    place = folder_of(tmp_path / "texts", {name: f"text of number {n}" for n, name in enumerate(names)})
+    load = lambda *more: load_texts(place, tmp_path / "data", *more)
+    assert len(load(264).tokenizer) == 264 and len(load(262).tokenizer) == 262
+    another = tokenizer.train(["words of another text, of another text"], 264)
+    assert load(264, 0, another).tokenizer.merges == another.merges
+    assert np.bincount(load(264).labels).tolist() == [10, 9]
+    (tmp_path / "texts" / "a" / "9.txt").rename(tmp_path / "texts" / "b" / "0.txt")      # all contents, in their order
+    assert np.bincount(load(264).labels).tolist() == [9, 10]
+
+
+def test_of_two_runs_that_make_the_same_cache_at_once_the_second_takes_the_first_ones(corpus, tmp_path, monkeypatch):
+    replace, encode = os.replace, documents.encode_documents
+
+    def replace_after_another_run(*paths):
+        monkeypatch.setattr(os, "replace", replace)
+        encode(documents._own_texts(corpus)[1](), datasets.split_blocks, paths[1], 400, None)
+        replace(*paths)
+
+    monkeypatch.setattr(os, "replace", replace_after_another_run)
+    assert len(load_texts(str(corpus), tmp_path, 400)) == 200 and len(list((tmp_path / "cache").iterdir())) == 1
+
+
+def test_a_text_with_few_pairs_is_said_to_give_a_smaller_vocabulary(tmp_path):
+    place = folder_of(tmp_path / "texts", {"a.txt": "la la la", "b.txt": "so so so"})
+    assert load_texts(place, tmp_path, 400).notes == ["the text has pairs for a vocabulary of 262 only, not 400"]
+    assert not load_texts(place, tmp_path, 262).notes
+
+
+def test_texts_beyond_the_sample_of_the_tokenizer_are_encoded_too(corpus, tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets, "SAMPLE_BYTES", 2000)
+    assert strings(load_texts(str(corpus), tmp_path, 300)) == [
+        story(topic, n).lower() for topic in ("city", "sea") for n in range(100)]
+
+
+def test_a_file_of_a_folder_is_one_text_and_the_outermost_folder_its_class(tmp_path):
+    files = {f"{name}/part {n % 3}/{n}.txt": f"{name} {n}\n\nand a paragraph" for name in "xy" for n in range(10)}
+    texts = load_texts(folder_of(tmp_path / "texts", files), tmp_path, 300)
+    assert texts.classes == ["x", "y"] and len(texts) == 20 and np.bincount(texts.split).tolist() == [14, 2, 4]
+
+
+def test_a_fingerprint_is_of_each_example():
+    data = np.arange(20, dtype=np.uint8).reshape(10, 2)
+    changed = [data + 100 * (np.arange(10) == n)[:, None].astype(np.uint8) for n in range(10)]
+    assert datasets.fingerprint(data) == datasets.fingerprint(data.copy())
+    assert len({datasets.fingerprint(one) for one in (data, *changed)}) == 11
 
 
 def test_slices_padded_and_flat_hold_the_same_tokens(corpus, tmp_path):
@@ -195,6 +247,13 @@ def test_windows_lie_anywhere_in_a_text_and_come_in_another_order_each_epoch(res
     assert len({order.index(1) for order in orders}) > 3                               # not always from short to long
 
 
+def test_of_a_text_of_one_token_the_window_has_it_and_nothing_is_left_to_guess():
+    one = np.ones(8, np.int64)
+    texts = datasets.Texts(np.arange(2, 10, dtype=np.uint16), np.arange(8), one, one, one, [], None)
+    tokens, lengths, rest, _ = datasets.Windows(texts, 4, 2, seed=0, rest=True)(0)
+    assert sorted(tokens.flatten().tolist()) == list(range(2, 10)) and set(lengths.tolist()) == {1} and not rest.any()
+
+
 def test_documents_read_and_unread_tokens_together_are_the_texts(corpus, tmp_path):
     texts = load_texts(str(corpus), tmp_path, 400)
     documents = datasets.Documents(texts, 16, seed=0)
@@ -237,6 +296,13 @@ def test_imdb_is_read_in_place_and_holds_out_the_last_tenth_of_each_training_cla
         f"train {label} review number {n}" for label in ("neg", "pos") for n in (18, 19)}
     assert all((part == TEST) == s.startswith("test") for s, part in zip(said, texts.split))
     assert all((label < 0) == ("unsup" in s) for s, label in zip(said, texts.labels))
+
+
+def test_an_archive_that_lacks_a_class_of_imdb_is_refused(monkeypatch):
+    found = [(documents.IMDB_NAME.fullmatch(f"aclImdb/train/{label}/0_9.txt"), b"good") for label in ("pos", "neg")]
+    monkeypatch.setattr(documents, "read_archive", lambda *arguments: found)
+    with pytest.raises(UserError, match="does not hold the IMDb reviews"):
+        list(documents._read_imdb("archive"))
 
 
 @pytest.mark.parametrize("cut", [0, 10, 400, -200, -60, -1])
@@ -287,3 +353,22 @@ def test_a_docstring_does_not_name_a_part_of_its_packages_name_either(tmp_path):
     assert len(found) == 250 and {label for _, label, _ in found} == {"torch.nn"}
     assert all(re.fullmatch(r"See package.Linear\d and package.package or package.sum \d+\.", text)
                for text, _, _ in found)
+
+
+def test_packages_of_few_files_or_few_docstrings_have_no_label_and_are_for_training_alone(tmp_path):
+    files = []
+    for package, count, size in ("few_files", 7, 40), ("few_docstrings", 8, 10):
+        for n in range(count):
+            path = tmp_path / f"{package}{n}.py"
+            path.write_text("\n".join(f'def f{i}():\n    """{n} {i}."""' for i in range(size)), encoding="utf-8")
+            files.append((path, (package, f"m{n}")))
+    found = list(documents._read_pydocs(files))
+    assert len(found) == 360 and {(label, part) for _, label, part in found} == {(None, TRAIN)}
+
+
+def test_docstrings_of_modules_classes_and_coroutines_are_read_and_a_file_that_is_no_python_is_passed_over(tmp_path):
+    sources = ['print """Python 2"""', '"""m"""\nclass C:\n    """c"""\n    async def f(self):\n        """f"""']
+    for n, source in enumerate(sources):
+        (tmp_path / f"{n}.py").write_text(source, encoding="utf-8")
+    found = documents._read_pydocs([(tmp_path / f"{n}.py", ("package", str(n))) for n in range(2)])
+    assert [text for text, _, _ in found] == ["m", "c", "f"]

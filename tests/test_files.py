@@ -113,3 +113,19 @@ def test_a_checksum_is_of_the_whole_file(tmp_path):
     data = bytes(3 * 2**20) + b"the end"
     (tmp_path / "a").write_bytes(data)
     assert files.hash_of(tmp_path / "a", "md5") == hashlib.md5(data).hexdigest()
+
+
+def test_a_second_lock_on_a_folder_is_refused(tmp_path, monkeypatch):
+    files.lock(tmp_path)
+    monkeypatch.setattr(files, "_held", None)    # as in another process; the patch keeps the first lock's file open
+    with pytest.raises(UserError, match="another process is training into"):
+        files.lock(tmp_path)
+
+
+@pytest.mark.parametrize("first_file", ["lock", "config.json"])
+def test_a_run_that_has_no_checkpoint_yet_is_told_from_a_folder_that_is_no_run(first_file, tmp_path):
+    with pytest.raises(UserError, match="there is no such file"):
+        files.load_checkpoint(tmp_path)
+    (tmp_path / first_file).touch()
+    with pytest.raises(UserError, match="stopped before its first checkpoint"):
+        files.load_checkpoint(tmp_path)

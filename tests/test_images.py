@@ -49,6 +49,27 @@ def test_the_distance_is_negative_inside_and_its_outline_is_where_geometry_has_i
     assert at("ring", 0.0, 0.0) > 0 and at("frame", 0.0, 0.0) > 0
 
 
+def test_a_shape_is_turned_and_not_sheared_and_lies_inside_the_picture(monkeypatch):
+    seen = []
+    monkeypatch.setattr(images, "distance", lambda shape, *place: seen.append(place) or place[0])
+    images.draw_shapes(100, training.generator(0, "test", 0))
+    along, across = map(torch.cat, zip(*seen))                     # (100, 32, 32), in units of the radius
+    u, v = (torch.stack([z[:, 0, 1] - z[:, 0, 0], z[:, 1, 0] - z[:, 0, 0]]) for z in (along, across))
+    torch.testing.assert_close(v, torch.stack([-u[1], u[0]]), rtol=0, atol=1e-5)
+    radius, far = 1 / u.norm(dim=0), torch.hypot(along, across)
+    far[:, 1:-1, 1:-1] = 99
+    assert 6 < radius.min() < radius.max() < 14
+    assert (far.amin((1, 2)) * radius > radius - 0.51).all()       # a pixel's middle is half a pixel from the border
+
+
+def test_a_shape_stands_out_from_its_ground(monkeypatch):
+    left = torch.where(torch.arange(32) < 16, -9.0, 9.0)           # in each picture the left half is the shape
+    monkeypatch.setattr(images, "distance", lambda shape, x, y: left.expand_as(x))
+    halves = images.draw_shapes(500, training.generator(0, "test", 0))[0].float().split(16, dim=3)
+    ink, ground = (half.flatten(2).median(2).values / 255 for half in halves)                         # (500, 3)
+    assert ((ink - ground).abs().amax(1) > 0.25).float().mean() > 0.97
+
+
 def test_pixels_do_not_give_the_shape_away():
     data = images.load_images("shapes", limit=1500)
     x = data[:].flatten(1).float() / 255 - 0.5
@@ -124,6 +145,14 @@ def test_cifar10_is_read_packed_and_unpacked(version, cifar, tmp_path):
             images.load_images("cifar10", tmp_path / "packed")
 
 
+def test_an_unpacked_cifar10_that_lacks_a_file_is_said_to(tmp_path):
+    (tmp_path / "cifar-10-batches-bin").mkdir()
+    for name in images.CIFAR10_FILES["cifar-10-batches-bin"][1:]:
+        (tmp_path / "cifar-10-batches-bin" / name).touch()
+    with pytest.raises(UserError, match="lacks data_batch_1.bin: unpack"):
+        images.load_images("cifar10", tmp_path)
+
+
 class Evil:
     def __reduce__(self):
         return (exec, ("raise SystemExit('code from the file has run')",))
@@ -175,6 +204,23 @@ def test_mean_and_deviation_are_of_images_from_the_whole_array():
     assert float(mean) == pytest.approx(0.5, abs=1e-3) and float(deviation) == pytest.approx(0.5, abs=1e-3)
 
 
+def test_a_channel_that_does_not_vary_has_a_deviation_to_divide_by():
+    pixels = torch.randint(0, 256, (50, 3, 8, 8), generator=training.generator(0, "test", 0)).byte()
+    pixels[:, 1] = 7
+    mean, deviation = images.mean_and_deviation(pixels)
+    assert float(mean[1]) == pytest.approx(7 / 255) and 0 < deviation[1] < 0.01 < deviation[0]
+
+
+def test_what_moves_to_a_gpu_is_what_was_selected_if_it_takes_no_more_than_half_of_the_room(monkeypatch):
+    pixels = torch.arange(10).byte().view(10, 1, 1, 1).expand(10, 1, 8, 8)
+    data = images.Images(pixels, torch.arange(10), np.full(10, -1), np.zeros(10), []).select(np.array([7, 2, 9]))
+    monkeypatch.setattr(torch.Tensor, "to", lambda self, device: self)
+    for room, rows in (2 * 3 * 64, 3), (2 * 3 * 64 - 2, 10):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (room, 10**9))
+        moved = data.to(torch.device("cuda"))
+        assert len(moved.pixels) == rows and moved[:].flatten(1)[:, 0].tolist() == [7, 2, 9]
+
+
 def test_images_without_a_label_among_labelled_ones_shift_no_class(tmp_path):
     labels = np.tile([-1, 4, 9], 20)
     np.save(tmp_path / "a.npy", np.random.default_rng(0).integers(0, 256, (60, 8, 8)).astype(np.uint8))
@@ -206,7 +252,9 @@ def test_an_own_array_stays_on_the_disk_and_only_what_a_batch_takes_is_in_memory
 
 
 @pytest.mark.parametrize("array, sentence", [
-    (np.zeros((20, 8, 8), np.uint16), "uint16 of shape (20, 8, 8); expected uint8.*a // 256"),
+    (np.full((20, 8, 8), 4095, np.uint16), r"uint16.*; expected uint8.*\(a / a.max\(\) \* 255\)"),
+    (np.full((20, 8, 8), 255, np.uint16), r"uint16.*a.clip\(0, 255\)"),
+    (np.array(["a.png"] * 20), "<U5 of shape.*Pillow"), (np.array(1.0), r"float64 of shape \(\).*Pillow"),
     (np.ones((20, 8, 8), bool), r"bool.*astype\(np.uint8\) \* 255"),
     (np.random.default_rng(0).random((20, 8, 8, 3)), r"float64.*\* 255\)"),
     (np.full((20, 8, 8), -1.0), r"float64.*a - a.min"), (np.ones((20, 8, 8), np.int64), r"int64.*\* 255"),
@@ -280,6 +328,19 @@ def test_a_grid_enlarges_small_images_and_shows_one_channel_as_grey():
     assert (picture[66 + 8 * 3, 66 + 8 * 5] == int(rows[1][1, 0, 3, 5])).all()     # image 1 of row 1, pixel (3, 5)
 
 
+def test_a_grid_shows_floats_from_0_to_1_cuts_off_what_lies_beyond_and_does_not_shrink_large_images():
+    row = torch.tensor([-0.3, 0.0, 0.5, 1.0, 1.3]).view(5, 1, 1, 1).expand(5, 1, 70, 70)
+    picture = figures.grid([row], gap=2)
+    assert picture.shape == (70, 5 * 70 + 4 * 2, 3) and picture[9, 9::72, 1].tolist() == [0, 0, 128, 255, 255]
+
+
+def test_a_point_of_the_map_stands_right_as_its_first_number_and_down_as_its_second_in_the_colour_of_its_class():
+    picture = figures.scatter(np.array([[0, 0], [1, 0], [0, 1000]]), np.array([0, 1, 12]), size=480)
+    for (x, y), label in {(6, 6): 0, (474, 6): 1, (6, 474): 2}.items():
+        assert (picture[y, x] == figures.COLOURS[label]).all()
+    assert (picture[474, 474] == 250).all()
+
+
 def test_the_table_shows_mean_and_sample_deviation(tmp_path):
     (tmp_path / "finetune.csv").write_text("labels_a_class,method,seed,test_accuracy,seconds,data\n"
                                            "10,pixels,0,20,1,x\n10,pixels,1,30,1,x\nall,pixels,0,40,1,x\n",
@@ -306,3 +367,17 @@ def test_the_figure_shows_each_method_at_each_number_of_labels_as_high_as_its_ac
     assert (step > 10 and heights[2] - heights[0] == pytest.approx(2.5 * step, abs=0.2)
             and heights[2] - heights[3] == pytest.approx(1.5 * step, abs=0.2))
     assert all(name in figure for name in ("pixels 40.0", "fine-tuned 60.0", ">10<", ">all<"))
+
+
+def test_a_bar_of_the_figure_reaches_one_deviation_up_and_down_and_no_name_covers_another(tmp_path):
+    (tmp_path / "finetune.csv").write_text("labels_a_class,method,seed,test_accuracy,seconds,data\n"
+                                           "10,pixels,0,20,1,x\n10,pixels,1,30,1,x\n10,fine-tuned,0,50,1,x\n"
+                                           "all,pixels,0,60,1,x\nall,fine-tuned,0,60,1,x\n", encoding="utf-8")
+    figure = figures.label_figure(tmp_path / "finetune.csv")
+    bars = [list(map(float, ends)) for ends in re.findall(r'<line x1="([\d.]+)" x2="\1" y1="([\d.]+)" y2="([\d.]+)"',
+                                                          figure)]
+    heights = [float(y) for y in re.findall(r'<circle cx="[\d.]+" cy="([\d.]+)"', figure)]
+    (_, low, high), at = bars[0], heights[0]                       # pixels at 10 labels: 25 ± 7.1; fine-tuned 50
+    assert low - at == pytest.approx(at - high, abs=0.2) == pytest.approx(7.1 / 25 * (at - heights[2]), abs=0.2)
+    names = [float(y) for y in re.findall(r'y="([\d.]+)" style="fill', figure)]
+    assert len(names) == 2 and names[1] - names[0] >= 12

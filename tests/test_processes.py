@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import forked
 import pytest
@@ -104,3 +105,40 @@ def test_a_batch_that_does_not_split_is_refused(monkeypatch):
     assert len(processes.share(torch.zeros(16, 3))) == 8
     with pytest.raises(UserError, match="--batch-size 15: no multiple of the 2 processes"):
         training.Batches(100, 15, 0, "order")
+
+
+@pytest.mark.parametrize("rank, order", [(0, ["block", "barrier"]), (1, ["barrier", "block"])])
+def test_the_first_process_goes_through_before_the_others(rank, order, monkeypatch):
+    done = []
+    monkeypatch.setattr(processes, "WORLD", 2)
+    monkeypatch.setattr(processes, "RANK", rank)
+    monkeypatch.setattr(processes.dist, "barrier", lambda: done.append("barrier"))
+    with processes.first_alone():
+        done.append("block")
+    assert done == order
+
+
+def test_one_process_that_stops_stops_all_and_a_gradient_that_none_has_stays_none(monkeypatch):
+    here, there, nowhere = (torch.nn.Parameter(torch.zeros(2)) for _ in range(3))
+    here.grad = torch.tensor([1.0, 2.0])
+    other = torch.tensor([1.0, 1, 1, 0, 5, 6, 7, 8, 0, 0])           # it stops; what it has; its gradients
+    monkeypatch.setattr(processes, "WORLD", 2)
+    monkeypatch.setattr(processes.dist, "all_reduce", lambda x: x.add_(other))
+    assert processes.average_gradients([here, there, nowhere], stopping=False) is True
+    assert here.grad.tolist() == [3, 4] and there.grad.tolist() == [3.5, 4] and nowhere.grad is None
+
+
+def test_each_process_has_the_gpu_of_its_number_on_its_own_machine(monkeypatch):
+    for name, value in dict(WORLD=8, RANK=5).items():
+        monkeypatch.setattr(processes, name, value)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(processes.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(sys, "stdout", sys.stdout)                   # join takes it away
+    assert processes.join(torch.device("cuda")) == torch.device("cuda", 1)
+
+
+def test_all_processes_take_the_precision_of_the_first(monkeypatch):
+    monkeypatch.setattr(processes, "agree", lambda value: (torch.bfloat16, 7.0, "measured by the first"))
+    settings = SimpleNamespace(device="cpu", precision="float32")
+    assert training.choose_machine(settings)[1:] == (torch.bfloat16, 7.0) and settings.precision == "bfloat16"

@@ -143,6 +143,7 @@ def test_token_numbers_are_uint16_as_long_as_they_fit():
 
 
 @pytest.mark.parametrize("text", ["", "{}", "[]", "null", "3", '"merges"', "{", '{"merges": [[7, 8]',
+                                  '{"format": "another", "merges": []}',
                                   pytest.param("[" * 100000, id="too deep")])
 def test_a_text_that_is_no_tokenizer_is_a_value_error(text):
     with pytest.raises(ValueError):

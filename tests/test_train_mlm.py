@@ -12,7 +12,7 @@ import torch
 
 import train_mlm
 from conftest import TINY, story
-from minissl import datasets, documents, evaluation, files, runs, training, transformer
+from minissl import UserError, datasets, documents, evaluation, files, runs, training, transformer
 from minissl.muon import Muon
 from minissl.tokenizer import MASK
 from soak import log_of
@@ -269,6 +269,14 @@ def test_fill_answers_for_each_mask_and_refuses_a_text_without_one(trained, run_
         assert f"[MASK] {n + 1}: " + answers in printed
     code, printed = run_script(train_mlm, "--run", trained, "--fill", "no mask here")
     assert code == 2 and "at least one [MASK]" in printed
+
+
+def test_fill_refuses_what_is_longer_than_the_window_and_a_run_that_learned_from_images(trained, monkeypatch):
+    with pytest.raises(UserError, match="1 .MASK. and 41 tokens; .* at most 32 tokens"):
+        runs.fill(trained, 20 * "the ship " + "[MASK]")
+    monkeypatch.setattr(runs, "load_run", lambda run: (None, dict(method="autoencoder")))
+    with pytest.raises(UserError, match="learned from images"):
+        runs.fill(trained, "a [MASK]")
 
 
 @pytest.mark.parametrize("flags", [["--masked-weight", "0"], ["--document-weight", "0"], ["--layers", "0"]])

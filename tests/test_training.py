@@ -1,8 +1,16 @@
 """The plumbing: settings, randomness, schedule, Muon, saving."""
 
+import csv
+import itertools
+import json
 import os
+import re
+import shlex
+import signal
+import sys
 import time
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Literal
 
 import pytest
@@ -10,6 +18,9 @@ import torch
 
 import finetune
 from minissl import UserError, files, muon, report, runs, training
+
+
+SMALL = "--limit 40 --batch-size 16 --width 8 --device cpu --precision float32".split()
 
 
 @dataclass
@@ -50,12 +61,94 @@ def test_a_right_guess_is_marked_as_right_and_a_wrong_one_stands_beside_what_sto
     assert ' <span class="good">x</span> b' in shown and '<span class="bad">z</span> <s>y</s> c' in shown
 
 
+def test_what_a_text_holds_of_html_is_shown_and_not_obeyed():
+    shown = report.filled_in("a <b> & [MASK] [MASK]", ["<i>", "<u>"], ["<i>", "<s>"])
+    assert not re.search("<[biu]>", shown) and all(f"&lt;{name}&gt;" in shown for name in "bius")
+
+
+def test_the_page_says_who_made_the_run_has_each_row_of_the_table_and_names_what_cannot_be_read(tmp_path):
+    (tmp_path / "config.json").write_text('{"command": "python x.py", "started": "today", "python": "3.99", '
+                                          '"torch": "2.88", "settings": {}}', encoding="utf-8")
+    (tmp_path / "finetune.csv").write_text("labels_a_class,method,seed,test_accuracy,seconds,data\n"
+                                           "10,pixels,0,20,1,x\nall,pixels,0,40,1,x\n", encoding="utf-8")
+    (tmp_path / "metrics.csv").write_text("step,seconds,loss\n1,1,x\n", encoding="utf-8")
+    report.write_page(tmp_path)
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "python x.py</code><br>last started today, Python 3.99, torch 2.88" in page
+    assert page.count("<td>10</td><td>20.0 ± 0.0</td>") == page.count("<td>all</td><td>40.0 ± 0.0</td>") == 1
+    assert page.count("cannot be read") == page.count("metrics.csv cannot be read") == 1
+
+
 def test_the_time_of_an_evaluation_does_not_count_in_the_rate():
     run = object.__new__(training.Run)
     run.logged = 5.0
     with run.pause():
         time.sleep(0.05)
     assert 5.05 <= run.logged < 6
+
+
+def test_a_row_of_the_log_is_about_the_steps_since_the_row_before(tmp_path, monkeypatch, capsys):
+    clock, run = [100.0], object.__new__(training.Run)
+    monkeypatch.setattr(training, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    run.folder, run.settings, run.rows, run.logged_step = tmp_path, SimpleNamespace(steps=200), [], 20
+    run.items, run.flops, run.counted, run.losses, run.started, run.logged = 0, 0, 0, [], 100.0, 100.0
+    for step, left in (40, "1.3 min left"), (80, "0.5 min left"):        # 160 steps in 80 s, 120 steps in 30 s
+        clock[0] += 10
+        run.count(1000, 3e9, torch.tensor(30.0), steps=20)
+        run.log(step, dict(loss=None), 1e9, {})
+        row = run.rows[-1]
+        assert (row["loss"], row["rate_per_second"], row["share_of_peak"]) == (1.5, 100, 0.3)
+        assert left in capsys.readouterr().out
+    assert [row["seconds"] for row in run.rows] == [10, 20]
+
+
+def test_a_resumed_run_goes_on_from_its_checkpoint_in_its_log_and_in_the_time_left(run_script, tmp_path, monkeypatch):
+    import train_ae
+    flags = ["--run", tmp_path / "run", *SMALL]
+    assert run_script(train_ae, *flags, "--steps", 2)[0] == 0
+    with open(tmp_path / "run" / "metrics.csv", "r+", encoding="utf-8", newline="") as file:
+        last = file.read().splitlines()[-1]
+        file.write(re.sub(r"^2,[\d.]+", "3,9999.0", last) + "\n")         # logged, and killed before it was saved
+    log, since = training.Run.log, []
+    monkeypatch.setattr(training.Run, "log",
+                        lambda self, step, *more: since.append(self.logged_step) or log(self, step, *more))
+    assert run_script(train_ae, *flags, "--steps", 4, "--resume")[0] == 0 and since == [2]
+    with open(tmp_path / "run" / "metrics.csv", encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["step"] for row in rows] == ["1", "2", "4"] and float(rows[-1]["seconds"]) < 9999
+
+
+def test_a_run_saves_its_first_and_its_last_step_and_between_them_by_the_clock(run_script, tmp_path, monkeypatch):
+    import train_ae
+    saved, write = [], training.write_checkpoint
+    monkeypatch.setattr(training, "write_checkpoint",
+                        lambda path, state: saved.append(state["step"]) or write(path, state))
+    for seconds, steps in (1000, [1, 5]), (0, [1, 2, 3, 4, 5]):
+        assert run_script(train_ae, "--run", tmp_path / f"run {seconds}", *SMALL, "--steps", 5,
+                          "--save-every", seconds)[0] == 0
+        assert saved == steps
+        saved.clear()
+    config = json.loads((tmp_path / "run 0" / "config.json").read_text(encoding="utf-8"))
+    assert shlex.split(config["command"]) == ["python", *sys.argv]              # it can be pasted, spaces and all
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_stops_a_run_behind_its_step_and_a_second_one_would_at_once(number, run_script, tmp_path, monkeypatch):
+    import train_ae
+    batch, before = training.Batches.__call__, signal.signal(number, lambda *_: None)
+
+    def interrupted(self, step):
+        if step == 3:
+            signal.raise_signal(number)
+        return batch(self, step)
+    monkeypatch.setattr(training.Batches, "__call__", interrupted)
+    try:
+        code, printed = run_script(train_ae, "--run", tmp_path / "run", *SMALL, "--steps", 9, "--evaluate-every", 9)
+        assert code == 130 and "once more ends it at once" in printed, printed
+        assert signal.getsignal(number) == signal.SIG_DFL
+    finally:
+        signal.signal(number, before)
+    assert files.load_checkpoint(tmp_path / "run")["step"] == 4
 
 
 def test_what_was_measured_once_stands_on_the_page_too(tmp_path):
@@ -163,6 +256,17 @@ def test_the_matrix_product_rate_is_positive_and_the_choice_of_precision_gives_i
         training.choose_device("cuda" if not torch.cuda.is_available() else "mps")
 
 
+def test_a_multiplication_with_its_addition_counts_as_two_operations(monkeypatch):
+    monkeypatch.setattr(training, "time", SimpleNamespace(perf_counter=itertools.count().__next__))     # a second each
+    assert training.matrix_product_rate(torch.device("cpu"), torch.float32) == 2 * 64**3     # see a_hasty_stopwatch
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+def test_a_forward_pass_has_the_precision_that_was_chosen(precision):
+    with training.autocast(torch.device("cpu"), precision):
+        assert torch.nn.Linear(4, 4)(torch.ones(2, 4)).dtype == precision
+
+
 def test_two_processes_cannot_train_into_one_folder(run_script, tmp_path):
     import fcntl
 
@@ -235,3 +339,13 @@ def test_a_flipped_bit_anywhere_in_a_checkpoint_is_seen(tmp_path):
         (tmp_path / "checkpoint.pt").write_bytes(good[:at] + bytes([good[at] ^ 4]) + good[at + 1:])
         with pytest.raises(UserError, match="damaged"):
             files.load_checkpoint(tmp_path)
+
+
+def test_an_autoencoder_takes_images_of_its_own_size_only_another_encoder_all_that_are_not_too_small():
+    autoencoder, contrastive = SimpleNamespace(channels=3, size=(32, 32)), SimpleNamespace(channels=3)
+    for model, size in (autoencoder, (32, 32)), (contrastive, (32, 32)), (contrastive, (8, 50)):
+        runs.check_images(torch.empty(1, 3, *size), model, "the array")
+    for model, size, sentence in ((autoencoder, (32, 40), "32 × 40 × 3; the run learned from 32 × 32 × 3"),
+                                  (contrastive, (7, 50), "7 × 50; at least 8 × 8")):
+        with pytest.raises(UserError, match=sentence):
+            runs.check_images(torch.empty(1, 3, *size), model, "the array")
