@@ -49,7 +49,7 @@ COLOURS = np.uint8([[31, 119, 180], [255, 127, 14], [44, 160, 44], [214, 39, 40]
 
 
 def scatter(points, labels, size=480):
-    """points (N, 2), labels (N,) int -> (size, size, 3) uint8: a dot each, coloured by label, light grey without (-1)."""
+    """points (N, 2), labels (N,) int -> (size, size, 3) uint8: a dot each, coloured by label; -1, none, is grey."""
     canvas = np.full((size, size, 3), 250, np.uint8)
     low, high = np.percentile(points, [1, 99], axis=0)
     place = ((points - low) / (high - low + 1e-9)).clip(0, 1) * (size - 12) + 6

@@ -15,7 +15,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 T, A, C, E, F, R, D, P, M = (f"minissl/{name}.py" for name in (
-    "transformer", "autoencoder", "contrastive", "evaluation", "finetuning", "training", "datasets", "processes", "muon"))
+    "transformer autoencoder contrastive evaluation finetuning training datasets processes muon".split()))
 
 FAULTS = [      # (what is wrong, file, test_<file>.py::<test>, what stands there, what is planted)
     ("the model sees the unmasked input", T,
@@ -252,6 +252,54 @@ FAULTS = [      # (what is wrong, file, test_<file>.py::<test>, what stands ther
      "images::cifar10_is_read",
      "np.repeat(np.uint8([TRAIN, HELD_OUT, TEST]), [45_000, 5_000, 10_000])",
      "np.repeat(np.uint8([TEST, HELD_OUT, TRAIN]), [10_000, 5_000, 45_000])"),
+    ("two processes may train into one folder", "minissl/files.py",
+     "files::second_lock",
+     "fcntl.LOCK_EX | fcntl.LOCK_NB",
+     "fcntl.LOCK_SH | fcntl.LOCK_NB"),
+    ("a cache does not know where its files lay", "minissl/documents.py",
+     "datasets::a_cache_is_for_one_vocabulary",
+     'f"{os.path.relpath(path, root)} {hash_of(path)}" for',
+     "hash_of(path) for"),
+    ("a cache of another tokenizer is taken", "minissl/documents.py",
+     "datasets::a_cache_is_for_one_vocabulary",
+     "or texts and texts.tokenizer.merges == tokenizer.merges:",
+     "or texts:"),
+    ("the window of a one-token text is empty", D,
+     "datasets::of_a_text_of_one_token",
+     "-(-texts.lengths // 2) if rest",
+     "texts.lengths // 2 if rest"),
+    ("turned shapes are sheared", "minissl/images.py",
+     "images::turned_and_not_sheared",
+     "(y * turn.cos() - x * turn.sin()) / radius",
+     "(y * turn.cos() + x * turn.sin()) / radius"),
+    ("HTML in a text is obeyed by the page", "minissl/report.py",
+     "training::shown_and_not_obeyed",
+     "html.escape(passage).split",
+     "passage.split"),
+    ("the figure's bars are one-sided", "minissl/figures.py",
+     "images::a_bar_of_the_figure",
+     "y1=y(mean - spread), y2=y(mean + spread)",
+     "y1=y(mean), y2=y(mean + spread)"),
+    ("bfloat16 is chosen and not used", R,
+     "training::has_the_precision_that_was_chosen",
+     "contextlib.nullcontext() if precision == torch.float32 else torch.autocast(device.type, precision)",
+     "contextlib.nullcontext()"),
+    ("SIGTERM kills without a save", R,
+     "training::a_signal_stops_a_run",
+     "for number in (signal.SIGINT, signal.SIGTERM):",
+     "for number in (signal.SIGINT,):"),
+    ("a stop counts only if all processes stop", P,
+     "processes::one_process_that_stops",
+     "return stopping > 0",
+     "return bool(stopping > WORLD - 1)"),
+    ("each process chooses its own precision", R,
+     "processes::precision_of_the_first",
+     "processes.agree(choose_precision(settings.precision, device))",
+     "choose_precision(settings.precision, device)"),
+    ("the GPU of the rank among all machines", P,
+     "processes::the_gpu_of_its_number",
+     'int(os.environ["LOCAL_RANK"])',
+     "RANK"),
 ]
 
 
@@ -278,8 +326,8 @@ def main(words):
                 continue
             source = change(copy, name, file, old, new)
             module, test = test.split("::")
-            command = [sys.executable, *"-m pytest -x -q -p no:cacheprovider".split(), f"tests/test_{module}.py", "-k", test]
-            done = subprocess.run(command, cwd=copy, capture_output=True, text=True)
+            command = "-m pytest -x -q -p no:cacheprovider".split() + [f"tests/test_{module}.py", "-k", test]
+            done = subprocess.run([sys.executable, *command], cwd=copy, capture_output=True, text=True)
             (copy / file).write_text(source, encoding="utf-8")
             caught = done.returncode == 1 and "failed" in done.stdout     # others: no test ran, or an error of pytest's
             seen += caught
