@@ -5,16 +5,16 @@
     python finetune.py runs/cifar --probe                       the linear probe alone: minutes instead of half an hour
     python finetune.py runs/mlm --data my_classes/              your own texts: a folder with a sub-folder per class
     python finetune.py runs/ae --data my_images.npy             your own images, labels in my_images.labels.npy
-    python finetune.py runs/imdb --predict new.txt              label new text, or images (after the table)
+    python finetune.py runs/imdb --predict new.txt              label new text, or images, by the table's last model
     python finetune.py runs/imdb --features out.npy --data my_texts/         (N, d) float32, a row a text or an image
 
-The columns (minissl/finetuning.py fits them) share the draws of labels, choose on held-out examples, then test once:
+The columns share the draws of labels. Strengths are chosen by cross-validation, the rest on held-out examples:
 
     tf-idf        texts, what one would do instead: logistic regression on one- and two-word features of the same tokens
     pixels        images, what one would do instead: logistic regression; after train_ae.py also on principal components
     untrained     images: a probe of the encoder with random weights, for many a feature is good before any learning
     from scratch  the same model, not pretrained (texts: the blocks stay zero); rate, epochs (texts), crops (images)
-    linear probe  logistic regression on the frozen features; strength, as in the first two, by cross-validation
+    linear probe  logistic regression on the frozen features
     fine-tuned    starts at the probe, moves the encoder (texts: its embeddings alone), too; rate (or 0), epochs (texts)
 """
 
@@ -160,7 +160,7 @@ def main():
     settings.check()
     model, checkpoint = runs.load_run(settings.run)
     trained, of_text = checkpoint["settings"], checkpoint["method"] == "mlm"
-    with contextlib.redirect_stdout(sys.stderr if settings.predict else sys.stdout):      # there, answers alone
+    with contextlib.redirect_stdout(sys.stderr if settings.predict else sys.stdout):   # its stdout: answers alone
         device, precision, _ = choose_machine(settings)
     cast = autocast(device, precision)
     if settings.predict:

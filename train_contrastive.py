@@ -51,12 +51,12 @@ class Settings:
     precision: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 where it is measurably faster
     compile: bool = False  # torch.compile the encoder: a minute first, then faster on a GPU
     method: Literal["simclr", "byol"] = "simclr"  # with negatives, or with a slow second network
-    views: int = 2  # of each image; 4 gave no more at equal time (a prototype; so, too, the next two)
+    views: int = 2  # of each image; 4 gave no more at equal time (a prototype, as the next two)
     view_size: int = 0  # height of a view in pixels, even; 0: three quarters of the image's, +2 points at equal time
     temperature: float = 0.15  # of SimCLR's softmax; 0.1 to 0.4 were alike
     similarity: Literal["cosine", "dot"] = "cosine"  # of two projections
     target_rate: float = 0.98  # of BYOL's moving average at the start; it rises to 1
-    crop: float = -1  # least share of the image's area in a view; below 0, it and the next three as usual for the data
+    crop: float = -1  # least share of the image's area in a view; below 0: as usual for the data (so the next three)
     jitter: float = -1  # strength of brightness, contrast and saturation
     hue: float = -1  # turns
     grey: float = -1  # share of views without colour

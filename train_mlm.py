@@ -20,7 +20,7 @@ from typing import Literal
 import torch
 
 from minissl import UserError, evaluation, runs, transformer
-from minissl.datasets import SAMPLE_TEXTS, TRAIN, Documents, Windows, fingerprint, frequent_pairs
+from minissl.datasets import SAMPLE_TEXTS, TRAIN, WholeTexts, Windows, fingerprint, frequent_pairs
 from minissl.documents import load_texts
 from minissl.muon import Muon
 from minissl.processes import RANK, WORLD, average_gradients, first_alone, sum_over
@@ -39,7 +39,7 @@ class Settings:
     steps: int = 1500  # in all, both stages
     embedding_steps: int = -1  # how many of these train the embeddings alone; below 0: a third
     batch_size: int = 32  # × window = tokens a step; the first stage takes 8 times as many whole texts
-    gradient_accumulation: int = 1  # split a step into parts, for little memory: the gradient stays the same
+    gradient_accumulation: int = 1  # split a step of the second stage, for little memory: the gradient stays the same
     learning_rate: float = 0.02  # Muon's, on the blocks; the other rates are fixed multiples of it
     seed: int = 0  # of everything random
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: the best there is
@@ -73,8 +73,8 @@ class Settings:
             raise UserError(f"--mask-share {self.mask_share}: must be a share, at most 1")
         if not self.masked_weight and not self.document_weight:
             raise UserError("--masked-weight 0 and --document-weight 0: nothing is left to learn; keep one above 0")
-        if self.masked_weight and self.embedding_steps >= self.steps:
-            raise UserError(f"--embedding-steps {self.embedding_steps}: must be below --steps {self.steps}")
+        if self.embedding_steps > (most := self.steps - bool(self.masked_weight)):
+            raise UserError(f"--embedding-steps {self.embedding_steps}: at most {most} of --steps {self.steps}")
 
 
 # ---------------------------------------------------------------- Model
@@ -87,7 +87,7 @@ def new_model(settings, texts):
     model = transformer.TextEncoder(V, frequent_pairs(texts, V, settings.pairs), settings.width, settings.layers,
                                     settings.heads, settings.window, columns)
     counts = sum(model.count_terms(torch.from_numpy(texts.flat(which)[0]), 0, 1)[0]
-                 for which in texts.slices(4096))                        # (V + N,)
+                 for which in texts.slices(4096))                        # (V + P,)
     return model, model.start_at(counts)
 
 
@@ -109,8 +109,8 @@ def main():
     print(f"data: {settings.data}, {len(pool):,} texts to learn from, {pool.lengths.sum():,} tokens, vocabulary {V:,}"
           + "".join(f"; {note}" for note in texts.notes))
     windows = Windows(pool, settings.window, settings.batch_size, settings.seed, rest=settings.document_weight > 0)
-    documents = Documents(pool, 8 * settings.batch_size, settings.seed)
-    evaluate = evaluation.MaskedText(texts, settings.window, settings.mask_share, device)
+    whole_texts = WholeTexts(pool, 8 * settings.batch_size, settings.seed)
+    look = evaluation.MaskedText(texts, settings.window, settings.mask_share, device)
 
     model, weights = (part.to(device) for part in new_model(settings, pool))
     matrices = list(model.blocks.parameters())      # these learn by Muon, all else by Adam, at the rates of a prototype
@@ -128,14 +128,14 @@ def main():
 
     for step in range(first, settings.steps):
         if step < settings.embedding_steps:                              # First stage: embeddings alone, whole texts
-            read, unread, owner, B = documents(step)
+            read, unread, owner, B = whole_texts(step)
             low, high = RANK * B // WORLD, (RANK + 1) * B // WORLD       # a process takes b = high − low documents
             mine = (owner >= low) & (owner < high)
             owner = owner[mine].to(device) - low
-            counts = model.count_terms(read[mine].to(device), owner, high - low)                  # (b, V + N)
+            counts = model.count_terms(read[mine].to(device), owner, high - low)                  # (b, V + P)
             z = transformer.norm(model.mean_of_embeddings(counts))                                # (b, d)
-            bag = model.count_terms(unread[mine].to(device), owner, high - low) * weights         # (b, V + N)
-            filled = sum_over((bag.sum(1) > 0).sum()).clamp(min=1)
+            bag = model.count_terms(unread[mine].to(device), owner, high - low) * weights         # (b, V + P)
+            filled = sum_over((bag.sum(1) > 0).sum()).clamp(min=1)       # documents with a word to guess
             masked, document = nothing, transformer.document_loss(model.term_head(z), bag, filled / WORLD)
             document.backward()
             rate = rate_at(step, settings.embedding_steps, warmup=20, decay=1)
@@ -145,9 +145,9 @@ def main():
             (B, T), real = tokens.shape, int(lengths.sum())
             inputs, positions, targets = transformer.mask_tokens(tokens, lengths, V, settings.mask_share,
                                                                  generator(settings.seed, "mask", step))
-            bag = model.count_terms(rest.to(device), owner.to(device), B) * weights               # (B, V + N)
+            bag = model.count_terms(rest.to(device), owner.to(device), B) * weights               # (B, V + P)
             filled = (bag.sum(1) > 0).sum().clamp(min=1)
-            # One part, unless gradients are accumulated or other processes have theirs: the mean of all is the whole.
+            # One part, unless gradients are accumulated (parts add up) or other processes have theirs (then the mean).
             for rows in torch.arange(B).tensor_split(min(settings.gradient_accumulation * WORLD, B))[RANK::WORLD]:
                 part, low = slice(rows[0], rows[-1] + 1), rows[0] * T
                 here = (positions >= low) & (positions < low + len(rows) * T)
@@ -179,13 +179,13 @@ def main():
 
         done, last = step + 1, step + 1 == settings.steps
         time_to_look = last or done % settings.evaluate_every == 0 or done == settings.embedding_steps
-        look = time_to_look and not RANK
+        looking = time_to_look and not RANK
         if time_to_look or step == 0 or done % 100 == 0:
             with run.pause():
-                result, sentences = evaluate(model.eval(), cast) if look else (evaluate.blank, None)
+                result, sentences = look(model.eval(), cast) if looking else (look.blank, None)
                 model.train()
             run.log(done, dict(masked=math.log(V), document=math.log(V + len(model.pairs))), peak, result)
-            if look:
+            if looking:
                 run.show(sentences)
         if last or stopping or run.due():
             run.save(done, model, optimizers, method="mlm", tokenizer=texts.tokenizer.to_json(),

@@ -6,8 +6,8 @@ A model that learns from unlabelled data needs few labels afterwards. Here is th
     autoencoder.py   a convolutional encoder and decoder, ‖x − x̂‖² + β R(z)                      <- train_ae.py
     contrastive.py   a convolutional encoder, two views of an image, InfoNCE; BYOL               <- train_contrastive.py
     tokenizer.py     the subwords that the transformer reads, learned from the text
-    documents.py     texts: docstrings of this machine, downloads, the reader's own files
-    datasets.py      the same as one array of tokens: splits, a cache, batches
+    datasets.py      texts as one array of tokens: splits, a cache, batches
+    documents.py     where they come from: docstrings of this machine, downloads, the reader's own files
     images.py        images: drawn ones, downloads, the reader's own arrays; batches
     evaluation.py    what features are worth: nearest neighbours, probes, label draws, baselines
     finetuning.py    the columns of the table: from scratch, linear probe, fine-tuned, ...        <- finetune.py
@@ -25,10 +25,11 @@ their training loops whole. Arrows run one way: scripts -> minissl, and nothing 
 The letters of the shapes, everywhere:
 
     B   batch: sequences, documents, images  V   entries of the vocabulary; views of an image
-    T   tokens of a sequence                 N   word pairs with an embedding; all texts or images of a data set
+    T   tokens of a sequence                 P   word pairs with an embedding
     D   width of a token vector, of          M   masked positions
-        features, of a code                  C   classes; channels of an image, where there is an H and a W
-    d   columns of the document vector       H   attention heads; height of an image, and W its width
+        features, of a code                  N   all texts or images of a data set
+    d   columns of the document vector       C   classes; channels of an image, where there is an H and a W
+    b m n   a part of B, M, N                H   attention heads; height of an image, and W its width
 """
 
 

@@ -106,7 +106,7 @@ def convolution(d_in, d_out, stride=1):
                          nn.ReLU())
 
 
-class Residual(nn.Module):
+class ResidualBlock(nn.Module):
     def __init__(self, width):
         super().__init__()
         self.layers = nn.Sequential(convolution(width, width), nn.Conv2d(width, width, 3, padding=1, bias=False),
@@ -133,8 +133,8 @@ class Autoencoder(nn.Module):
         self.register_buffer("deviation", torch.as_tensor(deviation).float().view(-1, 1, 1))
         C, (h, w), (first, second, last) = len(self.mean), self.grid, (width, 2 * width, 4 * width)
         self.to_second = nn.Sequential(convolution(4 * C, first), convolution(first, second, stride=2),
-                                       Residual(second))
-        self.to_last = nn.Sequential(convolution(second, last, stride=2), Residual(last))
+                                       ResidualBlock(second))
+        self.to_last = nn.Sequential(convolution(second, last, stride=2), ResidualBlock(last))
         self.to_code = nn.Sequential(nn.Linear(last * h * w, code, bias=False), nn.BatchNorm1d(code, affine=False))
         self.from_code = nn.Sequential(nn.Linear(code, last * h * w), nn.ReLU(), nn.Unflatten(1, (last, h, w)))
         self.decoder = nn.Sequential(      # each shuffle: a quarter of the maps, twice the size

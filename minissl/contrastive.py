@@ -21,8 +21,9 @@ as a second network sees it, the target, a slow moving average of the first, whi
 
     L = mean ‖q/‖q‖ − z'/‖z'‖‖²    q = predictor(z),  z' of the target;    target ← r · target + (1 − r) · encoder
 
-Nothing in the loss forbids that all z be alike. Without the predictor the effective rank of the projections is 10
-instead of 44 after 300 steps, without stop-gradient and target 2 (EXPERIMENTS.md, "What keeps BYOL from collapsing").
+Nothing in the loss forbids that all z be alike or, with our batch norm behind them, that all lie on a line. After 300
+steps the effective rank of the projections is 44; without the predictor 10, without stop-gradient and target 2
+(EXPERIMENTS.md, "What else BYOL needs").
 
     Chen et al. 2020, "SimCLR", arXiv 2002.05709           two views, projection head, NT-Xent
     van den Oord et al. 2018, arXiv 1807.03748             InfoNCE
@@ -114,7 +115,7 @@ def augment(images, size, numbers, crop=0.2, jitter=0.4, hue=0.1, grey=0.2, flip
     """A distorted view of each image, each with its own draw: a random crop, mirrored or not, in other colours.
 
     Arguments: images (B, C, H, W) uint8 or float in [0, 255], C 1 or 3; size (h, w) of the views; numbers (B, 12),
-    uniform in [0, 1), all the chance there is (the last is not used); crop, the least share of the area; jitter, the
+    uniform in [0, 1), all the chance there is (the last is left over); crop, the least share of the area; jitter, the
     strength of brightness, contrast and saturation; hue, in turns; grey, the share of views without colour; flip,
     whether mirroring is allowed.
     Returns (B, C, h, w) float32 in [0, 1].

@@ -9,7 +9,7 @@ index operations and a corpus larger than memory reads like a small one:
     labels     3        -1 (none)     0                  (N,)
     split      TRAIN    HELD_OUT      TEST               (N,)
 
-What is HELD_OUT makes every choice (learning rates, epochs), TEST only the final figures. Held-out texts are
+HELD_OUT is for every choice (learning rates, epochs), TEST for the final figures alone. Held-out texts are
 contiguous blocks (of docstrings, whole files), not random ones: neighbouring files are often about the same film or
 by the same author, and a random draw would put such twins on both sides. A text that stands in two splits is dropped
 from the less precious one.
@@ -256,12 +256,12 @@ def read_cache(cache):
 
 # ---------------------------------------------------------------- batches, each a function of (seed, step)
 
-class Documents:
+class WholeTexts:
     """First stage: `size` whole texts, each token by a coin flip read or to be guessed, anew each time."""
 
     def __init__(self, texts, size, seed):
         self.texts, self.size, self.seed = texts, min(size, len(texts)), seed
-        self.batches = Batches(len(texts), self.size, seed, "document order")
+        self.batches = Batches(len(texts), self.size, seed, "document order", equal=False)
 
     def __call__(self, step):
         """-> read (n,), unread (n,) with PAD for what the other has; owner (n,); how many documents."""
@@ -309,7 +309,8 @@ class Windows:
 
 
 def frequent_pairs(texts, vocabulary_size, most, least=20):
-    """The pairs of neighbouring tokens seen most often, and at least so often, sorted: (N,) int64, left · V + right."""
+    """The `most` commonest pairs of neighbouring tokens, each seen `least` times at least, sorted: (P,) int64,
+    left · V + right."""
     found = [np.zeros(0, np.int64)]
     for which in texts.slices(4096):      # a pair and its count in one number, so that one sort brings like to like
         tokens, _ = texts.flat(which)

@@ -80,9 +80,9 @@ def _pydocs_files():
 def _read_pydocs(files):
     """(docstring, package, split) for every docstring of the files. The package ("asyncio", "torch.nn") is the
     label where it has at least 200 docstrings in at least 8 files. Whole files go to the test set, in the order
-    of their hashes, until it has a fifth of their package's docstrings, then to the held-out set for a tenth. The
-    names of all labelled packages are replaced by "package" in every text: a docstring of torch.nn that says
-    "torch.nn" would give its label away."""
+    of their hashes, until it has a fifth of their package's docstrings, then to the held-out set for a tenth. Each
+    part of a labelled package's name, and numpy, np and torch, is replaced by "package" in every text: a docstring
+    of torch.nn that says "nn" would give its label away."""
     found = defaultdict(dict)                                                   # package -> file -> its docstrings
     for n, (path, parts) in enumerate(files):
         if n % 100 == 0:

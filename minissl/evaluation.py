@@ -225,11 +225,11 @@ class Neighbours:
         known, asked = (image_features(encode, part, cast, self.device) for part in (self.known, self.asked))
         if not (known.isfinite().all() and asked.isfinite().all()):
             raise diverged("features are", "at a look at held-out images", folder)
-        near, far = (F.normalize(part - known.mean(0), dim=1) for part in (asked, known))
-        nearest = (near[:10] @ far.T).topk(min(8, len(far))).indices                                        # (10, 8)
+        queries, others = (F.normalize(part - known.mean(0), dim=1) for part in (asked, known))
+        nearest = (queries[:10] @ others.T).topk(min(8, len(others))).indices                               # (10, 8)
         figures.write_png(folder / "neighbours.png", figures.grid([
             torch.cat([image[None], self.known[row]]) for image, row in zip(self.asked[:10], nearest)]))
-        points = near @ torch.linalg.svd(near, full_matrices=False)[2][:2].T                                # (Q, 2)
+        points = queries @ torch.linalg.svd(queries, full_matrices=False)[2][:2].T                          # (Q, 2)
         figures.write_png(folder / "map.png", figures.scatter(points.numpy(), self.asked.labels))
         if min(self.known.labels.min(), self.asked.labels.min()) < 0:
             return ""

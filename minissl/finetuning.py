@@ -93,11 +93,11 @@ class Classifier(nn.Module):
 # ---------------------------------------------------------------- texts
 
 class TextClassifier(Classifier):
-    """Counts of words and pairs (B, V + N), and the blocks' part of the document vector (B, d) -> logits (B, C)."""
+    """Counts of words and pairs (B, V + P), and the blocks' part of the document vector (B, d) -> logits (B, C)."""
 
     def __init__(self, table, mean, deviation, classes):
         super().__init__(mean, deviation, classes)
-        self.table = nn.Parameter(table.clone())                              # (V + N, d), the embeddings
+        self.table = nn.Parameter(table.clone())                              # (V + P, d), the embeddings
 
     def forward(self, counts, context, words):
         h = counts @ self.table / words + context                             # (B, d)
@@ -118,7 +118,7 @@ def train_text_classifier(model, data, which, rate, unit, epochs, strength, seed
     batches = Batches(len(which), size, seed, "fine-tuning order")
     for step in range(steps):
         chosen = which[batches(step).numpy()]
-        counts = evaluation.rows(data.counts, chosen).to_dense()              # (B, V + N)
+        counts = evaluation.rows(data.counts, chosen).to_dense()              # (B, V + P)
         logits = model(counts, data.context[chosen], data.words[chosen])      # (B, C)
         loss = F.cross_entropy(logits, data.labels[chosen]) + strength / 2 * model.head.weight.square().sum()
         optimizer.zero_grad()
@@ -135,7 +135,7 @@ def text_answers(data, model, which):
 
 
 class TextTask:
-    """Of N texts: counts (N, V + N') sparse, words (N, 1), features (N, d), context (N, d) = what the blocks add to the
+    """Of N texts: counts (N, V + P) sparse, words (N, 1), features (N, d), context (N, d) = what the blocks add to the
     mean of embeddings, z (N, d) = normed, standardised features, labels (N,), and which are train, held_out, test."""
 
     trials = 3                          # draws of labels on which an option is tried
@@ -147,7 +147,7 @@ class TextTask:
         model.cpu()
         self.counts = evaluation.term_counts(texts, model.pairs.numpy())
         self.words = torch.from_numpy(texts.lengths).float()[:, None]
-        self.table = model.term_table().detach()                              # (V + N', d)
+        self.table = model.term_table().detach()                              # (V + P', d)
         self.context = self.features - self.counts @ self.table / self.words
         self.texts, self.labels, self.classes = texts, torch.from_numpy(texts.labels), texts.classes
         self.train, self.held_out, self.test = (np.flatnonzero(texts.split == s) for s in (TRAIN, HELD_OUT, TEST))

@@ -1,8 +1,8 @@
 """Images to learn from: drawn by our own code, a published data set, or the reader's own array.
 
 All are uint8 (N, C, H, W); a batch is an index operation. What fits moves to the device once; the reader's own array
-stays on the disk, mapped, so it may be larger than memory. HELD_OUT makes every choice (learning rates, epochs), TEST
-only the final figures, as for texts in datasets.py.
+stays on the disk, mapped, so it may be larger than memory. HELD_OUT is for every choice (learning rates, epochs), TEST
+for the final figures alone, as for texts in datasets.py.
 
 Read next: evaluation.py.
 """
@@ -92,7 +92,7 @@ def describe(images):
 
 
 def mean_and_deviation(images):
-    """Of each channel of up to 10,000 of the images (N, C, H, W) uint8, of large ones fewer, in [0, 1]: two (C,)."""
+    """images (N, C, H, W) uint8 -> two (C,), of each channel in [0, 1], from 10,000 images, fewer if they are large."""
     some = min(len(images), 10_000, max(100, 2**26 // math.prod(images.shape[1:])))
     some = images[torch.linspace(0, len(images) - 1, some).long()].float() / 255
     return some.mean((0, 2, 3)), some.std((0, 2, 3), correction=0).clamp(min=1e-3)

@@ -12,14 +12,14 @@ and because the bytes themselves stay in the vocabulary, no text is ever "unknow
 Why this and not BERT's WordPiece: the training is one rule (the most frequent pair) instead of a likelihood
 ratio, and there is no [UNK]. Differences from GPT-2: case and white space are folded (fewer forms of one word,
 which is what a small vocabulary and a small model need), an apostrophe stays inside its word ("didn't" carries
-a sentiment that "'t" does not), and a run without a space is cut after 32 characters, so that a megabyte of one
-letter costs no more than a megabyte of prose.
+a sentiment that "'t" does not), and a run of letters is cut after 32 characters, of digits after 4, of punctuation
+after 8, so that a megabyte of one letter costs no more than a megabyte of prose.
 
     normalise   lower case; every run of white space becomes one space; a lone surrogate, which no UTF-8 can
                 carry, becomes "?"
     round trip  decode(encode(text)) == normalise(text), for every string
 
-Read next: documents.py and datasets.py, which encode whole collections with it.
+Read next: datasets.py and documents.py, which encode whole collections with it.
 """
 
 import heapq

@@ -67,7 +67,7 @@ def read_settings(cls, description, argv=None, positional=()):
     arguments = parser.parse_args(argv)
     if getattr(arguments, "resume", False):           # what is not said again is as the run was started
         parser.set_defaults(**{k: v for k, v in load_checkpoint(arguments.run)["settings"].items()
-                               if hasattr(arguments, k)})
+                               if hasattr(arguments, k) and k != "run"})
         arguments = parser.parse_args(argv)
     return cls(**vars(arguments))
 
@@ -125,7 +125,7 @@ def keep_freed_memory():
     costs a page fault per 4 kB at the next step. 4,500 -> 6,600 tokens/s in float32. Elsewhere: nothing happens."""
     try:
         mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-3, 2**30)                            # M_MMAP_THRESHOLD: below 1 GB, take from the heap
+        mallopt(-3, 2**30) or mallopt(-3, 2**25)      # M_MMAP_THRESHOLD, from the heap: 1 GB, an older glibc 32 MB
         mallopt(-1, 2**31 - 1)                        # M_TRIM_THRESHOLD: and give nothing back
     except (OSError, AttributeError, TypeError):
         pass
@@ -200,13 +200,13 @@ def generator(seed, purpose, step):
 
 class Batches:
     """Which of n examples step s takes, as a function of (seed, purpose, s): each epoch in an order of its own, of
-    which the last n mod size are left for another epoch."""
+    which the last n mod size are left for another epoch. equal: are the slices of several processes to be?"""
 
-    def __init__(self, n, size, seed, purpose):
+    def __init__(self, n, size, seed, purpose, equal=True):
         if n < size:
             raise UserError(f"--batch-size {size}: there are only {n:,} images to learn from; "
                             f"give more or a lower --batch-size")
-        if size % processes.WORLD:
+        if equal and size % processes.WORLD:
             raise UserError(f"--batch-size {size}: no multiple of the {processes.WORLD} processes that are to share it")
         self.n, self.size, self.seed, self.purpose, self.epoch = n, size, seed, purpose, None
 
@@ -234,7 +234,7 @@ def diverged(what, when, folder):
                      f"--run; {folder} keeps its last good checkpoint, if there is one")
 
 
-# When a run is resumed; data may lie elsewhere, they are known by their checksum.
+# The settings that may differ when a run is resumed. Data may lie elsewhere: they are known by their checksum.
 MAY_CHANGE = {"steps", "device", "resume", "run", "data", "data_dir", "fill", "evaluate_every", "save_every"}
 
 

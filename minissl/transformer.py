@@ -24,9 +24,9 @@ what the whole text says, and that is what makes minutes pay (measured: EXPERIME
 
 Differences from the papers:
 - BERT: the norm stands before each sub-layer (post-norm needs a careful warm-up) and has no learned scale or
-  shift; squared ReLU for GELU, no biases in the blocks: fewer numbers. Rotary positions for learned ones: 400 steps
-  into the second stage the masked loss of film reviews was 5.7 (after a longer first stage) against 6.4, near the
-  entropy of single words, 6.6 (EXPERIMENTS.md). The queries and keys are normed (Muon makes them grow otherwise).
+  shift; squared ReLU for GELU, no biases in the blocks: fewer numbers. Rotary positions for learned ones: after 400
+  steps of the second stage the masked loss of film reviews was 5.7 with them, behind a longer first stage, and 6.4
+  with learned ones; single words have an entropy of 6.6. Queries and keys are normed (Muon makes them grow otherwise).
   No [CLS] token and no next-sentence task: the mean over the tokens is the document's vector. No dropout: at these
   budgets no text is seen often enough.
 - Paragraph vectors: the vector is computed from the words by the encoder, not a parameter of each document, so new
@@ -37,7 +37,7 @@ Where the encoder starts: in each block the last matrix of attention and of the 
 the embedding itself, and the document vector a mean of embeddings. That model can be trained alone, thirty times as
 many tokens a second: `train_mlm.py` does so in its first stage, and the transformer goes on exactly from there.
 
-This file needs torch alone. Shapes: B sequences, T tokens, D width, V vocabulary, N word pairs, M masked positions,
+This file needs torch alone. Shapes: B sequences, T tokens, D width, V vocabulary, P word pairs, M masked positions,
 d document columns. Read next: train_mlm.py.
 """
 
@@ -53,7 +53,7 @@ PAD, MASK, FIRST_ORDINARY = 0, 1, 2    # as in tokenizer.py: tokens 0 and 1 are 
 def mask_tokens(tokens, lengths, vocabulary_size, share=0.15, generator=None):
     """Choose what to hide. Draw anew each time a sequence is seen (dynamic masking).
 
-    Of each sequence's T real tokens exactly max(1, ⌊share · T + ½⌋) are chosen: never padding, and at least one,
+    Of a sequence of n real tokens exactly max(1, ⌊share · n + ½⌋) are chosen: never padding, and at least one,
     for with none the mean over masked positions is 0/0. Of the chosen, 80 % become [MASK], 10 % a random ordinary
     token, 10 % stay as they are: the encoder cannot tell which of the visible tokens it will be asked for, so it
     has to understand all of them.
@@ -102,13 +102,13 @@ def masked_language_model_loss(logits, targets, count=None):
 def document_loss(logits, bag, count=None):
     """Cross-entropy in nats between the weighted words of a document's unseen part and their prediction.
 
-    Arguments: logits (B, V + N); bag (B, V + N), weighted counts at least 0, each row is divided by its sum; count,
+    Arguments: logits (B, V + P); bag (B, V + P), weighted counts at least 0, each row is divided by its sum; count,
     the number of documents to divide by (default: those whose bag is not empty; an empty one adds 0).
     Returns a scalar. Source: Le and Mikolov 2014, section 2.3, with a full softmax.
     """
     logits = logits if logits.dtype == torch.float64 else logits.float()
     total = bag.sum(1, keepdim=True)                                      # (B, 1)
-    share = bag / total.clamp(min=torch.finfo(bag.dtype).tiny)            # (B, V + N), q above
+    share = bag / total.clamp(min=torch.finfo(bag.dtype).tiny)            # (B, V + P), q above
     count = (total > 0).sum().clamp(min=1) if count is None else count
     return F.cross_entropy(logits, share, reduction="sum") / count
 
@@ -117,7 +117,7 @@ def term_weights(counts, vocabulary_size):
     """How much each word or pair counts in a bag: min(1, √(1e-4 / frequency)), and nothing if seen < 20 times.
 
     Frequent words say little about a document: "the" alone is a twentieth of a text. (The square root of Mikolov et
-    al. 2013, arXiv 1310.4546, section 2.3, as a weight rather than a coin flip.) counts (V + N,) -> (V + N,).
+    al. 2013, arXiv 1310.4546, section 2.3, as a weight rather than a coin flip.) counts (V + P,) -> (V + P,).
     """
     frequency = counts / counts[:vocabulary_size].sum()
     weights = (1e-4 / frequency.clamp(min=1e-12)).sqrt().clamp(max=1)
@@ -189,7 +189,7 @@ class Block(nn.Module):
 class TextEncoder(nn.Module):
     """Tokens (B, T) -> token vectors (B, T, D), with the two output layers of the pretraining tasks.
 
-    Arguments: vocabulary_size V; pairs (N,) int64, sorted, each left · V + right: the frequent word pairs that have
+    Arguments: vocabulary_size V; pairs (P,) int64, sorted, each left · V + right: the frequent word pairs that have
     an embedding of their own, in the first 64 columns; width D; layers; heads; window, the longest sequence;
     document_columns d, how many of the D columns make the document vector (64 with the document term: a narrow one
     gives the better features with few labels; all of them for the masked loss alone).
@@ -198,7 +198,7 @@ class TextEncoder(nn.Module):
     def __init__(self, vocabulary_size, pairs, width=256, layers=2, heads=4, window=128, document_columns=64):
         super().__init__()
         self.window, self.document_columns = window, document_columns
-        self.register_buffer("pairs", pairs)                              # (N,)
+        self.register_buffer("pairs", pairs)                              # (P,)
         self.token_embedding = nn.Embedding(vocabulary_size, width)
         self.pair_embedding = nn.Embedding(len(pairs) + 1, min(document_columns, 64), padding_idx=len(pairs))
         self.blocks = nn.ModuleList(Block(width, heads) for _ in range(layers))
@@ -206,7 +206,7 @@ class TextEncoder(nn.Module):
         self.token_bias = nn.Parameter(torch.zeros(vocabulary_size))
         self.term_head = nn.Linear(document_columns, vocabulary_size + len(pairs))   # normed document vectors -> logits
         nn.init.normal_(self.token_embedding.weight, std=0.1)       # at 0.02 the masked loss rests at 6.7 for 400 steps
-        if document_columns < width:                                      # a rare word should not weigh in the mean
+        if document_columns < width:          # a rare word should not weigh in the mean (not if that is of all columns)
             self.token_embedding.weight.data[:, :document_columns] *= 0.2
         nn.init.zeros_(self.pair_embedding.weight)
         nn.init.normal_(self.term_head.weight, std=0.02)
@@ -214,8 +214,8 @@ class TextEncoder(nn.Module):
 
     @torch.no_grad()
     def start_at(self, counts):
-        """Set the biases of both output layers to the frequencies of counts (V + N,), words and pairs: what needs no
-        context is known from the start. Returns the terms' weights in a bag, (V + N,)."""
+        """Set the biases of both output layers to the frequencies of counts (V + P,), words and pairs: what needs no
+        context is known from the start. Returns the terms' weights in a bag, (V + P,)."""
         V = len(self.token_bias)
         weights = term_weights(counts, V)
         self.token_bias.copy_(((counts[:V] + 1) / (counts[:V] + 1).sum()).log())
@@ -261,7 +261,7 @@ class TextEncoder(nn.Module):
     # -- the same document vector without the blocks, as long as they are zero: a product of counts and embeddings
 
     def pair_ids(self, tokens):
-        """tokens (..., T) -> (..., T): which pair ends at each token, N where none does. A hidden neighbour makes no
+        """tokens (..., T) -> (..., T): which pair ends at each token, P where none does. A hidden neighbour makes no
         pair, so pairs never give a masked token away."""
         none = len(self.pairs)
         pair = tokens[..., :-1] * self.token_embedding.num_embeddings + tokens[..., 1:]
@@ -271,9 +271,9 @@ class TextEncoder(nn.Module):
 
     def count_terms(self, tokens, owner, documents):
         """tokens (n,) of several documents, PAD between them and wherever a token is hidden; owner (n,), the document
-        of each, or 0 -> counts (documents, V + N) of words and pairs, float32."""
-        V, N = self.token_embedding.num_embeddings, len(self.pairs)
-        counts = torch.zeros(documents, V + N + 1, device=tokens.device)
+        of each, or 0 -> counts (documents, V + P) of words and pairs, float32."""
+        V, P = self.token_embedding.num_embeddings, len(self.pairs)
+        counts = torch.zeros(documents, V + P + 1, device=tokens.device)
         one = torch.ones(2, len(tokens), device=tokens.device)
         owner = torch.as_tensor(owner, device=tokens.device).expand(2, len(tokens))
         counts.index_put_((owner, torch.stack([tokens, V + self.pair_ids(tokens)])), one, accumulate=True)
@@ -281,13 +281,13 @@ class TextEncoder(nn.Module):
         return counts[:, :-1]
 
     def term_table(self):
-        """The embeddings of all words and pairs, as far as they enter the document vector: (V + N, d)."""
+        """The embeddings of all words and pairs, as far as they enter the document vector: (V + P, d)."""
         pair = self.pair_embedding.weight[:-1]
         return torch.cat([self.token_embedding.weight[:, :self.document_columns],
                           F.pad(pair, (0, self.document_columns - pair.shape[1]))])
 
     def mean_of_embeddings(self, counts):
-        """counts (B, V + N) -> (B, d): what `mean` gives while the blocks are zero."""
+        """counts (B, V + P) -> (B, d): what `mean` gives while the blocks are zero."""
         words = counts[:, :self.token_embedding.num_embeddings].sum(1, keepdim=True)
         return counts @ self.term_table() / words.clamp(min=1)
 
@@ -317,8 +317,8 @@ def encode(model, tokens, lengths):
     """
     windows, size, owner = split_windows(tokens, lengths, model.window)
     real = size.clamp(min=1)          # an empty document attends to its padding instead of to nothing, which is NaN
-    means = [model.mean(model(w, r), s) for w, r, s in zip(*(part.split(256) for part in (windows, real, size)))]
-    total = torch.cat(means) * size[:, None]                              # (W, d); 256 at once: a book fits in memory
+    parts = zip(windows.split(256), real.split(256), size.split(256))     # 256 at once: a book fits in memory
+    total = torch.cat([model.mean(model(w, r), s) for w, r, s in parts]) * size[:, None]       # (windows, d)
     whole = torch.zeros(len(tokens), total.shape[1], device=total.device).index_add(0, owner, total)
     return whole / lengths[:, None].clamp(min=1)
 

@@ -210,7 +210,7 @@ def test_no_weight_makes_the_numbers_of_a_code_larger_or_smaller():
 def test_every_parameter_receives_a_gradient():
     model = Autoencoder((16, 16), torch.zeros(3), torch.ones(3), 8, width=8)
     for module in model.modules():
-        if isinstance(module, autoencoder.Residual):
+        if isinstance(module, autoencoder.ResidualBlock):
             torch.nn.init.ones_(module.layers[-1].weight)                          # it starts at 0: wake the block up
     x = torch.rand(4, 3, 16, 16)
     autoencoder_loss(x, *model(x), 0.1, "sparse")[0].backward()

@@ -256,7 +256,7 @@ def test_of_a_text_of_one_token_the_window_has_it_and_nothing_is_left_to_guess()
 
 def test_documents_read_and_unread_tokens_together_are_the_texts(corpus, tmp_path):
     texts = load_texts(str(corpus), tmp_path, 400)
-    documents = datasets.Documents(texts, 16, seed=0)
+    documents = datasets.WholeTexts(texts, 16, seed=0)
     read, unread, owner, count = documents(3)
     assert count == 16 and not ((read > 0) & (unread > 0)).any()
     both = (read + unread).tolist()
@@ -266,7 +266,7 @@ def test_documents_read_and_unread_tokens_together_are_the_texts(corpus, tmp_pat
 
 
 def test_of_a_document_another_half_is_read_each_time(corpus, tmp_path):
-    documents = datasets.Documents(load_texts(str(corpus), tmp_path, 400).select(np.arange(1)), 1, seed=0)
+    documents = datasets.WholeTexts(load_texts(str(corpus), tmp_path, 400).select(np.arange(1)), 1, seed=0)
     halves = {tuple((documents(step)[0] > 0).tolist()) for step in range(4)}
     assert len(halves) == 4
 

@@ -4,6 +4,7 @@ import csv
 import re
 from contextlib import nullcontext
 from copy import deepcopy
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -404,6 +405,14 @@ def test_a_training_that_diverges_before_a_look_ends_with_a_sentence(name, run_s
     script, flags = SCRIPTS[name]
     code, printed = run_script(script, "--run", tmp_path / "run", *flags, *TINY, "--learning-rate", 1e30)
     assert code == 2 and "not finite" in printed.splitlines()[-1] and "Traceback" not in printed, printed
+
+
+def test_a_run_that_was_moved_to_the_default_place_goes_on_there(run_script, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert run_script(train_ae, "--run", "runs/old", *TINY, "--steps", 1)[0] == 0
+    Path("runs/old").rename("runs/ae")
+    code, printed = run_script(train_ae, "--resume", "--steps", 2)
+    assert code == 0 and files.load_checkpoint("runs/ae")["step"] == 2 and not Path("runs/old").exists(), printed
 
 
 def test_a_run_that_was_killed_before_its_first_checkpoint_is_started_again(runs, run_script, tmp_path):

@@ -167,7 +167,7 @@ def test_the_gradient_of_a_step_is_that_of_the_two_formulas_one_document_at_a_ti
         return -(bag / bag.sum() * model.term_head(z).log_softmax(0)).sum()
 
     if stage == 1:
-        read, unread, owner, B = datasets.Documents(pool, 8 * 8, 0)(0)
+        read, unread, owner, B = datasets.WholeTexts(pool, 8 * 8, 0)(0)
         for row in range(B):
             tokens = read[owner == row]
             vectors = model.token_embedding(tokens) + model.pair_embedding(model.pair_ids(tokens))
@@ -290,7 +290,8 @@ def test_each_term_and_the_embeddings_can_learn_alone(flags, corpus, tmp_path, r
     (["--stepz", "3"], "unrecognized arguments"), (["--steps", "many"], "invalid int value"),
     (["--steps", "0"], "--steps 0: must be at least 1"), (["--mask-share", "nan"], "must be at least"),
     (["--device", "tpu"], "invalid choice"), (["--heads", "3"], "multiple of twice the --heads"),
-    (["--embedding-steps", "90"], "must be below --steps 90"),
+    (["--embedding-steps", "90"], "at most 89 of --steps 90"),
+    (["--embedding-steps", "91", "--masked-weight", "0"], "at most 90 of --steps 90"),
     (["--masked-weight", "0", "--document-weight", "0"], "nothing is left to learn"),
     (["--data", "not/there"], "there is nothing there"), (["--batch-size", "9999"], "a step needs"),
     (["--resume"], "there is no such file")])
