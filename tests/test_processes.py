@@ -105,7 +105,7 @@ def test_a_batch_that_does_not_split_is_refused(monkeypatch):
     assert len(processes.share(torch.zeros(16, 3))) == 8
     with pytest.raises(UserError, match="--batch-size 15: no multiple of the 2 processes"):
         training.Batches(100, 15, 0, "order")
-    assert len(training.Batches(100, 15, 0, "order", equal=False)(0)) == 15      # of whole texts any number can be dealt
+    assert len(training.Batches(100, 15, 0, "order", equal=False)(0)) == 15   # of whole texts any number
 
 
 @pytest.mark.parametrize("rank, order", [(0, ["block", "barrier"]), (1, ["barrier", "block"])])
