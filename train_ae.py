@@ -120,7 +120,7 @@ def main():
     model = model.to(device, memory_format=torch.channels_last)
     trained = [p for p in model.parameters() if p.requires_grad]
     matrices, vectors = [p for p in trained if p.ndim > 1], [p for p in trained if p.ndim == 1]
-    optimizers = [Muon(matrices, settings.learning_rate, weight_decay=0.02, precision=precision),
+    optimizers = [Muon(matrices, settings.learning_rate, weight_decay=0.02, precision=precision),    # decay 0.1: alike
                   torch.optim.Adam([dict(params=vectors, times=0.1)], fused=device.type != "mps")]
     first = run.begin(share_batch_norm(model), optimizers, describe(data))
     look = Look(data, run.folder, corrupt, device)
