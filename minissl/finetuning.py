@@ -147,7 +147,7 @@ class TextTask:
         model.cpu()
         self.counts = evaluation.term_counts(texts, model.pairs.numpy())
         self.words = torch.from_numpy(texts.lengths).float()[:, None]
-        self.table = model.term_table().detach()                              # (V + P', d)
+        self.table = model.term_table().detach()                              # (V + P, d)
         self.context = self.features - self.counts @ self.table / self.words
         self.texts, self.labels, self.classes = texts, torch.from_numpy(texts.labels), texts.classes
         self.train, self.held_out, self.test = (np.flatnonzero(texts.split == s) for s in (TRAIN, HELD_OUT, TEST))

@@ -206,7 +206,7 @@ class TextEncoder(nn.Module):
         self.token_bias = nn.Parameter(torch.zeros(vocabulary_size))
         self.term_head = nn.Linear(document_columns, vocabulary_size + len(pairs))   # normed document vectors -> logits
         nn.init.normal_(self.token_embedding.weight, std=0.1)       # at 0.02 the masked loss rests at 6.7 for 400 steps
-        if document_columns < width:          # a rare word should not weigh in the mean (not if that is of all columns)
+        if document_columns < width:   # a rare word should not weigh in the mean (all columns in it: masks come first)
             self.token_embedding.weight.data[:, :document_columns] *= 0.2
         nn.init.zeros_(self.pair_embedding.weight)
         nn.init.normal_(self.term_head.weight, std=0.02)

@@ -11,7 +11,8 @@ CONTEXT.set_forkserver_preload(["torch", "torch._dynamo"])
 
 def start(log, script, *arguments, before=None, **environment):
     """-> the running multiprocessing.Process, which prints into the file `log`. before: is called there first."""
-    process = CONTEXT.Process(target=run, args=(str(log), [str(script), *map(str, arguments)], before, environment))
+    process = CONTEXT.Process(target=run, args=(str(log), [str(script), *map(str, arguments)], before, environment),
+                              daemon=True)              # one that hangs fails its test, and ends with the tests
     process.start()
     return process
 

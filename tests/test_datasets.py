@@ -117,8 +117,8 @@ def test_pairs_are_counted_as_a_loop_does_however_often_they_are_put_together(co
 @pytest.mark.parametrize("name, content, sentence", [
     ("a.txt", b"", "the file is empty"), ("a.txt", b" \n \n", "no text at all"),
     ("a.txt", b"good\nbad \xff here", "not UTF-8: byte 9"), ("a.txt", b"\xef\xbb\xbfgood \xff", "not UTF-8: byte 8"),
-     ("a.txt", gzip.compress(b"text"), "gzip"),
-    ("a.txt", b"cut off \xe2\x82", "not UTF-8: byte 8"), ("a.csv", b"x", "must end in .txt")])
+    ("a.txt", gzip.compress(b"text"), "gzip"), ("a.txt", b"cut off \xe2\x82", "not UTF-8: byte 8"),
+    ("a.csv", b"x", "must end in .txt")])
 def test_an_odd_file_gets_a_sentence_and_leaves_nothing_behind(name, content, sentence, tmp_path):
     path = tmp_path / name
     path.write_bytes(content)
