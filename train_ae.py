@@ -42,7 +42,7 @@ class Settings:
     seed: int = 0  # of everything random
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: the best there is
     precision: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 where it is measurably faster
-    compile: bool = False  # torch.compile the model: a minute first, then faster on a GPU
+    compile: bool = False  # torch.compile the model: a minute first; meant for a GPU, not measured
     code: int = 128  # numbers in z
     beta: float = 0.0  # weight of the regularizer, such as 0.01: both or neither
     regularizer: Literal["none", "sparse", "decorrelated"] = "none"  # what R(z) asks for
@@ -120,7 +120,7 @@ def main():
     model = model.to(device, memory_format=torch.channels_last)
     trained = [p for p in model.parameters() if p.requires_grad]
     matrices, vectors = [p for p in trained if p.ndim > 1], [p for p in trained if p.ndim == 1]
-    optimizers = [Muon(matrices, settings.learning_rate, weight_decay=0.02, precision=precision),    # decay 0.1: alike
+    optimizers = [Muon(matrices, settings.learning_rate, weight_decay=0.02, precision=precision),
                   torch.optim.Adam([dict(params=vectors, times=0.1)], fused=device.type != "mps")]
     first = run.begin(share_batch_norm(model), optimizers, describe(data))
     look = Look(data, run.folder, corrupt, device)

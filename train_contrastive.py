@@ -49,7 +49,7 @@ class Settings:
     seed: int = 0  # of everything random
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: the best there is
     precision: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 where it is measurably faster
-    compile: bool = False  # torch.compile the encoder: a minute first, then faster on a GPU
+    compile: bool = False  # torch.compile the encoder: a minute first; meant for a GPU, not measured
     method: Literal["simclr", "byol"] = "simclr"  # with negatives, or with a slow second network
     views: int = 2  # of each image; 4 gave no more at equal time (a prototype, as the next two)
     view_size: int = 0  # height of a view in pixels, even; 0: three quarters of the image's, +2 points at equal time

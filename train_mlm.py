@@ -44,7 +44,7 @@ class Settings:
     seed: int = 0  # of everything random
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: the best there is
     precision: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 where it is measurably faster
-    compile: bool = False  # torch.compile the encoder: a minute first, then faster on a GPU
+    compile: bool = False  # torch.compile the encoder: a minute first; meant for a GPU, not measured
     vocabulary_size: int = 8192  # subwords
     pairs: int = 16384  # frequent word pairs with an embedding of their own: +3 points at 10 labels (a prototype)
     width: int = 256  # of a token vector

@@ -1,4 +1,4 @@
-"""How fast is the SimCLR step, beside lightly's data loader, transform and loss with the same encoder?
+"""How fast is the SimCLR step, beside lightly's transform and loss with the same encoder?
 
     python tests/benchmarks/contrastive.py                      a few minutes on two cores
     python tests/benchmarks/contrastive.py --batch 16 --steps 3 --rounds 1 --width 8         does it run?
