@@ -54,9 +54,9 @@ class Settings:
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # for the encoder; the rest is small
     precision: Literal["auto", "float32", "bfloat16"] = "auto"  # of the encoder
 
-    def check(self):
-        at_least(1, seeds=self.seeds)
-        at_least(0, limit=self.limit)
+    def __post_init__(self):
+        at_least(self, 1, "seeds")
+        at_least(self, 0, "limit")
         if self.features and self.predict:
             raise UserError("--features and --predict: give one of them")
         if self.features and (Path(self.features).suffix != ".npy" or not writable(Path(self.features).parent)):
@@ -119,7 +119,7 @@ def table(settings, task):
         raise UserError(f"--labels {' '.join(too_large)}: too many, the smallest class has {least} to train on")
     if too_large:
         print(f"left out: {' and '.join(too_large)} labels a class, for the smallest class has {least} to train on")
-    columns = {"linear probe": task.probe.column()} if settings.probe else task.columns()
+    columns = {"linear probe": task.probe} if settings.probe else task.columns()
     for row in [row for row in rows if row not in too_large]:
         try:
             results.append((row, *one_row(settings, task, columns, row)))
@@ -156,8 +156,7 @@ def write_results(settings, checkpoint, name, classes, results, chance):
 # ---------------------------------------------------------------- From the command line
 
 def main():
-    settings = read_settings(Settings, __doc__, positional=("run",))
-    settings.check()
+    settings = read_settings(Settings, __doc__)
     model, checkpoint = runs.load_run(settings.run)
     trained, of_text = checkpoint["settings"], checkpoint["method"] == "mlm"
     with contextlib.redirect_stdout(sys.stderr if settings.predict else sys.stdout):   # its stdout: answers alone
@@ -182,8 +181,9 @@ def main():
             print("mind: the run has learned from other ones of these images, so test images may be among them, "
                   "because there were no labels, or others, beside them; train another run with these")
     if settings.features:
-        features_of = evaluation.text_features if of_text else evaluation.image_features
-        features = features_of(runs.encoder_of(checkpoint, model.to(device)), data, cast, device, progress=progress)
+        model.to(device)
+        features = (evaluation.text_features(model, data, cast, device, progress) if of_text else
+                    evaluation.image_features(model.encode, data, cast, device, progress))
         np.save(settings.features, features.numpy())
         return print("; ".join([f"{settings.features}: {len(features):,} × {features.shape[1]} features", *data.notes]))
     if len(data.classes) < 2:

@@ -17,13 +17,13 @@ from typing import Literal
 
 import torch
 
-from minissl import UserError, autoencoder, evaluation, figures, report
+from minissl import UserError, autoencoder, evaluation, figures
 from minissl.datasets import HELD_OUT, TRAIN
 from minissl.images import describe, load_images, mean_and_deviation
 from minissl.muon import Muon
-from minissl.processes import RANK, average_gradients, first_alone, gather, share, share_batch_norm
+from minissl.processes import average_gradients, first_alone, gather, share, share_batch_norm
 from minissl.training import (Batches, Run, at_least, autocast, choose_machine, count_flops, generator, rate_at,
-                              read_settings, run_script)
+                              read_settings, run_script, take_step)
 
 
 # ---------------------------------------------------------------- Settings
@@ -51,11 +51,11 @@ class Settings:
     evaluate_every: int = 200  # steps
     save_every: float = 30  # seconds; a run that is killed loses no more
 
-    def check(self):
-        at_least(1, steps=self.steps, width=self.width, evaluate_every=self.evaluate_every)
-        at_least(2, batch_size=self.batch_size, code=self.code)
-        at_least(0, limit=self.limit, beta=self.beta, noise=self.noise, masked=self.masked)
-        at_least(1e-9, learning_rate=self.learning_rate)
+    def __post_init__(self):
+        at_least(self, 1, "steps", "width", "evaluate_every")
+        at_least(self, 2, "batch_size", "code")
+        at_least(self, 0, "limit", "beta", "noise", "masked")
+        at_least(self, 1e-9, "learning_rate")
         if self.masked > 0.95:
             raise UserError(f"--masked {self.masked}: must be at most 0.95, or there is nothing to rebuild from")
         if bool(self.beta) != (self.regularizer != "none"):
@@ -67,17 +67,15 @@ class Settings:
 class Look:
     """Called with the model: what the loss does not show, on held-out images; pictures of it in the run's folder."""
 
-    blank = dict.fromkeys(("held_out", "sparsity", "correlation", "knn"), "")
-
-    def __init__(self, data, folder, corrupt, device):
-        self.folder = folder
+    def __init__(self, data, folder, corrupt, cast, device):
+        self.folder, self.cast = folder, cast
         self.images = data.of(HELD_OUT, 512)[:].to(device).float() / 255                     # (B, C, H, W)
         self.given = corrupt(self.images, "look")
         self.neighbours = evaluation.Neighbours(data, device)
 
     @torch.no_grad()
-    def __call__(self, model, cast):
-        with cast:
+    def __call__(self, model):
+        with self.cast:
             rebuilt, z = model(self.given)
             start, end = z[:8].float(), z.roll(1, 0)[:8].float()
             walks = [model.decode(start.lerp(end, step / 7)) for step in range(8)]               # 8 × (8, C, H, W)
@@ -86,7 +84,7 @@ class Look:
             rows.insert(1, self.given[:12])
         figures.write_png(self.folder / "reconstructions.png", figures.grid([row.float().cpu() for row in rows]))
         figures.write_png(self.folder / "walks.png", figures.grid(list(torch.stack(walks, 1).float().cpu())))
-        accuracy = self.neighbours(lambda images: autoencoder.encode(model, images), cast, self.folder)
+        accuracy = self.neighbours(model.encode, self.cast, self.folder)
         _, error, _ = autoencoder.autoencoder_loss(self.images, rebuilt, z)
         return dict(held_out=round(float(error), 5), sparsity=round(float(autoencoder.sparsity(z.float())), 4),
                     correlation=round(float(autoencoder.correlation(z.float())), 4), knn=accuracy)
@@ -96,7 +94,6 @@ class Look:
 
 def main():
     settings = read_settings(Settings, __doc__)
-    settings.check()
     run = Run(settings)
     device, precision, peak = choose_machine(settings)
     cast = autocast(device, precision)
@@ -107,8 +104,7 @@ def main():
     print(f"data: {settings.data}, {len(pool):,} images of {H} × {W} × {C} to learn from"
           + "".join(f"; {note}" for note in data.notes))
     if settings.masked and max(H, W) <= 8:
-        raise UserError(f"--masked {settings.masked}: these images are one patch of 8 × 8; "
-                        f"leave it out, or enlarge them")
+        raise UserError(f"--masked {settings.masked}: the images are one patch of 8 × 8; leave it out, or enlarge them")
     batches = Batches(len(pool), B, settings.seed, "image order")
 
     def corrupt(images, step):
@@ -116,14 +112,15 @@ def main():
                                    generator=generator(settings.seed, "corruption", step))
 
     torch.manual_seed(settings.seed)
-    model = autoencoder.Autoencoder((H, W), *mean_and_deviation(pool), settings.code, settings.width)
-    model = model.to(device, memory_format=torch.channels_last)
+    shape = dict(size=[H, W], code=settings.code, width=settings.width, **mean_and_deviation(pool))
+    model = autoencoder.Autoencoder(**shape).to(device, memory_format=torch.channels_last)
     trained = [p for p in model.parameters() if p.requires_grad]
     matrices, vectors = [p for p in trained if p.ndim > 1], [p for p in trained if p.ndim == 1]
     optimizers = [Muon(matrices, settings.learning_rate, weight_decay=0.02, precision=precision),
                   torch.optim.Adam([dict(params=vectors, times=0.1)], fused=device.type != "mps")]
-    first = run.begin(share_batch_norm(model), optimizers, describe(data))
-    look = Look(data, run.folder, corrupt, device)
+    first = run.begin(share_batch_norm(model), optimizers, peak, describe(data),
+                      method="autoencoder", model_settings=shape)
+    look = Look(data, run.folder, corrupt, cast, device)
     chance = float((look.images - look.images.mean(0)).square().mean())   # the error of the mean image
     flops = count_flops(model, lambda: model(torch.zeros(1, C, H, W, device=device)))   # of an image, forward
     if settings.compile:
@@ -142,27 +139,9 @@ def main():
         run.count(B, 3 * flops * B, error, penalty)
 
         rate = rate_at(step, settings.steps, warmup=settings.steps // 20, decay=1)
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = settings.learning_rate * group.get("times", 1) * rate
-            optimizer.step()
-            optimizer.zero_grad()
+        take_step(optimizers, settings.learning_rate * rate)
 
-        done, last = step + 1, step + 1 == settings.steps
-        time_to_look = last or done % settings.evaluate_every == 0
-        looking = time_to_look and not RANK
-        if time_to_look or step == 0 or done % 50 == 0:
-            with run.pause():
-                result = look(model.eval(), cast) if looking else look.blank
-                model.train()
-            run.log(done, dict(squared_error=chance, regularizer=None), peak, result)
-            if looking:
-                report.write_page(run.folder)
-        if last or stopping or run.due():
-            run.save(done, model, optimizers, method="autoencoder",
-                     model_settings=dict(size=[H, W], code=settings.code, width=settings.width))
-        if stopping and not last:
-            run.leave(done)
+        run.after(step, stopping, look, dict(squared_error=chance, regularizer=None))
     print(f"done: {run.folder / 'report.html'} shows what it learned; python finetune.py {run.folder} what it is worth")
 
 

@@ -18,13 +18,13 @@ from typing import Literal
 
 import torch
 
-from minissl import UserError, contrastive, evaluation, figures, report
+from minissl import UserError, contrastive, evaluation, figures
 from minissl.datasets import HELD_OUT, TRAIN
 from minissl.images import describe, load_images, mean_and_deviation
 from minissl.muon import Muon
 from minissl.processes import RANK, average_gradients, first_alone, gather, share, share_batch_norm
 from minissl.training import (Batches, Run, at_least, autocast, choose_machine, count_flops, generator, rate_at,
-                              read_settings, run_script)
+                              read_settings, run_script, take_step)
 
 
 # ---------------------------------------------------------------- Settings
@@ -64,14 +64,14 @@ class Settings:
     evaluate_every: int = 200  # steps
     save_every: float = 30  # seconds; a run that is killed loses no more
 
-    def check(self):
-        at_least(1, steps=self.steps, width=self.width, evaluate_every=self.evaluate_every)
-        at_least(2, batch_size=self.batch_size, views=self.views)
+    def __post_init__(self):
+        at_least(self, 1, "steps", "width", "evaluate_every")
+        at_least(self, 2, "batch_size", "views")
         for name, value in USUAL.get(self.data, USUAL["photographs"]).items():
             if getattr(self, name) < 0:
                 setattr(self, name, value)
-        at_least(0, limit=self.limit, jitter=self.jitter, hue=self.hue, grey=self.grey, target_rate=self.target_rate)
-        at_least(1e-9, learning_rate=self.learning_rate, temperature=self.temperature, crop=self.crop)
+        at_least(self, 0, "limit", "jitter", "hue", "grey", "target_rate")
+        at_least(self, 1e-9, "learning_rate", "temperature", "crop")
         for name in ("crop", "jitter", "grey", "target_rate"):
             if getattr(self, name) > 1:
                 raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be at most 1")
@@ -86,20 +86,18 @@ class Settings:
 class Look:
     """Called with the model: what the loss does not show, on held-out images; pictures of it in the run's folder."""
 
-    blank = dict.fromkeys(("alignment", "uniformity", "effective_rank", "knn"), "")
-
-    def __init__(self, data, folder, draw, view, device):
-        self.folder, self.device = folder, device
+    def __init__(self, data, folder, draw, view, cast, device):
+        self.folder, self.cast, self.device = folder, cast, device
         held_out = data.of(HELD_OUT, 512)
         self.pair = torch.stack([view(held_out[:], draw(len(held_out), "look", n))
                                  for n in range(2)])                                             # (2, B, C, h, w)
         self.neighbours = evaluation.Neighbours(data, device)
 
     @torch.no_grad()
-    def __call__(self, model, cast):
-        with cast:
+    def __call__(self, model):
+        with self.cast:
             z = model.project(self.pair.to(self.device)).float().cpu()                           # (2, B, D)
-        accuracy = self.neighbours(lambda images: contrastive.encode(model, images), cast, self.folder)
+        accuracy = self.neighbours(model.encode, self.cast, self.folder)
         return dict(alignment=round(float(contrastive.alignment(z)), 4),
                     uniformity=round(float(contrastive.uniformity(z[0])), 4),
                     effective_rank=round(float(contrastive.effective_rank(z[0])), 2), knn=accuracy)
@@ -109,7 +107,6 @@ class Look:
 
 def main():
     settings = read_settings(Settings, __doc__)
-    settings.check()
     run = Run(settings)
     device, precision, peak = choose_machine(settings)
     cast = autocast(device, precision)
@@ -132,14 +129,15 @@ def main():
 
     torch.manual_seed(settings.seed)
     byol = settings.method == "byol"
-    model = contrastive.ContrastiveModel(*mean_and_deviation(pool), byol=byol, width=settings.width)
-    model = model.to(device, memory_format=torch.channels_last)
+    shape = dict(byol=byol, width=settings.width, **mean_and_deviation(pool))
+    model = contrastive.ContrastiveModel(**shape).to(device, memory_format=torch.channels_last)
     trained = [p for p in model.parameters() if p.requires_grad]
     matrices, vectors = [p for p in trained if p.ndim > 1], [p for p in trained if p.ndim == 1]
     optimizers = [Muon(matrices, settings.learning_rate, weight_decay=0.02, precision=precision),    # decay 0.1: alike
                   torch.optim.Adam([dict(params=vectors, times=0.1)], fused=device.type != "mps")]
-    first = run.begin(share_batch_norm(model), optimizers, describe(data))
-    look = Look(data, run.folder, draw, view, device)
+    first = run.begin(share_batch_norm(model), optimizers, peak, describe(data),
+                      method="contrastive", model_settings=shape)
+    look = Look(data, run.folder, draw, view, cast, device)
     flops = count_flops(model, lambda: model.project(torch.zeros(V, 1, C, *size, device=device)))  # an image's, forward
     if settings.compile:
         model.encoder.compile()
@@ -165,29 +163,11 @@ def main():
         run.count(B, (4 if byol else 3) * flops * B, loss)               # BYOL: the target's forward pass, too
 
         rate = rate_at(step, settings.steps, warmup=settings.steps // 20, decay=1)
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = settings.learning_rate * group.get("times", 1) * rate
-            optimizer.step()
-            optimizer.zero_grad()
+        take_step(optimizers, settings.learning_rate * rate)
         if byol:
             model.update_target(1 - (1 - settings.target_rate) * (1 + math.cos(math.pi * step / settings.steps)) / 2)
 
-        done, last = step + 1, step + 1 == settings.steps
-        time_to_look = last or done % settings.evaluate_every == 0
-        looking = time_to_look and not RANK
-        if time_to_look or step == 0 or done % 50 == 0:
-            with run.pause():
-                result = look(model.eval(), cast) if looking else look.blank
-                model.train()
-            run.log(done, dict(loss=2.0 if byol else math.log(V * B - 1)), peak, result)
-            if looking:
-                report.write_page(run.folder)
-        if last or stopping or run.due():
-            run.save(done, model, optimizers, method="contrastive",
-                     model_settings=dict(byol=byol, width=settings.width))
-        if stopping and not last:
-            run.leave(done)
+        run.after(step, stopping, look, dict(loss=2.0 if byol else math.log(V * B - 1)))
     print(f"done: {run.folder / 'report.html'} shows what it learned; python finetune.py {run.folder} what it is worth")
 
 

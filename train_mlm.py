@@ -24,7 +24,8 @@ from minissl.datasets import SAMPLE_TEXTS, TRAIN, WholeTexts, Windows, fingerpri
 from minissl.documents import load_texts
 from minissl.muon import Muon
 from minissl.processes import RANK, WORLD, average_gradients, first_alone, sum_over
-from minissl.training import Run, at_least, autocast, choose_machine, generator, rate_at, read_settings, run_script
+from minissl.training import (Run, at_least, autocast, choose_machine, generator, rate_at, read_settings, run_script,
+                              take_step)
 
 
 # ---------------------------------------------------------------- Settings
@@ -58,15 +59,14 @@ class Settings:
     save_every: float = 30  # seconds; a run that is killed loses no more
     fill: str = ""  # instead of training: what the run in --run puts for each [MASK] of this text
 
-    def check(self):
+    def __post_init__(self):
         if self.embedding_steps < 0 or not self.document_weight:
             self.embedding_steps = self.steps // 3 if self.document_weight else 0
-        at_least(1, steps=self.steps, batch_size=self.batch_size, gradient_accumulation=self.gradient_accumulation,
-                 width=self.width, heads=self.heads, window=self.window, evaluate_every=self.evaluate_every)
-        at_least(0, limit=self.limit, embedding_steps=self.embedding_steps, layers=self.layers, pairs=self.pairs,
-                 masked_weight=self.masked_weight, document_weight=self.document_weight, mask_share=self.mask_share)
-        at_least(1e-9, learning_rate=self.learning_rate)
-        at_least(300, vocabulary_size=self.vocabulary_size)
+        at_least(self, 1, "steps", "batch_size", "gradient_accumulation", "width", "heads", "window", "evaluate_every")
+        at_least(self, 0, "limit", "embedding_steps", "layers", "pairs", "masked_weight", "document_weight",
+                 "mask_share")
+        at_least(self, 1e-9, "learning_rate")
+        at_least(self, 300, "vocabulary_size")
         if self.width % (2 * self.heads):     # twice: rotary positions turn pairs of columns
             raise UserError(f"--width {self.width} must be a multiple of twice the --heads, {2 * self.heads}")
         if self.mask_share > 1:
@@ -77,25 +77,10 @@ class Settings:
             raise UserError(f"--embedding-steps {self.embedding_steps}: at most {most} of --steps {self.steps}")
 
 
-# ---------------------------------------------------------------- Model
-
-def new_model(settings, texts):
-    """The encoder with its output layers at the frequencies of the texts, and the weight of each term in a bag."""
-    torch.manual_seed(settings.seed)
-    V, texts = len(texts.tokenizer), texts.spaced(SAMPLE_TEXTS)
-    columns = min(64, settings.width) if settings.document_weight else settings.width
-    model = transformer.TextEncoder(V, frequent_pairs(texts, V, settings.pairs), settings.width, settings.layers,
-                                    settings.heads, settings.window, columns)
-    counts = sum(model.count_terms(torch.from_numpy(texts.flat(which)[0]), 0, 1)[0]
-                 for which in texts.slices(4096))                        # (V + P,)
-    return model, model.start_at(counts)
-
-
 # ---------------------------------------------------------------- Training
 
 def main():
     settings = read_settings(Settings, __doc__)
-    settings.check()
     if settings.fill:
         return runs.fill(settings.run, settings.fill)
     run = Run(settings)
@@ -110,17 +95,28 @@ def main():
           + "".join(f"; {note}" for note in texts.notes))
     windows = Windows(pool, settings.window, settings.batch_size, settings.seed, rest=settings.document_weight > 0)
     whole_texts = WholeTexts(pool, 8 * settings.batch_size, settings.seed)
-    look = evaluation.MaskedText(texts, settings.window, settings.mask_share, device)
+    look = evaluation.MaskedText(texts, settings.window, settings.mask_share, run.folder, cast, device)
 
-    model, weights = (part.to(device) for part in new_model(settings, pool))
+    torch.manual_seed(settings.seed)
+    sample = pool.spaced(SAMPLE_TEXTS)
+    columns = min(64, D) if settings.document_weight else D
+    shape = dict(vocabulary_size=V, pairs=frequent_pairs(sample, V, settings.pairs), width=D, layers=settings.layers,
+                 heads=settings.heads, window=settings.window, document_columns=columns)
+    model = transformer.TextEncoder(**shape)
+    counts = sum(model.count_terms(torch.from_numpy(sample.flat(which)[0]), 0, 1)[0]
+                 for which in sample.slices(4096))                       # (V + P,)
+    weights = model.start_at(counts).to(device)                          # of each term in a bag
+    model = model.to(device)
     matrices = list(model.blocks.parameters())      # these learn by Muon, all else by Adam, at the rates of a prototype
     embeddings = [model.token_embedding.weight, model.pair_embedding.weight]
     heads = [*model.term_head.parameters(), *model.token_dense.parameters(), model.token_bias]
     adam = torch.optim.Adam([dict(params=embeddings, times=0.05), dict(params=heads, times=0.15)], betas=(0.9, 0.99),
                             fused=device.type != "mps")
     optimizers = [adam] + ([Muon(matrices, settings.learning_rate, precision=precision)] if matrices else [])
-    first = run.begin(model, optimizers, f"{len(pool):,} texts of {pool.lengths.sum():,} tokens, "
-                      f"{len(model.pairs):,} pairs, checksum {fingerprint(texts)}")
+    first = run.begin(model, optimizers, peak, f"{len(pool):,} texts of {pool.lengths.sum():,} tokens, "
+                      f"{len(model.pairs):,} pairs, checksum {fingerprint(texts)}",
+                      method="mlm", model_settings=shape, tokenizer=texts.tokenizer.to_json())
+    chance = dict(masked=math.log(V), document=math.log(V + len(model.pairs)))
     if settings.compile:
         model.compile()
     blocks = sum(p.numel() for p in matrices)
@@ -170,29 +166,8 @@ def main():
             run.count(real, 6 * multiply_adds, nothing, nothing)         # nothing: for a process that had no part
 
         stopping = average_gradients(model.parameters(), run.stopping)
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                times = 0.5 if step < settings.embedding_steps else group.get("times", 1)
-                group["lr"] = settings.learning_rate * times * rate
-            optimizer.step()
-            optimizer.zero_grad()
-
-        done, last = step + 1, step + 1 == settings.steps
-        time_to_look = last or done % settings.evaluate_every == 0 or done == settings.embedding_steps
-        looking = time_to_look and not RANK
-        if time_to_look or step == 0 or done % 100 == 0:
-            with run.pause():
-                result, sentences = look(model.eval(), cast) if looking else (look.blank, None)
-                model.train()
-            run.log(done, dict(masked=math.log(V), document=math.log(V + len(model.pairs))), peak, result)
-            if looking:
-                run.show(sentences)
-        if last or stopping or run.due():
-            run.save(done, model, optimizers, method="mlm", tokenizer=texts.tokenizer.to_json(),
-                     model_settings=dict(vocabulary_size=V, width=D, layers=settings.layers, heads=settings.heads,
-                                         window=settings.window, document_columns=model.document_columns))
-        if stopping and not last:
-            run.leave(done)
+        take_step(optimizers, settings.learning_rate * rate, times=0.5 if step < settings.embedding_steps else None)
+        run.after(step, stopping, look, chance, log_every=100)
     print(f"done: {run.folder / 'report.html'} shows what it learned; python finetune.py {run.folder} what it is worth")
 
 

@@ -149,17 +149,15 @@ class Autoencoder(nn.Module):
         x = F.pixel_unshuffle(x, 2)                                           # (B, 4C, H/2, W/2)
         return self.to_second(x.contiguous(memory_format=torch.channels_last))
 
-    def codes(self, x):
-        return self.to_code(self.to_last(self.maps(x)).flatten(1))            # (B, D)
-
     def decode(self, z):
         """Codes (B, D) -> images (B, C, H, W), about in [0, 1]."""
         x = self.from_code(z)                                                 # (B, 256, h, w)
         x = self.decoder(x.contiguous(memory_format=torch.channels_last))     # (B, C, 8h, 8w)
         return x[..., :self.size[0], :self.size[1]] * self.deviation + self.mean
 
-    def features(self, x):
+    def encode(self, x):
         """Images (B, C, H, W), floats in [0, 1] -> (B, 8 · width): the map before the last, averaged over quadrants.
+        Put the model in evaluation mode first, or batch norm moves.
 
         Not the code: z keeps what rebuilding needs, where each blob is and its colour, all mixed in every column. The
         maps on the way there say which patterns occur; averaged, without where. (A prototype's probe at 50 / 500
@@ -168,23 +166,5 @@ class Autoencoder(nn.Module):
         return F.adaptive_avg_pool2d(self.maps(x), 2).flatten(1)
 
     def forward(self, x):
-        z = self.codes(x)
+        z = self.to_code(self.to_last(self.maps(x)).flatten(1))               # (B, D)
         return self.decode(z), z
-
-
-def encode(model, images):
-    """images (B, C, H, W) uint8 -> features (B, 8 · width). Put the model in evaluation mode, or batch norm moves."""
-    return model.features(images.float() / 255)
-
-
-def new_from(checkpoint):
-    """An untrained model of the shape that the checkpoint's has, with its scaling of the input."""
-    mean, deviation = (checkpoint["model"][name].flatten() for name in ("mean", "deviation"))
-    return Autoencoder(mean=mean, deviation=deviation, **checkpoint["model_settings"])
-
-
-def from_checkpoint(checkpoint):
-    """The model of a checkpoint that train_ae.py saved, in evaluation mode, on the CPU."""
-    model = new_from(checkpoint)
-    model.load_state_dict(checkpoint["model"])
-    return model.eval()

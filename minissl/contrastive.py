@@ -249,18 +249,17 @@ class ContrastiveModel(nn.Module):
         super().__init__()
         self.channels, self.encoder = len(mean), ImageEncoder(mean, deviation, width)
         self.projection_head = head(4 * width, 512, columns)
+        self.predictor = self.target = None
         if byol:     # each number of a target varies as much as every other: +4 points after 300 steps, +½ after 2,100
             self.projection_head.append(nn.BatchNorm1d(columns, affine=False))
-        self.predictor = head(columns, 512, columns) if byol else None
-        self.target = None
-        if byol:
+            self.predictor = head(columns, 512, columns)
             self.target = copy.deepcopy(nn.Sequential(self.encoder, self.projection_head)).requires_grad_(False)
             for module in self.target.modules():
                 if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)):
                     module.momentum = 0.0          # it norms by the batch, but its buffers move with the average alone
 
-    def features(self, x):
-        """Images (B, C, H, W), floats in [0, 1] -> (B, 4 · width)."""
+    def encode(self, x):
+        """Images (B, C, H, W), floats in [0, 1] -> (B, 4 · width). In evaluation mode, or batch norm moves."""
         return self.encoder(x)
 
     def project(self, views):
@@ -279,27 +278,5 @@ class ContrastiveModel(nn.Module):
     def update_target(self, rate):
         """target ← rate · target + (1 − rate) · encoder, parameters and running statistics alike."""
         online = nn.Sequential(self.encoder, self.projection_head)
-        for old, new in zip([*self.target.parameters(), *self.target.buffers()],
-                            [*online.parameters(), *online.buffers()]):
+        for old, new in zip(self.target.state_dict().values(), online.state_dict().values()):
             old.lerp_(new, 1 - rate) if old.is_floating_point() else old.copy_(new)
-
-
-def encode(model, images):
-    """Features of whole images: the encoder's output, before the projection head.
-
-    images (B, C, H, W) uint8. Returns (B, 4 · width). Put the model in evaluation mode first, or batch norm moves.
-    """
-    return model.features(images.float() / 255)
-
-
-def new_from(checkpoint):
-    """An untrained model of the shape that the checkpoint's has, with its scaling of the input."""
-    mean, deviation = (checkpoint["model"]["encoder." + name].flatten() for name in ("mean", "deviation"))
-    return ContrastiveModel(mean=mean, deviation=deviation, **checkpoint["model_settings"])
-
-
-def from_checkpoint(checkpoint):
-    """The model of a checkpoint that train_contrastive.py saved, in evaluation mode, on the CPU."""
-    model = new_from(checkpoint)
-    model.load_state_dict(checkpoint["model"])
-    return model.eval()

@@ -186,7 +186,8 @@ def encode_documents(documents, split, cache, vocabulary_size, tokenizer):
                           report=lambda done, wanted: progress(f"tokenizer: {done:,} of {wanted:,} merges"))
         if len(tokenizer) < vocabulary_size:
             notes.append(f"the text has pairs for a vocabulary of {len(tokenizer):,} only, not {vocabulary_size:,}")
-        documents = itertools.chain(_emptied(sample), documents)
+        sample.reverse()                             # each document is let go when the next is asked for
+        documents = itertools.chain((sample.pop() for _ in range(len(sample))), documents)
 
     shutil.rmtree(cache, ignore_errors=True)         # a damaged one
     cache.parent.mkdir(parents=True, exist_ok=True)
@@ -227,13 +228,6 @@ def encode_documents(documents, split, cache, vocabulary_size, tokenizer):
                 raise
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def _emptied(items):
-    """The items of a list, each let go when the next is asked for."""
-    items.reverse()
-    while items:
-        yield items.pop()
 
 
 def read_cache(cache):

@@ -64,13 +64,11 @@ def load_texts(data, data_dir="data", vocabulary_size=8192, limit=0, tokenizer=N
 # ---------------------------------------------------------------- pydocs: the docstrings of the running Python
 
 def _pydocs_files():
-    roots = {"": Path(sysconfig.get_paths()["stdlib"])}
-    for name in ("numpy", "torch"):
-        roots[name] = Path(importlib.util.find_spec(name).origin).parent     # finds, does not import
-    files = []
-    for package, root in roots.items():
+    stdlib, files = Path(sysconfig.get_paths()["stdlib"]), []
+    packages = [Path(importlib.util.find_spec(name).origin).parent for name in ("numpy", "torch")]    # does not import
+    for root, above in [(stdlib, stdlib), *((package, package.parent) for package in packages)]:
         for path in sorted(root.rglob("*.py")):
-            parts = ((package,) if package else ()) + path.relative_to(root).with_suffix("").parts
+            parts = path.relative_to(above).with_suffix("").parts
             if not {"site-packages", "test", "tests", "lib2to3", "_vendor"} & set(parts):
                 files.append((path, parts))
     listing = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path, _ in files]

@@ -4,9 +4,9 @@ Every function here sees the labels that it is given and no others. Choices (the
 made by cross-validation inside the labels drawn; test labels only ever meet `accuracy`.
 """
 
+import json
 import math
 import warnings
-from functools import partial
 
 import numpy as np
 import torch
@@ -14,6 +14,7 @@ import torch.nn.functional as F
 
 from minissl import figures, transformer
 from minissl.datasets import HELD_OUT, TRAIN
+from minissl.files import write_atomically
 from minissl.tokenizer import MASK, PAD
 from minissl.training import diverged, generator
 
@@ -128,13 +129,6 @@ def probe(x, labels, classes, strengths):
 
 # ---------------------------------------------------------------- sparse counts: the baseline's and fine-tuner's view
 
-def sparse_counts(owner, term, documents, terms):
-    """Flat arrays of who (n,) holds which term (n,) -> CSR (documents, terms) float32 of the counts."""
-    key, count = np.unique(owner.astype(np.int64) * terms + term, return_counts=True)
-    start = np.searchsorted(key, np.arange(documents + 1, dtype=np.int64) * terms)
-    return csr(start, key % terms, count.astype(np.float32), (documents, terms))
-
-
 def csr(start, column, value, shape):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")                                       # "beta state": what we use is tested
@@ -171,45 +165,47 @@ def tf_idf(counts, fit):
 def term_counts(texts, pairs):
     """How often each of N texts holds each token, and each of the `pairs` (P,) of neighbours, left · V + right, sorted:
     CSR (N, V + P)."""
-    owners, terms, V = [], [], len(texts.tokenizer)
+    V = len(texts.tokenizer)
+    keys, terms = [], V + len(pairs)                                          # text · (V + P) + term, once each time
     last = np.append(pairs, np.iinfo(np.int64).max)                           # so each pair has a place
     for part in texts.slices(4096):
         tokens, owner = texts.flat(part)
         pair = tokens[:-1] * V + tokens[1:]                                   # one with PAD in it is none of `pairs`
         place = np.searchsorted(last, pair)
         word, known = tokens != PAD, last[place] == pair
-        owners += [part[owner[word]], part[owner[1:][known]]]
-        terms += [tokens[word], V + place[known]]
-    return sparse_counts(np.concatenate(owners), np.concatenate(terms), len(texts), V + len(pairs))
+        keys += [part[owner[word]] * terms + tokens[word], part[owner[1:][known]] * terms + V + place[known]]
+    key, count = np.unique(np.concatenate(keys), return_counts=True)
+    start = np.searchsorted(key, np.arange(len(texts) + 1) * terms)
+    return csr(start, key % terms, count.astype(np.float32), (len(texts), terms))
 
 
 # ---------------------------------------------------------------- features of texts
 
 @torch.no_grad()
-def text_features(encode, texts, cast, device="cpu", tokens_a_batch=16384, progress=lambda line: None):
-    """encode(tokens (B, T), lengths (B,)) over all texts, whole, batched by length -> (N, d) float32, on the CPU."""
-    order, features, begin = np.argsort(texts.lengths, kind="stable"), [], 0
-    while begin < len(order):
-        end = begin + 1
-        while end < len(order) and (end + 1 - begin) * texts.lengths[order[end]] <= tokens_a_batch:
-            end += 1
-        tokens, lengths = map(torch.from_numpy, texts.padded(order[begin:end]))
+def text_features(model, texts, cast, device="cpu", progress=lambda line: None):
+    """model.encode(tokens (B, T), lengths (B,)) over all of each text -> (N, d) float32, on the CPU. A text that is
+    longer than the model's window is read in nearly equal parts; its features are the mean of theirs, by length."""
+    windows, features = texts.cut(model.window), torch.zeros(len(texts), model.document_columns)
+    owner = np.repeat(np.arange(len(texts)), -(-texts.lengths // model.window))                   # (W,)
+    order, B = np.argsort(windows.lengths, kind="stable"), max(1, 2**15 // model.window)    # like lengths share a batch
+    for begin in range(0, len(order), B):
+        which = order[begin:begin + B]
+        tokens, lengths = map(torch.from_numpy, windows.padded(which))
         with cast:
-            features.append(encode(tokens.to(device), lengths.to(device)).float().cpu())
-        begin = end
-        progress(f"encoding: {end:,} of {len(order):,} texts")
-    result = torch.empty(len(texts), features[0].shape[1])
-    result[torch.from_numpy(order)] = torch.cat(features)
-    return result
+            part = model.encode(tokens.to(device), lengths.to(device)).cpu()  # (B, d)
+        share = lengths / torch.from_numpy(texts.lengths[owner[which]])       # (B,) of its text
+        features.index_add_(0, torch.from_numpy(owner[which]), part * share[:, None])
+        progress(f"encoding: {begin + len(which):,} of {len(order):,} windows")
+    return features
 
 
 @torch.no_grad()
-def image_features(encode, images, cast, device="cpu", batch=250, progress=lambda line: None):
-    """encode(images (B, C, H, W) uint8) over all of a tensor or Images, in batches -> (N, D) float32, on the CPU."""
+def image_features(encode, images, cast, device="cpu", progress=lambda line: None, batch=250):
+    """encode(x (B, C, H, W), floats in [0, 1]) over all of a uint8 tensor or Images -> (N, D) float32, on the CPU."""
     features = []
     for begin in range(0, len(images), batch):
         with cast:
-            features.append(encode(images[begin:begin + batch].to(device)).float().cpu())
+            features.append(encode(images[begin:begin + batch].to(device).float() / 255).float().cpu())
         progress(f"encoding: {min(begin + batch, len(images)):,} of {len(images):,} images")
     return torch.cat(features)
 
@@ -240,12 +236,10 @@ class Neighbours:
 
 class MaskedText:
     """Called with a model: held-out masked loss, bits per byte and accuracy; k-nearest-neighbour accuracy where labels
-    exist (for the log alone); and a few passages with what the model puts for their masks."""
+    exist (for the log alone). Prints two passages with what the model puts for their masks, keeps six for the page."""
 
-    blank = dict.fromkeys(("held_out", "bits_per_byte", "accuracy", "knn"), "")
-
-    def __init__(self, texts, window, share, device):
-        self.device, self.tokenizer = device, texts.tokenizer
+    def __init__(self, texts, window, share, folder, cast, device):
+        self.folder, self.cast, self.device, self.tokenizer = folder, cast, device, texts.tokenizer
         held_out = texts.select(texts.split == HELD_OUT)
         if not len(held_out):
             print("too few texts to hold one out: the held-out loss below is of texts that are trained on")
@@ -260,8 +254,8 @@ class MaskedText:
         self.labelled = labelled if all(map(len, labelled)) else None
 
     @torch.no_grad()
-    def __call__(self, model, cast):
-        with cast:
+    def __call__(self, model):
+        with self.cast:
             x = torch.cat([model(inputs.to(self.device), lengths.to(self.device))
                            for inputs, lengths in zip(self.inputs.split(64), self.lengths.split(64))])
             loss, guesses = 0.0, []
@@ -274,10 +268,13 @@ class MaskedText:
         result = dict(held_out=round(loss, 4), bits_per_byte=round(loss / math.log(2) * len(guesses) / self.bytes, 4),
                       accuracy=round(accuracy(guesses, self.targets), 2), knn="")
         if self.labelled:
-            a, b = (text_features(partial(transformer.encode, model), part, cast, self.device)
-                    for part in self.labelled)
+            a, b = (text_features(model, part, self.cast, self.device) for part in self.labelled)
             result["knn"] = round(knn_accuracy(a, self.labelled[0].labels, b, self.labelled[1].labels), 2)
-        return result, self.passages(guesses)
+        passages = self.passages(guesses)
+        for text, wanted, got in passages[:2]:
+            print(f"    {text}\n    wanted {', '.join(wanted)} | got {', '.join(got)}", flush=True)
+        write_atomically(self.folder / "sentences.json", json.dumps(passages).encode())
+        return result
 
     def passages(self, guesses, show=6, length=24):
         """[(text with [MASK], what stood there, what the model puts), ...]"""

@@ -28,7 +28,7 @@ try:
 except ImportError:                     # Windows
     fcntl = None
 
-CHECKPOINT_FORMAT = "minissl checkpoint 1"
+CHECKPOINT_FORMAT = "minissl checkpoint 2"
 
 
 def progress(text, end=""):
@@ -155,9 +155,9 @@ def write_atomically(path, data):
 
 
 def write_csv(path, rows):
-    """rows: dicts with the same keys, which are the first line."""
+    """rows: dicts; the first line is their keys, and a row that lacks one has nothing there."""
     text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer = csv.DictWriter(text, list(dict.fromkeys(key for row in rows for key in row)), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     write_atomically(path, text.getvalue().encode("utf-8", "replace"))

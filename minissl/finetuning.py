@@ -12,7 +12,7 @@ An image encoder is fine-tuned whole. With few labels its batch norm stays as pr
 little about means and deviations (a prototype lost 3 points when they moved).
 """
 
-from copy import copy, deepcopy
+from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -29,21 +29,21 @@ from minissl.documents import read_texts
 from minissl.files import progress, read_checkpoint
 from minissl.images import own_images
 from minissl.muon import Muon
-from minissl.training import Batches, autocast, generator, rate_at
+from minissl.training import Batches, autocast, generator, rate_at, take_step
 
 
 @dataclass
 class Column:
     fit: Callable           # (which, option, seed) -> a fitted model; `which`: the examples whose labels it may see
     answers: Callable       # (fitted model, which) -> (n,) classes
-    options: Callable = lambda n: [None]      # number of labels -> what to choose among on held-out examples
+    options: Callable       # number of labels -> what to choose among on held-out examples
 
 
 PROBE_STRENGTHS, TF_IDF_STRENGTHS = (3, 1, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001), (1e-2, 1e-3, 1e-4, 3e-5, 1e-5)
 
 
 class Linear:
-    """Logistic regression on rows(which) (n, D), its strength by cross-validation among the labels given."""
+    """The column of a logistic regression on rows(which) (n, D), its strength by cross-validation among the labels."""
 
     def __init__(self, rows, labels, classes, strengths=PROBE_STRENGTHS):
         self.rows, self.labels, self.classes, self.strengths, self.found = rows, labels, classes, strengths, {}
@@ -59,8 +59,8 @@ class Linear:
         return torch.cat([evaluation.predict(self.rows(part), fitted[0]).argmax(1)
                           for part in np.array_split(which, max(1, len(which) // 10_000))])
 
-    def column(self):
-        return Column(self.fit, self.answers)
+    def options(self, n):
+        return [None]
 
 
 def standardised(x, pool):
@@ -70,10 +70,11 @@ def standardised(x, pool):
 
 
 class Classifier(nn.Module):
-    """What text and image classifiers share: features (B, D) standardised, a linear layer that starts at zero."""
+    """body.encode, (B, D), standardised, and a linear layer that starts at zero -> logits (B, C)."""
 
-    def __init__(self, mean, deviation, classes):
+    def __init__(self, body, mean, deviation, classes):
         super().__init__()
+        self.body = body
         self.register_buffer("mean", mean)                                    # (D,) of the unlabelled pool's features
         self.register_buffer("deviation", deviation)                          # (D,)
         self.head = nn.Linear(len(mean), classes)
@@ -86,52 +87,22 @@ class Classifier(nn.Module):
         self.head.weight.copy_(weights[:-1].T)
         self.head.bias.copy_(weights[-1])
 
-    def classify(self, features):
-        return self.head((features - self.mean) / self.deviation)             # (B, C)
+    def forward(self, *inputs):
+        return self.head((self.body.encode(*inputs) - self.mean) / self.deviation)
 
 
 # ---------------------------------------------------------------- texts
 
-class TextClassifier(Classifier):
-    """Counts of words and pairs (B, V + P), and the blocks' part of the document vector (B, d) -> logits (B, C)."""
+class Embeddings(nn.Module):
+    """Counts of words and pairs (B, V + P), and what the blocks add to the document vector (B, d), times `blocks`
+    -> features (B, d)."""
 
-    def __init__(self, table, mean, deviation, classes):
-        super().__init__(mean, deviation, classes)
-        self.table = nn.Parameter(table.clone())                              # (V + P, d), the embeddings
+    def __init__(self, table, blocks=1):
+        super().__init__()
+        self.table, self.blocks = nn.Parameter(table.clone()), blocks         # (V + P, d)
 
-    def forward(self, counts, context, words):
-        h = counts @ self.table / words + context                             # (B, d)
-        return self.classify(transformer.norm(h))
-
-
-def train_text_classifier(model, data, which, rate, unit, epochs, strength, seed):
-    """Train all of `model` on the texts `which`: Adam, the rate linear to 0. The embeddings' rate is `rate` times
-    `unit`, the spread of what they have to move (the vectors of the blocks can be a thousand times longer than
-    theirs); `strength` is the head's L2 penalty, as in the probe."""
-    if rate == 0:
-        return model
-    size = min(64, len(which))
-    steps = max(1, epochs * len(which) // size)
-    optimizer = torch.optim.Adam([dict(params=[model.table], lr=rate * unit),
-                                  dict(params=model.head.parameters(), lr=min(0.3 * rate, 0.01))], betas=(0.9, 0.99))
-    peaks = [group["lr"] for group in optimizer.param_groups]
-    batches = Batches(len(which), size, seed, "fine-tuning order")
-    for step in range(steps):
-        chosen = which[batches(step).numpy()]
-        counts = evaluation.rows(data.counts, chosen).to_dense()              # (B, V + P)
-        logits = model(counts, data.context[chosen], data.words[chosen])      # (B, C)
-        loss = F.cross_entropy(logits, data.labels[chosen]) + strength / 2 * model.head.weight.square().sum()
-        optimizer.zero_grad()
-        loss.backward()
-        for group, peak in zip(optimizer.param_groups, peaks):
-            group["lr"] = peak * rate_at(step, steps, warmup=0, decay=1)
-        optimizer.step()
-    return model
-
-
-@torch.no_grad()
-def text_answers(data, model, which):
-    return model(evaluation.rows(data.counts, which), data.context[which], data.words[which]).argmax(1)
+    def encode(self, counts, context, words):
+        return transformer.norm(counts @ self.table / words + self.blocks * context)
 
 
 class TextTask:
@@ -142,8 +113,7 @@ class TextTask:
     rows = ["10", "100", "500", "all"]  # of the table
 
     def __init__(self, texts, model, cast, device):
-        self.features = evaluation.text_features(partial(transformer.encode, model.to(device)), texts, cast, device,
-                                                 progress=progress)
+        self.features = evaluation.text_features(model.to(device), texts, cast, device, progress)
         model.cpu()
         self.counts = evaluation.term_counts(texts, model.pairs.numpy())
         self.words = torch.from_numpy(texts.lengths).float()[:, None]
@@ -156,62 +126,61 @@ class TextTask:
         self.spread = float(self.features[self.train].std(0, correction=0).mean())
 
     def columns(self):
-        """{name: Column}, in the table's order."""
+        """{name: Column or Linear}, in the table's order."""
         known, classes = np.concatenate([self.train, self.held_out]), len(self.classes)
         pairs = frequent_pairs(self.texts.select(known), len(self.texts.tokenizer), 200_000, least=1)
         words = evaluation.tf_idf(evaluation.term_counts(self.texts, pairs.numpy()), known)
-        baseline = Linear(partial(evaluation.rows, words), self.labels, classes, TF_IDF_STRENGTHS)
-        blank = self.without_blocks()
-        return {"tf-idf": baseline.column(),
-                "from scratch": Column(blank.fit_from_scratch, partial(text_answers, blank),
-                                       rates_and_epochs(SCRATCH_RATES)),
-                "linear probe": self.probe.column(),
-                "fine-tuned": Column(self.fit_fine_tuned, partial(text_answers, self), rates_and_epochs(TUNED_RATES))}
+        return {"tf-idf": Linear(partial(evaluation.rows, words), self.labels, classes, TF_IDF_STRENGTHS),
+                "from scratch": Column(self.fit_from_scratch, self.answers, partial(rates_and_epochs, SCRATCH_RATES)),
+                "linear probe": self.probe,
+                "fine-tuned": Column(self.fit_fine_tuned, self.answers, partial(rates_and_epochs, TUNED_RATES))}
 
     def fit_from_scratch(self, which, option, seed):
-        """self: as made by `without_blocks`."""
-        rate, epochs = option
+        (rate, epochs), d = option, len(self.mean)
         table = 0.1 * torch.randn(self.table.shape, generator=generator(seed, "from scratch", 0))
-        classifier = TextClassifier(table, self.mean, self.deviation, len(self.classes))
-        return train_text_classifier(classifier, self, which, rate, 0.1, epochs, 0, seed)
+        classifier = Classifier(Embeddings(table, blocks=0), torch.zeros(d), torch.ones(d), len(self.classes))
+        return self.train_classifier(classifier, which, rate, 0.1, epochs, 0, seed)
 
     def fit_fine_tuned(self, which, option, seed):
         (rate, epochs), (weights, strength) = option, self.probe.fit(which)
-        classifier = TextClassifier(self.table, self.mean, self.deviation, len(self.classes))
+        classifier = Classifier(Embeddings(self.table), self.mean, self.deviation, len(self.classes))
         classifier.start_from(weights)
-        return train_text_classifier(classifier, self, which, rate, self.spread, epochs, strength, seed)
+        return self.train_classifier(classifier, which, rate, self.spread, epochs, strength, seed)
 
-    def without_blocks(self):
-        """The same for a model that is not pretrained: its blocks add nothing, its vectors have no known scale."""
-        other = copy(self)
-        other.context, other.mean, other.deviation = 0 * self.context, 0 * self.mean, 0 * self.mean + 1
-        return other
+    def train_classifier(self, model, which, rate, unit, epochs, strength, seed):
+        """Train all of `model` on the texts `which`: Adam, the rate linear to 0. The embeddings' rate is `rate` times
+        `unit`, the spread of what they have to move (the vectors of the blocks can be a thousand times longer than
+        theirs); `strength` is the head's L2 penalty, as in the probe."""
+        size = min(64, len(which))
+        steps = max(1, epochs * len(which) // size) if rate else 0
+        optimizer = torch.optim.Adam([dict(params=model.body.parameters(), times=rate * unit), dict(
+            params=model.head.parameters(), times=min(0.3 * rate, 0.01))], betas=(0.9, 0.99))
+        batches = Batches(len(which), size, seed, "fine-tuning order")
+        for step in range(steps):
+            chosen = which[batches(step).numpy()]
+            counts = evaluation.rows(self.counts, chosen).to_dense()          # (B, V + P)
+            logits = model(counts, self.context[chosen], self.words[chosen])  # (B, C)
+            loss = F.cross_entropy(logits, self.labels[chosen]) + strength / 2 * model.head.weight.square().sum()
+            loss.backward()
+            take_step([optimizer], rate_at(step, steps, warmup=0, decay=1))
+        return model
+
+    @torch.no_grad()
+    def answers(self, model, which):
+        return model(evaluation.rows(self.counts, which), self.context[which], self.words[which]).argmax(1)
 
 
 SCRATCH_RATES, TUNED_RATES = (0.01, 0.03, 0.1, 0.3, 1.0), (0.0, 0.003, 0.01, 0.03, 0.1)
 
 
-def rates_and_epochs(rates):
-    """-> a function: number of labels -> [(rate, epochs), ...]"""
-    def options(n):
-        fewest = int(min(30, max(2, 4000 / n)))
-        return [(rate, epochs) for rate in rates
-                for epochs in ([fewest] if n > 5000 or rate == 0 else [fewest, 3 * fewest])]
-    return options
+def rates_and_epochs(rates, n):
+    """What to choose among with n labels: [(rate, epochs), ...]"""
+    fewest = int(min(30, max(2, 4000 / n)))
+    return [(rate, epochs) for rate in rates
+            for epochs in ([fewest] if n > 5000 or rate == 0 else [fewest, 3 * fewest])]
 
 
 # ---------------------------------------------------------------- images
-
-class ImageClassifier(Classifier):
-    """Images (B, C, H, W), floats in [0, 1] -> logits (B, classes): encoder, standardised features, linear layer."""
-
-    def __init__(self, body, mean, deviation, classes):
-        super().__init__(mean, deviation, classes)
-        self.body = body
-
-    def forward(self, x):
-        return self.classify(self.body.features(x))
-
 
 class ImageTask:
     """data: Images with labels. model: the pretrained one; new_model(seed): the same, untrained. flip: may training
@@ -221,55 +190,53 @@ class ImageTask:
     rows = ["10", "50", "500", "all"]   # of the table
 
     def __init__(self, data, model, new_model, flip, code, device, precision):
-        self.data, self.model, self.new_model, self.flip, self.code = data, model.to(device), new_model, flip, code
+        self.model, self.new_model, self.flip, self.code = model.to(device), new_model, flip, code
         self.device, self.precision, self.cast = device, precision, autocast(device, precision)
-        self.images, self.labels = data.to(device), torch.from_numpy(data.labels)
-        self.classes = data.classes
+        self.images, self.labels, self.classes = data.to(device), torch.from_numpy(data.labels), data.classes
         self.train, self.held_out, self.test = (np.flatnonzero(data.split == s) for s in (TRAIN, HELD_OUT, TEST))
         z, self.mean, self.deviation = standardised(self.features(self.model), self.train)
         self.probe = Linear(z.__getitem__, self.labels, len(self.classes))
 
     def features(self, model):
-        return evaluation.image_features(lambda images: model.eval().features(images.float() / 255), self.images,
-                                         self.cast, self.device, progress=progress)
+        return evaluation.image_features(model.eval().encode, self.images, self.cast, self.device, progress)
 
     def columns(self):
-        """{name: Column}, in the table's order."""
+        """{name: Column or Linear}, in the table's order."""
         classes, columns = len(self.classes), {}
         some = self.train[evenly(len(self.train), 10_000)]
         sample = self.images[some].cpu().flatten(1).float()                   # (≤ 10,000, C·H·W)
         mean, deviation = sample.mean(0), sample.std(0, correction=0).clamp(min=1)
         pixels = lambda which: (self.images[which].cpu().flatten(1).float() - mean) / deviation
-        columns["pixels"] = Linear(pixels, self.labels, classes, (3, 1, 0.3, 0.1, 0.03)).column()
+        columns["pixels"] = Linear(pixels, self.labels, classes, (3, 1, 0.3, 0.1, 0.03))
         if self.code:                                                         # the autoencoder's linear relative
             _, _, directions = torch.linalg.svd(sample - mean, full_matrices=False)
             directions = directions[:self.code].T                             # (C·H·W, D)
             scores = torch.cat([(self.images[part].cpu().flatten(1).float() - mean) @ directions for part in
                                 np.array_split(np.arange(len(self.images)), max(1, len(self.images) // 10_000))])
             scores = standardised(scores, self.train)[0]
-            columns["pixel PCA"] = Linear(scores.__getitem__, self.labels, classes).column()
+            columns["pixel PCA"] = Linear(scores.__getitem__, self.labels, classes)
         untrained = self.new_model(0).to(self.device)
         for module in untrained.modules():                                    # its batch norm has seen images, too
             if isinstance(module, nn.BatchNorm2d):
                 module.momentum = None
         with torch.no_grad():
-            untrained.train().features(self.images[some[evenly(len(some), 1000)]].to(self.device).float() / 255)
+            untrained.train().encode(self.images[some[evenly(len(some), 1000)]].to(self.device).float() / 255)
         untrained = standardised(self.features(untrained), self.train)[0]
-        columns["untrained"] = Linear(untrained.__getitem__, self.labels, classes).column()
+        columns["untrained"] = Linear(untrained.__getitem__, self.labels, classes)
         few, many = [(0.005, 0.5), (0.02, 0.5), (0.02, 0.2)], [(0.02, 0.5), (0.02, 0.2), (0.05, 0.2)]
         columns["from scratch"] = Column(self.fit_from_scratch, self.answers, lambda n: few if n <= 5000 else many)
-        columns["linear probe"] = self.probe.column()
+        columns["linear probe"] = self.probe
         columns["fine-tuned"] = Column(self.fit_fine_tuned, self.answers, lambda n: [
             (rate, 0.5) for rate in ((0.0, 0.0005, 0.002) if n <= 5000 else (0.0, 0.005, 0.02, 0.05))])
         return columns
 
     def fit_from_scratch(self, which, option, seed):
         body, D = self.new_model(seed), len(self.mean)
-        classifier = ImageClassifier(body, torch.zeros(D), torch.ones(D), len(self.classes))
+        classifier = Classifier(body, torch.zeros(D), torch.ones(D), len(self.classes))
         return self.train_classifier(classifier, which, option, seed, smoothing=0.1, frozen_norm=False)
 
     def fit_fine_tuned(self, which, option, seed):
-        classifier = ImageClassifier(deepcopy(self.model), self.mean, self.deviation, len(self.classes))
+        classifier = Classifier(deepcopy(self.model), self.mean, self.deviation, len(self.classes))
         classifier.start_from(self.probe.fit(which)[0])
         return self.train_classifier(classifier, which, option, seed, smoothing=0.0, frozen_norm=len(which) <= 5000)
 
@@ -283,7 +250,7 @@ class ImageTask:
         kernels = [p for p in model.body.parameters() if p.requires_grad and p.ndim > 1]
         vectors = [p for p in model.parameters() if p.requires_grad and p.ndim == 1] + [model.head.weight]
         optimizers = [Muon(kernels, rate, precision=self.precision),
-                      torch.optim.Adam(vectors, 0.1 * rate)]
+                      torch.optim.Adam([dict(params=vectors, times=0.1)])]
         model.train(not frozen_norm)
         batches = Batches(n, B, seed, "fine-tuning order")
         for step in range(steps):
@@ -294,25 +261,20 @@ class ImageTask:
             with self.cast:
                 logits = model(x)
             loss = F.cross_entropy(logits.float(), self.labels[chosen].to(self.device), label_smoothing=smoothing)
-            for optimizer in optimizers:
-                optimizer.zero_grad()
             loss.backward()
-            for optimizer, peak in zip(optimizers, (rate, 0.1 * rate)):
-                optimizer.param_groups[0]["lr"] = peak * min(1, 10 * (step + 1) / steps) * (1 - step / steps)
-                optimizer.step()
+            take_step(optimizers, rate * min(1, 10 * (step + 1) / steps) * (1 - step / steps))
             if step % 10 == 0:
                 progress(f"training on {n:,} labels, rate {rate}: step {step:,} of {steps:,}")
         return model.eval()
 
     @torch.no_grad()
     def answers(self, model, which):
-        return evaluation.image_features(lambda images: model(images.float() / 255), self.images[which], self.cast,
-                                         self.device).argmax(1)
+        return evaluation.image_features(model, self.images[which], self.cast, self.device).argmax(1)
 
 
 # ---------------------------------------------------------------- new examples
 
-CLASSIFIER_FORMAT = "minissl classifier 1"
+CLASSIFIER_FORMAT = "minissl classifier 2"
 
 
 def read_classifier(run, checkpoint):
@@ -336,7 +298,7 @@ def label_texts(run, path, checkpoint, model, cast, device):
         raise UserError(f"--predict {path}: there is no text in it")
     state, classes = read_classifier(run, checkpoint)
     task = TextTask(texts_of(strings, runs.tokenizer_of(checkpoint)), model, cast, device)
-    classifier = TextClassifier(state["table"], state["mean"], state["deviation"], len(classes))
+    classifier = Classifier(Embeddings(state["body.table"]), state["mean"], state["deviation"], len(classes))
     classifier.load_state_dict(state)
     with torch.no_grad():
         chances = classifier(task.counts, task.context, task.words).softmax(1)
@@ -351,9 +313,9 @@ def label_images(run, path, checkpoint, model, cast, device):
     images = own_images(Path(path), keep_all=True, flag="--predict")
     runs.check_images(images, model, path)
     state, classes = read_classifier(run, checkpoint)
-    classifier = ImageClassifier(model, state["mean"], state["deviation"], len(classes))
+    classifier = Classifier(model, state["mean"], state["deviation"], len(classes))
     classifier.load_state_dict(state)
     classifier = classifier.to(device).eval()
-    chances = evaluation.image_features(lambda x: classifier(x.float() / 255), images, cast, device).softmax(1)
+    chances = evaluation.image_features(classifier, images, cast, device).softmax(1)
     for n, row in enumerate(chances):
         print(f"{classes[int(row.argmax())]}\t{float(row.max()):.2f}\t{n}")

@@ -92,10 +92,11 @@ def describe(images):
 
 
 def mean_and_deviation(images):
-    """images (N, C, H, W) uint8 -> two (C,), of each channel in [0, 1], from 10,000 images, fewer if they are large."""
+    """images (N, C, H, W) uint8 -> of each channel in [0, 1], from 10,000 images, fewer if they are large."""
     some = min(len(images), 10_000, max(100, 2**26 // math.prod(images.shape[1:])))
     some = images[torch.linspace(0, len(images) - 1, some).long()].float() / 255
-    return some.mean((0, 2, 3)), some.std((0, 2, 3), correction=0).clamp(min=1e-3)
+    deviation = some.std((0, 2, 3), correction=0).clamp(min=1e-3)
+    return dict(mean=some.mean((0, 2, 3)).tolist(), deviation=deviation.tolist())
 
 
 # ---------------------------------------------------------------- shapes: ten classes, drawn
@@ -110,15 +111,14 @@ def shapes(limit=0):
     give the class away: logistic regression on them stays under 35 % (tested; chance 10 %).
     """
     sizes = [min(limit or n, n) for n in (45_000, 5_000, 10_000)]
-    images, labels = [], []
+    drawn = []
     for split, n in zip((TRAIN, HELD_OUT, TEST), sizes):
         for begin in range(0, n, 1000):
-            progress(f"shapes: {sum(map(len, images)):,} of {sum(sizes):,} drawn")
-            drawn = draw_shapes(min(1000, n - begin), generator(0, f"shapes {split}", begin))
-            images.append(drawn[0])
-            labels.append(drawn[1])
+            progress(f"shapes: {1000 * len(drawn):,} of {sum(sizes):,} drawn")
+            drawn.append(draw_shapes(min(1000, n - begin), generator(0, f"shapes {split}", begin)))
+    images, labels = map(torch.cat, zip(*drawn))
     split = np.repeat(np.uint8([TRAIN, HELD_OUT, TEST]), sizes)
-    return Images(torch.cat(images), torch.arange(sum(sizes)), torch.cat(labels).numpy(), split, SHAPES)
+    return Images(images, torch.arange(sum(sizes)), labels.numpy(), split, SHAPES)
 
 
 def distance(shape, x, y):
@@ -209,8 +209,7 @@ def cifar10(data_dir):
     archive = next((path for path in archives if path.exists()), archives[0])
     if not archive.exists():
         download(CIFAR10_URL, archive, CIFAR10_MD5)
-    return _cifar10({match[2]: data for match, data in read_archive(archive, CIFAR10_NAME, 2**25, CIFAR10_URL)},
-                    archive)
+    return _cifar10({name[2]: data for name, data in read_archive(archive, CIFAR10_NAME, 2**25, CIFAR10_URL)}, archive)
 
 
 def _cifar10(files, where):
@@ -237,31 +236,27 @@ def read_cifar_pickle(data):
     """The bytes of a batch of CIFAR-10's Python version -> pixels (N, 3072) uint8, labels (N,) int64.
 
     A pickle may call anything that it names. This one can name four things only, and none is what it seems: they build
-    bytes and the classes below, which hold what stands in the file and do nothing. Raises ValueError.
+    bytes and the class below, which holds what stands in the file and does nothing. Raises ValueError.
     """
-    class Bytes:
-        def __setstate__(self, state):
-            _, self.shape, _, _, self.data = state
-
-    class Ignored:
-        def __setstate__(self, state):
+    class Held:
+        def __init__(self, *arguments):
             pass
+
+        def __setstate__(self, state):
+            self.state = state
 
     class Unpickler(pickle.Unpickler):
         def find_class(self, module, name):
-            if name == "_reconstruct" and module.endswith("multiarray"):
-                return lambda kind, shape, code: Bytes()
-            if (module, name) in (("numpy", "ndarray"), ("numpy", "dtype")):
-                return lambda *arguments: Ignored()
+            if f"{module}.{name}".endswith(("multiarray._reconstruct", "numpy.ndarray", "numpy.dtype")):
+                return Held
             if (module, name) == ("_codecs", "encode"):             # how Python 3 writes bytes for Python 2
                 return lambda text, encoding: str(text).encode("latin1")
             raise ValueError(f"it wants to run {module}.{name}")
 
     try:
         batch = Unpickler(io.BytesIO(data), encoding="bytes").load()
-        array, labels = batch[b"data"], batch[b"labels"]
-        pixels = np.frombuffer(array.data, np.uint8).reshape(array.shape)
-        labels = np.array(labels, np.int64)
+        _, shape, _, _, content = batch[b"data"].state
+        pixels, labels = np.frombuffer(content, np.uint8).reshape(shape), np.array(batch[b"labels"], np.int64)
         if pixels.ndim != 2 or pixels.shape[1] != 3072 or labels.shape != pixels.shape[:1] or labels.min() < 0:
             raise ValueError(f"an array of {pixels.shape} and labels of {labels.shape}")
         return pixels, labels

@@ -55,11 +55,10 @@ def lost(error):
 
 def agree(value):
     """The first process's value, in all processes."""
+    box = [value]
     if WORLD > 1:
-        box = [value]
         dist.broadcast_object_list(box, src=0)
-        value = box[0]
-    return value
+    return box[0]
 
 
 @contextlib.contextmanager

@@ -16,13 +16,10 @@ from minissl.files import write_atomically
 
 PICTURES = {            # file name -> what it shows
     "views.png": "One batch as the model sees it: a column an image, its views one below the other.",
-    "reconstructions.png": "Held-out images, what the encoder was given where that differs, "
-                           "and what the decoder rebuilt.",
+    "reconstructions.png": "Held-out images, what the encoder was given if that differs, what the decoder rebuilt.",
     "walks.png": "What the decoder makes of the way from one image's code to another's: the ends are real codes.",
-    "neighbours.png": "The first column: held-out images. "
-                      "Beside each the training images nearest to it in feature space.",
-    "map.png": "Features of held-out images, their first two principal components, "
-               "coloured by class where there are labels.",
+    "neighbours.png": "First column: held-out images. Beside each the training images nearest to it in feature space.",
+    "map.png": "Held-out features, their first two principal components, coloured by class where there are labels.",
 }
 
 STYLE = """
@@ -60,7 +57,7 @@ def write_page(folder):
     """Write folder/report.html from what lies in the folder. A file that is damaged is said to be, on the page."""
     folder, body = Path(folder), [f"<h1>{html.escape(Path(folder).name)}</h1>"]
     for name, part in [("config.json", origin), ("finetune.csv", worth), ("sentences.json", sentences),
-                       *((name, picture) for name in PICTURES), ("metrics.csv", curves), ("config.json", settings)]:
+                       *((name, picture) for name in PICTURES), ("metrics.csv", curves)]:
         try:
             body.append(part(folder / name) if (folder / name).exists() else "")
         except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError, csv.Error):
@@ -72,16 +69,12 @@ def write_page(folder):
 
 
 def origin(path):
-    """config.json -> who made the run, with what."""
+    """config.json -> who made the run, with what and with which settings."""
     found = json.loads(path.read_text(encoding="utf-8"))
+    settings = " ".join(f"<code>{html.escape(f'{k}={v}')}</code>" for k, v in found["settings"].items())
     return "<p><code>{}</code><br>last started {}, Python {}, torch {}</p>".format(
-        *(html.escape(str(found[name])) for name in ("command", "started", "python", "torch")))
-
-
-def settings(path):
-    found = json.loads(path.read_text(encoding="utf-8"))["settings"]
-    return ("<h2>Settings</h2><p>"
-            + " ".join(f"<code>{html.escape(f'{k}={v}')}</code>" for k, v in found.items()) + "</p>")
+        *(html.escape(str(found[name])) for name in ("command", "started", "python", "torch"))) + (
+        f"<details><summary>Settings</summary><p>{settings}</p></details>")
 
 
 def worth(path):

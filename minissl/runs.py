@@ -5,19 +5,21 @@
 """
 
 from contextlib import nullcontext
-from functools import partial
 
 import numpy as np
 import torch
 
-from minissl import UserError, autoencoder, contrastive, transformer
+from minissl import UserError
+from minissl.autoencoder import Autoencoder
+from minissl.contrastive import ContrastiveModel
 from minissl.datasets import texts_of
 from minissl.evaluation import image_features, text_features
 from minissl.files import MISFITS, load_checkpoint, misfit
 from minissl.images import SMALLEST
 from minissl.tokenizer import MASK, Tokenizer
+from minissl.transformer import TextEncoder
 
-MODELS = dict(mlm=transformer, autoencoder=autoencoder, contrastive=contrastive)
+MODELS = dict(mlm=TextEncoder, autoencoder=Autoencoder, contrastive=ContrastiveModel)
 
 
 def load_run(run):
@@ -27,15 +29,17 @@ def load_run(run):
     if isinstance(method, str) and method not in MODELS:
         raise UserError(f"{run} was made by the method {method}, which is not among the MODELS of minissl/runs.py")
     try:
-        return MODELS[method].from_checkpoint(checkpoint), checkpoint
+        model = MODELS[method](**checkpoint["model_settings"]).eval()
+        model.load_state_dict(checkpoint["model"])
     except MISFITS as error:
         raise misfit(run, error) from None
+    return model, checkpoint
 
 
 def new_model(checkpoint, seed):
-    """The image model of a checkpoint as it was before any training."""
+    """The model of a checkpoint as it was before any training."""
     torch.manual_seed(seed)
-    return MODELS[checkpoint["method"]].new_from(checkpoint)
+    return MODELS[checkpoint["method"]](**checkpoint["model_settings"])
 
 
 def tokenizer_of(checkpoint):
@@ -43,11 +47,6 @@ def tokenizer_of(checkpoint):
         return Tokenizer.from_json(checkpoint["tokenizer"])
     except MISFITS as error:
         raise misfit(checkpoint["settings"]["run"], error) from None
-
-
-def encoder_of(checkpoint, model):
-    """The model's own `encode`: tokens (B, T) and lengths (B,), or images (B, C, H, W) uint8 -> a batch's features."""
-    return partial(MODELS[checkpoint["method"]].encode, model)
 
 
 def check_images(images, model, name):
@@ -65,10 +64,9 @@ def load_encoder(run):
     """The encoder of a run's folder as a function -> features (N, D) float32. For texts of a list of N strings, for
     images of an array (N, H, W, C) or (N, H, W), uint8."""
     model, checkpoint = load_run(run)
-    encode = encoder_of(checkpoint, model)
     if checkpoint["method"] == "mlm":
         tokenizer = tokenizer_of(checkpoint)
-        return lambda strings: text_features(encode, texts_of(strings, tokenizer), nullcontext())
+        return lambda strings: text_features(model, texts_of(strings, tokenizer), nullcontext())
 
     def features(images):
         images = torch.as_tensor(np.ascontiguousarray(images))
@@ -77,7 +75,7 @@ def load_encoder(run):
                             f"expected uint8 (N, H, W, C) or (N, H, W), one image at least")
         images = images.view(*images.shape[:3], -1).permute(0, 3, 1, 2)                           # (N, C, H, W)
         check_images(images, model, "the array")
-        return image_features(encode, images, nullcontext())
+        return image_features(model.encode, images, nullcontext())
     return features
 
 

@@ -26,6 +26,7 @@ import heapq
 import json
 import re
 from collections import Counter, defaultdict
+from functools import lru_cache
 from itertools import chain
 
 import numpy as np
@@ -157,7 +158,7 @@ class Tokenizer:
             self.rank[left, right] = new_id
             self.bytes_of.append(self.bytes_of[left] + self.bytes_of[right])
         self.dtype = np.uint16 if len(self) <= 2**16 else np.int32
-        self.known = _Known(self)
+        self.known = lru_cache(2**20)(self._merged)      # text repeats its words; a bound on memory
 
     def __len__(self):
         return FIRST_MERGE + len(self.merges)
@@ -165,7 +166,16 @@ class Tokenizer:
     def encode(self, text, leading_space=True):
         """str -> (T,) array of token numbers, uint16 (int32 when V > 65,536). The empty text gives T = 0."""
         pieces = split_pieces(text, leading_space)
-        return np.fromiter(chain.from_iterable(map(self.known.__getitem__, pieces)), self.dtype)
+        return np.fromiter(chain.from_iterable(map(self.known, pieces)), self.dtype)
+
+    def _merged(self, piece):
+        ids = [FIRST_BYTE + byte for byte in piece.encode()]
+        while len(ids) > 1:       # apply the earliest merge that fits, as in training
+            pair = min(zip(ids, ids[1:]), key=lambda pair: self.rank.get(pair, len(self)))
+            if pair not in self.rank:
+                break
+            ids = merge(ids, pair, self.rank[pair])
+        return ids
 
     def decode(self, ids):
         """Any sequence of token numbers -> str. Bytes that are not UTF-8, as between two halves of a character,
@@ -186,21 +196,3 @@ class Tokenizer:
             return cls(data["merges"])
         except (KeyError, TypeError, RecursionError) as error:
             raise ValueError(f"not a minissl tokenizer: {error!r}") from None
-
-
-class _Known(dict):
-    """piece -> its token numbers, worked out at the first meeting: text repeats its words."""
-
-    def __init__(self, tokenizer):
-        self.tokenizer = tokenizer
-
-    def __missing__(self, piece):
-        ids, rank = [FIRST_BYTE + byte for byte in piece.encode()], self.tokenizer.rank
-        while len(ids) > 1:       # apply the earliest merge that fits, as in training
-            pair = min(zip(ids, ids[1:]), key=lambda pair: rank.get(pair, len(self.tokenizer)))
-            if pair not in rank:
-                break
-            ids = merge(ids, pair, rank[pair])
-        if len(self) < 2**20:     # a bound on memory, far above the number of distinct words in 100 MB of prose
-            self[piece] = ids
-        return ids

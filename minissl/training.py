@@ -21,7 +21,7 @@ import signal
 import sys
 import time
 import typing
-from dataclasses import asdict, fields
+from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 
 import numpy as np
@@ -34,11 +34,12 @@ from minissl.files import (CHECKPOINT_FORMAT, MISFITS, load_checkpoint, lock, mi
 
 # ---------------------------------------------------------------- from the command line to settings, and out again
 
-def read_settings(cls, description, argv=None, positional=()):
+def read_settings(cls, description, argv=None):
     """An instance of the dataclass `cls` from the command line.
 
     Each field is a flag, and the comment behind it in the source is its help, so the why stands in one place.
-    A bool is a switch, a Literal a choice, a list takes several values. A wrong flag or value: one sentence, exit 2.
+    A bool is a switch, a Literal a choice, a list takes several values; what has no default is no flag but the first
+    argument. A wrong flag or value: one sentence, exit 2.
     """
     why = dict(re.findall(r"^    (\w+): .*?#\s*(.+)$", inspect.getsource(cls), re.MULTILINE))
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False,
@@ -49,11 +50,10 @@ def read_settings(cls, description, argv=None, positional=()):
         sys.exit(_say(f"{parser.prog}: {message}; --help lists what there is", 2))
     parser.error = error
     for item in fields(cls):
-        flag = item.name if item.name in positional else "--" + item.name.replace("_", "-")
         default = item.default_factory() if callable(item.default_factory) else item.default
-        shown = "" if default is False or default in ("", []) or item.name in positional else f" (default {default})"
-        help = why[item.name].replace("%", "%%") + shown
-        options = dict(help=help) if item.name in positional else dict(help=help, default=default)
+        flag = item.name if default is MISSING else "--" + item.name.replace("_", "-")
+        shown = "" if default is False or default in ("", [], MISSING) else f" (default {default})"
+        options = dict(help=why[item.name].replace("%", "%%") + shown, default=default)
         kind = typing.get_origin(item.type) or item.type
         if kind is bool:
             options |= dict(action="store_true")
@@ -99,11 +99,11 @@ def _say(sentence, code):
     return code
 
 
-def at_least(minimum, **values):
-    """at_least(1, steps=0) raises the sentence."""
-    for name, value in values.items():
-        if not value >= minimum:                      # so written, NaN fails too
-            raise UserError(f"--{name.replace('_', '-')} {value}: must be at least {minimum}")
+def at_least(settings, minimum, *names):
+    """at_least(settings, 1, "steps") raises the sentence if it is not."""
+    for name in names:
+        if not getattr(settings, name) >= minimum:    # so written, NaN fails too
+            raise UserError(f"--{name.replace('_', '-')} {getattr(settings, name)}: must be at least {minimum}")
 
 
 # ---------------------------------------------------------------- the machine
@@ -136,13 +136,10 @@ def choose_precision(name, device):
 
     A CPU without bfloat16 units emulates it, slower than float32, so the question is put to the machine.
     """
-    if name == "auto":
-        wanted = [torch.float32]
-        if device.type != "mps" and matrix_product_rate(device, torch.bfloat16, 256, 0.02) > 0.5 * matrix_product_rate(
-                device, torch.float32, 256, 0.02):    # emulation is a hundred times slower: a small product tells
-            wanted.append(torch.bfloat16)
-    else:
-        wanted = [getattr(torch, name)]
+    small = lambda dtype: matrix_product_rate(device, dtype, 256, 0.02)   # emulation is a hundred times slower: it tells
+    wanted = [torch.float32 if name == "auto" else getattr(torch, name)]
+    if name == "auto" and device.type != "mps" and small(torch.bfloat16) > 0.5 * small(torch.float32):
+        wanted.append(torch.bfloat16)
     rates = {dtype: matrix_product_rate(device, dtype) for dtype in wanted}
     dtype = torch.bfloat16 if rates.get(torch.bfloat16, 0) > 1.3 * rates.get(torch.float32, 0) else torch.float32
     measured = ", ".join(f"{str(d)[6:]} {rate / 1e9:,.0f} GFLOP/s" for d, rate in rates.items())
@@ -154,12 +151,11 @@ def matrix_product_rate(device, dtype, n=1536, seconds=0.3):
     a, b = (torch.ones(n, n, device=device, dtype=dtype) for _ in range(2))
     a @ b                                             # the first one builds the kernel, longer than it runs
     best, end = math.inf, time.perf_counter() + seconds
-    while True:
+    while best == math.inf or time.perf_counter() < end:
         start = time.perf_counter()
         (a @ b)[0, 0].item()                          # waits for the device
         best = min(best, time.perf_counter() - start)
-        if time.perf_counter() > end:
-            return 2 * n**3 / best
+    return 2 * n**3 / best
 
 
 def count_flops(model, run):
@@ -227,6 +223,15 @@ def rate_at(step, steps, warmup, decay=0.5):
     return min(1, (step + 1) / max(warmup, 1), (steps - step) / max(decay * steps, 1))
 
 
+def take_step(optimizers, rate, times=None):
+    """A step of each optimizer, at the rate times each group's own `times`, or this one; then no gradient is left."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = rate * (times or group.get("times", 1))
+        optimizer.step()
+        optimizer.zero_grad()
+
+
 # ---------------------------------------------------------------- the run's folder
 
 def diverged(what, when, folder):
@@ -263,10 +268,11 @@ class Run:
               and {path.name for path in self.folder.iterdir()} - {"lock", "config.json.tmp"}):  # left by an early kill
             raise UserError(f"{self.folder} holds something that is no run: give --run another name")
 
-    def begin(self, model, optimizers, data):
+    def begin(self, model, optimizers, peak, data, **more):
         """Open the folder; put the checkpoint's state, if there is one, into the model and the optimizers.
-        data: what tells this data from other data, in words. -> the step to go on with."""
-        step, self.data, self.counted, self.losses = 0, data, 0, []
+        data: what tells this data from other data, in words; more: for the checkpoints. -> the step to go on with."""
+        self.model, self.optimizers, self.peak, self.data, self.more = model, optimizers, peak, data, more
+        step, self.counted, self.losses = 0, 0, []
         self.folder.mkdir(parents=True, exist_ok=True)
         if not processes.RANK:
             lock(self.folder)
@@ -310,18 +316,36 @@ class Run:
                 raise UserError(f"--{name.replace('_', '-')} {value}: the run in {self.folder} was started with "
                                 f"{old[name]}; resume with that, or start another run")
         if self.settings.steps < self.checkpoint["step"]:
-            raise UserError(f"--steps {self.settings.steps}: "
-                            f"the run in {self.folder} has made {self.checkpoint['step']}")
+            raise UserError(f"--steps {self.settings.steps}: {self.folder} has made {self.checkpoint['step']} already")
 
     def count(self, items, flops, *losses, steps=1):
         """Add a step, or a part of one (steps=0), to the log's next row. Losses stay on the device: no wait here."""
         self.items += items
         self.flops += flops
         self.counted += steps
-        if losses:
-            self.losses = [a + b.detach() for a, b in zip(self.losses or [0.0] * len(losses), losses)]
+        self.losses = [a + b.detach() for a, b in zip(self.losses or [0.0] * len(losses), losses)]
 
-    def log(self, step, chance, peak, more):
+    def after(self, step, stopping, look, chance, log_every=50):
+        """What follows a step: now and then a row of the log, sometimes with a look (model -> more columns) and the page
+        anew; by the clock a checkpoint, which costs under 1 % of it; after a signal the end."""
+        done, last = step + 1, step + 1 == self.settings.steps
+        time_to_look = (last or done % self.settings.evaluate_every == 0
+                        or done == getattr(self.settings, "embedding_steps", 0))
+        if time_to_look or step == 0 or done % log_every == 0:
+            begin, looking = time.perf_counter(), time_to_look and not processes.RANK
+            result = look(self.model.eval()) if looking else {}
+            self.model.train()
+            self.logged += time.perf_counter() - begin                # a look does not count in the training rates
+            self.log(done, chance, result)
+            if looking:
+                report.write_page(self.folder)
+        if last or stopping or time.perf_counter() - self.saved > self.settings.save_every:
+            self.save(done)
+        if stopping and not last:
+            raise KeyboardInterrupt(f"stopped at step {done:,} and saved; python {Path(sys.argv[0]).name} "
+                                    f"--run {self.folder} --resume goes on")
+
+    def log(self, step, chance, more):
         """Write a row of metrics.csv and a line on the terminal: the losses since the last row, each beside its chance
         level, if it has one, then `more`. A loss that is not finite ends the run."""
         seconds = time.perf_counter() - self.logged
@@ -330,8 +354,8 @@ class Run:
                   for name, total in zip(chance, totals.tolist())}
         if not all(math.isfinite(value or 0) for value in losses.values()):
             raise diverged("loss is", f"at step {step}", self.folder)
-        more = dict(rate_per_second=round(self.items / seconds),
-                    share_of_peak=round(self.flops / seconds / peak / processes.WORLD, 3) if self.flops else "", **more)
+        share = round(self.flops / seconds / self.peak / processes.WORLD, 3) if self.flops else ""
+        more = dict(rate_per_second=round(self.items / seconds), share_of_peak=share, **more)
         self.rows.append(dict(step=step, seconds=round(time.perf_counter() - self.started, 1), **losses, **more))
         if not processes.RANK:
             write_csv(self.folder / "metrics.csv", self.rows)
@@ -341,17 +365,9 @@ class Run:
         stage = getattr(self.settings, "embedding_steps", 0)        # its steps say nothing about the later ones' time
         end, of_what = (stage, " of the first stage") if step <= stage else (self.settings.steps, "")
         left = seconds / max(step - self.logged_step, 1) * (end - step) / 60
-        print(f"step {step:,}/{self.settings.steps:,}  " + "  ".join(shown) + f"  {left:.1f} min left{of_what}",
-              flush=True)
+        print(f"step {step:,}/{self.settings.steps:,}", *shown, f"{left:.1f} min left{of_what}", sep="  ", flush=True)
         self.items, self.flops, self.counted, self.losses = 0, 0, 0, []
         self.logged, self.logged_step = time.perf_counter(), step
-
-    def show(self, passages):
-        """Print the first passages that the model has filled in, keep them all for the page, and renew the page."""
-        for text, wanted, got in passages[:2]:
-            print(f"    {text}\n    wanted {', '.join(wanted)} | got {', '.join(got)}", flush=True)
-        write_atomically(self.folder / "sentences.json", json.dumps(passages).encode())
-        report.write_page(self.folder)
 
     def _read_rows(self):
         """The rows of metrics.csv up to the checkpoint's step; what came after it is trained, and written, again."""
@@ -370,30 +386,14 @@ class Run:
                             f"mend the file, or delete it and go on with a log that begins here") from None
         return [row for row, step in zip(rows, steps) if step <= self.checkpoint["step"]]
 
-    @contextlib.contextmanager
-    def pause(self):
-        """Around an evaluation: its time does not count in the training rates."""
-        start = time.perf_counter()
-        yield
-        self.logged += time.perf_counter() - start
-
-    def due(self):
-        """Time to save? By the clock, every --save-every seconds, which costs under 1 %; nothing else depends on it."""
-        return time.perf_counter() - self.saved > self.settings.save_every
-
-    def save(self, step, model, optimizers, **more):
+    def save(self, step):
         """All that a resumed run needs, by the first process. A state that is not finite never replaces a good one."""
         if processes.RANK:
             return
-        if not all(bool(p.isfinite().all()) for p in model.parameters()):
+        if not all(bool(p.isfinite().all()) for p in self.model.parameters()):
             raise diverged("weights are", f"at step {step}", self.folder)
         write_checkpoint(self.folder / "checkpoint.pt", dict(
             format=CHECKPOINT_FORMAT, step=step, data=self.data, settings=asdict(self.settings),
-            model=model.state_dict(), optimizers=[optimizer.state_dict() for optimizer in optimizers],
-            unlogged=[self.counted, [float(loss) for loss in self.losses]], **more))
+            model=self.model.state_dict(), optimizers=[optimizer.state_dict() for optimizer in self.optimizers],
+            unlogged=[self.counted, [float(loss) for loss in self.losses]], **self.more))
         self.saved = time.perf_counter()
-
-    def leave(self, step):
-        """Stopped and saved: end the script, with a sentence on how to go on."""
-        raise KeyboardInterrupt(f"stopped at step {step:,} and saved; python {Path(sys.argv[0]).name} "
-                                f"--run {self.folder} --resume goes on")

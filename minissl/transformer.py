@@ -78,8 +78,7 @@ def mask_tokens(tokens, lengths, vocabulary_size, share=0.15, generator=None):
     targets = tokens.flatten()[positions]                                 # (M,)
 
     kind = torch.rand(len(positions), generator=generator, device=tokens.device)
-    random = torch.randint(FIRST_ORDINARY, vocabulary_size, (len(positions),),
-                           generator=generator, device=tokens.device)
+    random = torch.randint(FIRST_ORDINARY, vocabulary_size, kind.shape, generator=generator, device=tokens.device)
     hidden = torch.where(kind < 0.8, MASK, torch.where(kind < 0.9, random, targets))
     inputs = tokens.flatten().index_put((positions,), hidden).view(B, T)  # a copy: the caller's tokens stay
     return inputs, positions, targets
@@ -258,6 +257,10 @@ class TextEncoder(nn.Module):
         x = x.masked_fill(~self._real(x[..., 0], lengths)[..., None], 0)
         return x.sum(1) / lengths[:, None].clamp(min=1)
 
+    def encode(self, tokens, lengths):
+        """Sequences (B, T), T ≤ window, with lengths (B,) -> their features, (B, d) float32: before the norm."""
+        return self.mean(self(tokens, lengths), lengths)
+
     # -- the same document vector without the blocks, as long as they are zero: a product of counts and embeddings
 
     def pair_ids(self, tokens):
@@ -290,41 +293,3 @@ class TextEncoder(nn.Module):
         """counts (B, V + P) -> (B, d): what `mean` gives while the blocks are zero."""
         words = counts[:, :self.token_embedding.num_embeddings].sum(1, keepdim=True)
         return counts @ self.term_table() / words.clamp(min=1)
-
-
-# ---------------------------------------------------------------- documents of any length
-
-def split_windows(tokens, lengths, window):
-    """Cut documents (B, T) with lengths (B,) into nearly equal windows of at most `window` tokens.
-
-    Returns windows (W, ≤ window), their lengths (W,) and owner (W,), the document of each. A document is cut by its
-    own length alone, so its windows do not depend on its neighbours in the batch.
-    """
-    parts = (-(-lengths // window)).clamp(min=1)                          # (B,) rounded up
-    owner = torch.repeat_interleave(torch.arange(len(tokens), device=tokens.device), parts)      # (W,)
-    part = torch.arange(len(owner), device=tokens.device) - (parts.cumsum(0) - parts)[owner]
-    first = lengths[owner] * part // parts[owner]
-    size = lengths[owner] * (part + 1) // parts[owner] - first
-    where = torch.arange(int(size.max()), device=tokens.device)
-    windows = tokens[owner[:, None], (first[:, None] + where).clamp(max=tokens.shape[1] - 1)]
-    return windows.masked_fill(where >= size[:, None], PAD), size, owner
-
-
-def encode(model, tokens, lengths):
-    """The features of documents of any length: the mean over all their tokens, before the norm.
-
-    Arguments: tokens (B, T) int64, PAD behind each end; lengths (B,) int64. Returns (B, d) float32.
-    """
-    windows, size, owner = split_windows(tokens, lengths, model.window)
-    real = size.clamp(min=1)          # an empty document attends to its padding instead of to nothing, which is NaN
-    parts = zip(windows.split(256), real.split(256), size.split(256))     # 256 at once: a book fits in memory
-    total = torch.cat([model.mean(model(w, r), s) for w, r, s in parts]) * size[:, None]       # (windows, d)
-    whole = torch.zeros(len(tokens), total.shape[1], device=total.device).index_add(0, owner, total)
-    return whole / lengths[:, None].clamp(min=1)
-
-
-def from_checkpoint(checkpoint):
-    """The encoder of a checkpoint that train_mlm.py saved, in evaluation mode, on the CPU."""
-    model = TextEncoder(pairs=checkpoint["model"]["pairs"], **checkpoint["model_settings"])
-    model.load_state_dict(checkpoint["model"])
-    return model.eval()

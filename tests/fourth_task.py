@@ -19,15 +19,16 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from minissl import evaluation, runs
-from minissl.contrastive import ImageEncoder, encode
+from minissl.contrastive import ImageEncoder
 from minissl.datasets import TRAIN
 from minissl.images import describe, load_images, mean_and_deviation
 from minissl.muon import Muon
-from minissl.training import Batches, Run, autocast, choose_machine, count_flops, rate_at, read_settings, run_script
+from minissl.training import (Batches, Run, autocast, choose_machine, count_flops, rate_at, read_settings, run_script,
+                              take_step)
 
 
 # ---------------------------------------------------------------- 1. the model file
-# A model with `features`, its loss, from_checkpoint.
+# A model with `encode`, and its loss.
 
 class RotationModel(nn.Module):
     def __init__(self, mean, deviation, width=32):
@@ -35,7 +36,7 @@ class RotationModel(nn.Module):
         self.channels, self.encoder, self.head = (len(mean), ImageEncoder(mean, deviation, width),
                                                   nn.Linear(4 * width, 4))
 
-    def features(self, x):
+    def encode(self, x):
         """Images (B, C, H, W), floats in [0, 1] -> (B, D)."""
         return self.encoder(x)
 
@@ -44,23 +45,12 @@ def rotation_loss(model, x):
     """Cross-entropy of the four ways up, the mean over 4B images; ln 4 for a guess. x (B, C, H, H)."""
     turned = torch.cat([x.rot90(k, (2, 3)) for k in range(4)])                    # (4B, C, H, H)
     ways = torch.arange(4, device=x.device).repeat_interleave(len(x))            # (4B,)
-    return F.cross_entropy(model.head(model.features(turned)).float(), ways)
-
-
-def new_from(checkpoint):
-    mean, deviation = (checkpoint["model"]["encoder." + name].flatten() for name in ("mean", "deviation"))
-    return RotationModel(mean, deviation, **checkpoint["model_settings"])
-
-
-def from_checkpoint(checkpoint):
-    model = new_from(checkpoint)
-    model.load_state_dict(checkpoint["model"])
-    return model.eval()
+    return F.cross_entropy(model.head(model.encode(turned)).float(), ways)
 
 
 # ---------------------------------------------------------------- 2. runs.py learns its name
 
-runs.MODELS["rotation"] = sys.modules[__name__]
+runs.MODELS["rotation"] = RotationModel
 
 
 # ---------------------------------------------------------------- 3. the script: settings, data, model, steps
@@ -79,6 +69,7 @@ class Settings:
     seed: int = 0  # of everything random
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: the best there is
     precision: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 where it is measurably faster
+    evaluate_every: int = 100  # steps
     save_every: float = 30  # seconds
 
 
@@ -92,34 +83,22 @@ def main():
     batches = Batches(len(pool), B, settings.seed, "image order")
 
     torch.manual_seed(settings.seed)
-    model = RotationModel(*mean_and_deviation(pool), settings.width).to(device, memory_format=torch.channels_last)
+    shape = dict(width=settings.width, **mean_and_deviation(pool))
+    model = RotationModel(**shape).to(device, memory_format=torch.channels_last)
     optimizers = [Muon([p for p in model.parameters() if p.ndim > 1], settings.learning_rate, precision=precision),
                   torch.optim.Adam([dict(params=[p for p in model.parameters() if p.ndim == 1], times=0.1)])]
-    first = run.begin(model, optimizers, describe(data))
+    first = run.begin(model, optimizers, peak, describe(data), method="rotation", model_settings=shape)
     neighbours = evaluation.Neighbours(data, device)
-    flops = count_flops(model, lambda: model.features(torch.zeros(4, *pool.shape[1:], device=device)))
+    look = lambda model: dict(knn=neighbours(model.encode, cast, run.folder))
+    flops = count_flops(model, lambda: model.encode(torch.zeros(4, *pool.shape[1:], device=device)))
 
     for step in range(first, settings.steps):
         with cast:
             loss = rotation_loss(model, pool[batches(step)].to(device).float() / 255)
         loss.backward()
         run.count(B, 3 * flops * B, loss)
-        rate = rate_at(step, settings.steps, warmup=20, decay=1)
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = settings.learning_rate * group.get("times", 1) * rate
-            optimizer.step()
-            optimizer.zero_grad()
-        done, last = step + 1, step + 1 == settings.steps
-        if last or done % 100 == 0:
-            with run.pause():
-                knn = neighbours(lambda images: encode(model.eval(), images), cast, run.folder)
-                model.train()
-            run.log(done, dict(loss=math.log(4)), peak, dict(knn=knn))
-        if last or run.stopping or run.due():
-            run.save(done, model, optimizers, method="rotation", model_settings=dict(width=settings.width))
-        if run.stopping:
-            run.leave(done)
+        take_step(optimizers, settings.learning_rate * rate_at(step, settings.steps, warmup=20, decay=1))
+        run.after(step, run.stopping, look, dict(loss=math.log(4)))
 
 
 if __name__ == "__main__":

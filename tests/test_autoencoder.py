@@ -121,8 +121,7 @@ def test_the_reconstruction_has_the_size_of_the_input(C, H, W):
     model = Autoencoder((H, W), torch.zeros(C), torch.ones(C), code=16)
     x_hat, z = model(torch.rand(3, C, H, W))
     assert x_hat.shape == (3, C, H, W) and z.shape == (3, 16)
-    features = autoencoder.encode(model.eval(), torch.randint(0, 256, (5, C, H, W), dtype=torch.uint8))
-    assert features.shape == (5, 512)
+    assert model.eval().encode(torch.rand(5, C, H, W)).shape == (5, 512)
 
 
 @functools.cache
@@ -165,7 +164,7 @@ def test_each_regularizer_has_its_effect():
     images = structured(256)
     plain, sparse, decorrelated = trained(), trained("sparse", 1.0), trained("decorrelated", 1.0)
     with torch.no_grad():
-        codes = [model.codes(images) for model in (plain, sparse, decorrelated)]
+        codes = [model(images)[1] for model in (plain, sparse, decorrelated)]
     assert autoencoder.sparsity(codes[1]) > autoencoder.sparsity(codes[0]) + 0.2
     assert autoencoder.correlation(codes[2]) < 0.5 * autoencoder.correlation(codes[0])
 
@@ -187,7 +186,7 @@ def test_sparsity_and_correlation_of_known_cases():
 def test_features_are_means_over_the_quadrants_of_the_map_before_the_last():
     model = Autoencoder((32, 32), torch.zeros(3), torch.ones(3), 8, width=8).eval()
     x = torch.rand(2, 3, 32, 32)
-    maps, features = model.maps(x), model.features(x).view(2, -1, 2, 2)
+    maps, features = model.maps(x), model.encode(x).view(2, -1, 2, 2)
     for i in range(2):
         for j in range(2):
             torch.testing.assert_close(features[:, :, i, j], maps[:, :, 4 * i:4 * i + 4, 4 * j:4 * j + 4].mean((2, 3)))
@@ -203,7 +202,7 @@ def test_no_weight_makes_the_numbers_of_a_code_larger_or_smaller():
     model = Autoencoder((16, 16), torch.zeros(1), torch.ones(1), 4, width=8)
     for parameter in model.parameters():
         parameter.data *= 3
-    z = model.codes(torch.rand(64, 1, 16, 16))
+    _, z = model(torch.rand(64, 1, 16, 16))
     torch.testing.assert_close(z.std(0, correction=0), torch.ones(4), atol=1e-2, rtol=0)
 
 

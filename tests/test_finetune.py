@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 import finetune
-from minissl import UserError, datasets, documents, evaluation, finetuning, runs, transformer
+from minissl import UserError, datasets, documents, evaluation, finetuning, runs
 
 
 @pytest.fixture
@@ -123,9 +123,10 @@ def test_the_option_is_chosen_that_is_best_on_held_out_examples():
 
 def test_chance_is_the_share_of_the_commonest_class_in_the_test_set(capsys):
     labels = torch.tensor([0, 1] * 10 + [0, 1, 1, 1] * 2)
-    column = finetuning.Column(lambda which, option, seed: None, lambda fitted, which: torch.ones(len(which)))
+    column = finetuning.Column(lambda which, option, seed: None, lambda fitted, which: torch.ones(len(which)),
+                               lambda n: [None])
     task = SimpleNamespace(labels=labels, train=np.arange(10), held_out=np.arange(10, 20), test=np.arange(20, 28),
-                           classes=["a", "b"], probe=SimpleNamespace(column=lambda: column), trials=1)
+                           classes=["a", "b"], probe=column, trials=1)
     ((_, found, _),), chance = finetune.table(SimpleNamespace(labels=["2"], seeds=2, probe=True), task)
     assert (chance == 75 and found["linear probe"][0] == [75, 75]
             and "commonest class is 75.0 %" in capsys.readouterr().out)
@@ -170,7 +171,10 @@ def test_rows_of_features_follow_the_texts_whatever_their_lengths(trained):
     for row, string in zip(features, strings):
         tokens = torch.from_numpy(runs.tokenizer_of(checkpoint).encode(string).astype(np.int64))[None]
         with torch.no_grad():
-            alone = transformer.encode(model, tokens, torch.tensor([tokens.shape[1]]))[0]
+            T, parts = tokens.shape[1], -(-tokens.shape[1] // model.window)
+            ends = [T * part // parts for part in range(1, parts)]
+            alone = sum(model.encode(part, torch.tensor([part.shape[1]]))[0] * part.shape[1] / T
+                        for part in tokens.tensor_split(ends, 1))
         torch.testing.assert_close(row, alone, rtol=1e-4, atol=1e-5)
 
 
@@ -227,12 +231,12 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path, run_script):
 
 def test_accuracy_counts_every_item_at_any_batch_size(trained, corpus, tmp_path):
     texts = documents.load_texts(str(corpus), tmp_path, 400).select(np.arange(37))
-    encode = lambda tokens, lengths: torch.stack([lengths, tokens.sum(1)], 1).float()
-    whole = evaluation.text_features(encode, texts, torch.autocast("cpu", enabled=False), tokens_a_batch=10**9)
-    for size in (1, 200, 1000):
-        assert torch.equal(whole, evaluation.text_features(encode, texts, torch.autocast("cpu", enabled=False),
-                                                           tokens_a_batch=size))
-    assert whole[:, 0].tolist() == texts.lengths.tolist()
+    encode = lambda tokens, lengths: torch.stack([lengths, tokens.sum(1) / lengths], 1).float()
+    for window in (1000, 2**12, 2**15):                                  # so many in a batch: 32, 8, 1
+        model = SimpleNamespace(window=window, document_columns=2, encode=encode)
+        found = evaluation.text_features(model, texts, nullcontext())
+        assert found[:, 0].tolist() == texts.lengths.tolist()
+        assert found[:, 1].tolist() == pytest.approx([texts[n].mean() for n in range(37)])
 
 
 def test_label_draws_are_balanced_repeatable_and_without_replacement():

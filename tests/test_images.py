@@ -200,15 +200,15 @@ def test_zeros_and_ones_are_taken_as_they_are_with_a_word_about_it(tmp_path):
 
 def test_mean_and_deviation_are_of_images_from_the_whole_array():
     pixels = torch.cat([torch.zeros(12_000, 1, 8, 8), torch.full((12_000, 1, 8, 8), 255)]).byte()
-    mean, deviation = images.mean_and_deviation(pixels)
-    assert float(mean) == pytest.approx(0.5, abs=1e-3) and float(deviation) == pytest.approx(0.5, abs=1e-3)
+    assert images.mean_and_deviation(pixels) == dict(mean=pytest.approx([0.5], abs=1e-3),
+                                                     deviation=pytest.approx([0.5], abs=1e-3))
 
 
 def test_a_channel_that_does_not_vary_has_a_deviation_to_divide_by():
     pixels = torch.randint(0, 256, (50, 3, 8, 8), generator=training.generator(0, "test", 0)).byte()
     pixels[:, 1] = 7
-    mean, deviation = images.mean_and_deviation(pixels)
-    assert float(mean[1]) == pytest.approx(7 / 255) and 0 < deviation[1] < 0.01 < deviation[0]
+    mean, deviation = images.mean_and_deviation(pixels).values()
+    assert mean[1] == pytest.approx(7 / 255) and 0 < deviation[1] < 0.01 < deviation[0]
 
 
 def test_what_moves_to_a_gpu_is_what_was_selected_if_it_takes_no_more_than_half_of_the_room(monkeypatch):

@@ -47,17 +47,17 @@ def test_a_fault_in_the_seventh_step_is_one_sentence_and_costs_no_step_that_was_
     module, flags = command(script)
     save, log, run = training.Run.save, training.Run.log, tmp_path / "run"
 
-    def faulty_save(self, step, model, optimizers, **more):
+    def faulty_save(self, step):
         if step == 7 and fault == "the disk is full":
             monkeypatch.setattr(os, "fsync", full)
         if step == 7 and fault == "the folder is deleted":
             shutil.rmtree(self.folder)
         if step == 7 and fault == "the weights are not finite":
-            next(model.parameters()).data.fill_(float("inf"))
+            next(self.model.parameters()).data.fill_(float("inf"))
         if step == 7 and fault == "a loss is not finite":
             self.losses = [total * float("nan") for total in self.losses]
-            log(self, step, dict(loss=None), 1.0, {})
-        save(self, step, model, optimizers, **more)
+            log(self, step, dict(loss=None), {})
+        save(self, step)
 
     monkeypatch.setattr(training.Run, "save", faulty_save)
     code, printed = run_script(module, *flags)

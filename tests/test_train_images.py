@@ -338,8 +338,8 @@ def test_beside_each_held_out_image_stands_the_training_image_that_is_nearest(tm
 @pytest.mark.parametrize("batch", [1, 7, 60, 61, 100])
 def test_every_image_is_counted_whatever_the_batch(batch):
     images = torch.randint(0, 256, (61, 1, 8, 8), dtype=torch.uint8)
-    features = evaluation.image_features(lambda x: x.flatten(1).float(), images, nullcontext(), batch=batch)
-    assert torch.equal(features, images.flatten(1).float())
+    features = evaluation.image_features(lambda x: x.flatten(1), images, nullcontext(), batch=batch)
+    assert torch.equal(features, images.flatten(1).float() / 255)
 
 
 def test_permuting_the_test_labels_changes_no_choice_and_no_weight(runs, run_script, brief, monkeypatch):

@@ -142,22 +142,24 @@ def test_the_gradient_of_a_step_is_that_of_the_two_formulas_one_document_at_a_ti
              "--run", str(tmp_path / "run"), "--steps", "1",
              *(["--masked-weight", "0", "--embedding-steps", "1"] if stage == 1 else
                "--embedding-steps 0 --window 512 --batch-size 2 --masked-weight 1.5 --document-weight 2.5".split())]
-    made = []
+    pools, made = [], []
 
-    def random_model(settings, pool, new=train_mlm.new_model):    # matrices that start at zero hide what they multiply
-        model, weights = new(settings, pool)
+    def random_model(model, counts, start=transformer.TextEncoder.start_at):    # zeros would hide what they multiply
+        weights = start(model, counts)
         for parameter in model.parameters():
             parameter.data += 0.1 * torch.randn(parameter.shape,
                                                 generator=training.generator(0, "test", parameter.numel()))
         model.pair_embedding.weight.data[-1] = 0                       # "no pair" is no parameter
-        made.append((pool, copy.deepcopy(model), weights, model))
-        return model, weights
+        made.append((copy.deepcopy(model), weights, model))
+        return weights
 
-    monkeypatch.setattr(train_mlm, "new_model", random_model)
+    monkeypatch.setattr(transformer.TextEncoder, "start_at", random_model)
+    monkeypatch.setattr(train_mlm, "WholeTexts",
+                        lambda pool, *settings: pools.append(pool) or datasets.WholeTexts(pool, *settings))
     monkeypatch.setattr(torch.optim.Optimizer, "zero_grad", lambda self: None)    # the step's gradients are kept
     code, printed = run_script(train_mlm, *flags)
     assert code == 0, printed
-    (pool, model, weights, trained), = made
+    (pool,), ((model, weights, trained),) = pools, made
     loss = 0.0
 
     def document_term(seen, unseen):
@@ -228,7 +230,7 @@ def test_the_masked_loss_falls_well_below_the_entropy_of_single_words(corpus, tm
 
 def test_a_model_that_knows_nothing_has_the_bits_per_byte_of_a_guess(corpus, tmp_path):
     texts = documents.load_texts(str(corpus), tmp_path, 400)
-    look = evaluation.MaskedText(texts, 32, 0.15, "cpu")
+    look = evaluation.MaskedText(texts, 32, 0.15, tmp_path, nullcontext(), "cpu")
     look.labelled = None
 
     class Blank:
@@ -237,7 +239,7 @@ def test_a_model_that_knows_nothing_has_the_bits_per_byte_of_a_guess(corpus, tmp
 
         def token_logits(self, x):
             return torch.zeros(len(x), 400)
-    result, _ = look(Blank(), nullcontext())
+    result = look(Blank())
     size = sum(len(texts.tokenizer.bytes_of[token]) for token in look.targets.tolist())
     assert size > 1.5 * len(look.targets) and result["held_out"] == pytest.approx(np.log(400), abs=1e-3)
     assert result["bits_per_byte"] == pytest.approx(np.log2(400) * len(look.targets) / size, abs=1e-3)
@@ -245,7 +247,8 @@ def test_a_model_that_knows_nothing_has_the_bits_per_byte_of_a_guess(corpus, tmp
 
 def test_the_passages_show_what_the_model_puts_beside_what_stood_there(corpus, tmp_path):
     texts = documents.load_texts(str(corpus), tmp_path, 400)
-    look, ship = evaluation.MaskedText(texts, 32, 0.15, "cpu"), int(texts.tokenizer.encode("ship")[0])
+    look = evaluation.MaskedText(texts, 32, 0.15, tmp_path, nullcontext(), "cpu")
+    ship = int(texts.tokenizer.encode("ship")[0])
     assert [set(part.split) for part in look.labelled] == [{datasets.TRAIN}, {datasets.HELD_OUT}]
     passages = look.passages(torch.full_like(look.targets, ship))
     assert len(passages) > 3 and {guess for _, _, got in passages for guess in got} == {texts.tokenizer.decode([ship])}
@@ -333,11 +336,11 @@ def test_a_run_folder_with_something_else_in_it_is_refused(tmp_path, corpus, run
 
 
 def test_a_diverging_run_stops_with_a_sentence_and_keeps_the_last_good_checkpoint(trained, tmp_path):
-    model = transformer.from_checkpoint(files.load_checkpoint(trained))
+    model, _ = runs.load_run(trained)
     run = object.__new__(training.Run)
-    run.folder = tmp_path
+    run.folder, run.model = tmp_path, model
     with torch.no_grad():
         model.token_bias[3] = float("nan")
     with pytest.raises(training.UserError, match="not finite at step 7"):
-        training.Run.save(run, 7, model, [])
+        run.save(7)
     assert not list(tmp_path.iterdir())

@@ -52,7 +52,7 @@ def test_a_wrong_flag_is_one_line_and_exit_code_2(flags, capsys):
 
 def test_an_argument_that_a_flag_of_several_values_has_taken_is_missed_with_the_way_out(capsys):
     with pytest.raises(SystemExit):
-        training.read_settings(finetune.Settings, "", ["--labels", "5", "runs/mlm"], positional=("run",))
+        training.read_settings(finetune.Settings, "", ["--labels", "5", "runs/mlm"])
     assert "RUN is missing: give it before all flags" in capsys.readouterr().err
 
 
@@ -79,23 +79,30 @@ def test_the_page_says_who_made_the_run_has_each_row_of_the_table_and_names_what
     assert page.count("cannot be read") == page.count("metrics.csv cannot be read") == 1
 
 
-def test_the_time_of_an_evaluation_does_not_count_in_the_rate():
+def test_an_evaluation_is_made_in_evaluation_mode_and_its_time_does_not_count_in_the_rate(tmp_path):
     run = object.__new__(training.Run)
-    run.logged = 5.0
-    with run.pause():
+    run.settings, run.folder = SimpleNamespace(steps=9, evaluate_every=1, save_every=1e9), tmp_path
+    run.model, run.logged, run.saved = torch.nn.Linear(1, 1), 5.0, 0.0
+
+    def look(model):
         time.sleep(0.05)
-    assert 5.05 <= run.logged < 6
+        return dict(training=model.training)
+    run.log = lambda step, chance, more: seen.append((step, more))
+    seen = []
+    run.after(2, False, look, {})
+    assert 5.05 <= run.logged < 6 and run.model.training and seen == [(3, dict(training=False))]
 
 
 def test_a_row_of_the_log_is_about_the_steps_since_the_row_before(tmp_path, monkeypatch, capsys):
     clock, run = [100.0], object.__new__(training.Run)
     monkeypatch.setattr(training, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
     run.folder, run.settings, run.rows, run.logged_step = tmp_path, SimpleNamespace(steps=200), [], 20
+    run.peak = 1e9
     run.items, run.flops, run.counted, run.losses, run.started, run.logged = 0, 0, 0, [], 100.0, 100.0
     for step, left in (40, "1.3 min left"), (80, "0.5 min left"):        # 160 steps in 80 s, 120 steps in 30 s
         clock[0] += 10
         run.count(1000, 3e9, torch.tensor(30.0), steps=20)
-        run.log(step, dict(loss=None), 1e9, {})
+        run.log(step, dict(loss=None), {})
         row = run.rows[-1]
         assert (row["loss"], row["rate_per_second"], row["share_of_peak"]) == (1.5, 100, 0.3)
         assert left in capsys.readouterr().out

@@ -4,13 +4,14 @@ Letters as in transformer.py: B sequences, T tokens, D width, H heads, V vocabul
 """
 
 import math
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
-from minissl import transformer
+from minissl import datasets, evaluation, transformer
 from minissl.transformer import FIRST_ORDINARY, MASK, PAD, document_loss, mask_tokens, masked_language_model_loss
 
 V, D, H, WINDOW, d = 12, 8, 2, 6, 4
@@ -331,50 +332,24 @@ def test_every_parameter_learns_from_the_two_losses_and_the_output_layer_is_tied
     assert (model.pair_embedding.weight.grad[-1] == 0).all()             # and "no pair" stays zero
 
 
-def test_from_checkpoint_rebuilds_the_same_encoder():
-    model, (tokens, lengths) = random_model(), documents(20, 0, 6)
-    settings = dict(vocabulary_size=V, width=D, layers=2, heads=H, window=WINDOW, document_columns=d)
-    again = transformer.from_checkpoint(dict(model=model.state_dict(), model_settings=settings))
-    x, outputs = torch.randn(3, D), []
-    for one in (model, again):
-        outputs.append((transformer.encode(one, tokens, lengths), one.token_logits(x), one.term_head(x[:, :d])))
-    assert not again.training and all(torch.equal(a, b) for a, b in zip(*outputs))
-
-
 # ---------------------------------------------------------------- documents of any length
 
-def test_windows_hold_every_token_once_and_in_order_and_do_not_depend_on_the_neighbours():
-    tokens, lengths = documents(0, 1, 5, 6, 7, 12, 13, 29)
-    windows, size, owner = transformer.split_windows(tokens, lengths, WINDOW)
-    assert owner.tolist() == sorted(owner.tolist()) and windows.shape[1] <= WINDOW
-    for b, T in enumerate(lengths.tolist()):
-        mine = (owner == b).nonzero().flatten().tolist()
-        sizes = [size[w].item() for w in mine]
-        assert len(mine) == max(1, math.ceil(T / WINDOW)) and max(sizes) - min(sizes) <= 1
-        assert sum((windows[w, :size[w]].tolist() for w in mine), []) == tokens[b, :T].tolist()
-        assert all((windows[w, size[w]:] == PAD).all() for w in mine)
-        alone, alone_size, _ = transformer.split_windows(tokens[b:b + 1, :max(T, 1)], lengths[b:b + 1], WINDOW)
-        assert alone_size.tolist() == sizes and torch.equal(alone, windows[mine, :alone.shape[1]])
-
-
-def test_encode_is_the_mean_over_all_tokens_of_a_document_of_any_length_even_0_and_changes_nothing():
-    model, (tokens, lengths) = random_model().train(), documents(17, 6, 7, 0, 1, 12)
-    before, tokens_before = {name: value.clone() for name, value in model.state_dict().items()}, tokens.clone()
-    together = transformer.encode(model, tokens, lengths)                # (B, d)
-    for b, T in enumerate(lengths.tolist()):
-        parts, total = max(1, math.ceil(T / WINDOW)), np.zeros(d)
+def test_features_of_texts_are_the_mean_over_all_tokens_at_any_length_and_change_nothing():
+    model, sizes = random_model().train(), np.array([17, 6, 7, 1, 12, 29])
+    tokens, before = [documents(size)[0] for size in sizes], {k: v.clone() for k, v in model.state_dict().items()}
+    texts = datasets.Texts(np.concatenate([row[0] for row in tokens]), np.cumsum(sizes) - sizes, sizes,
+                           np.full(6, -1), np.zeros(6), [], None)
+    order = np.array([3, 0, 5, 1, 2, 4])                                 # the texts need not follow each other
+    together = evaluation.text_features(model, texts.select(order), nullcontext())                     # (N, d)
+    for row, n in enumerate(order):
+        T = sizes[n]
+        parts, total = math.ceil(T / WINDOW), np.zeros(d)
         for part in range(parts):
             first, end = T * part // parts, T * (part + 1) // parts
-            for x in model(tokens[b:b + 1, first:end])[0] if T else []:
+            for x in model(tokens[n][:, first:end])[0]:
                 total += x[:d].detach().numpy()
-        np.testing.assert_allclose(together[b].detach(), total / max(T, 1), rtol=1e-4, atol=1e-5)      # empty: 0
-        alone = transformer.encode(model, tokens[b:b + 1, :T], lengths[b:b + 1])                       # no neighbours
-        torch.testing.assert_close(alone[0], together[b], rtol=1e-4, atol=1e-5)
-    with torch.autocast("cpu", torch.bfloat16):                          # where attention to nothing at all is NaN
-        transformer.encode(model, tokens, lengths).sum().backward()
-    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
-    assert model.training and torch.equal(tokens, tokens_before)
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+        np.testing.assert_allclose(together[row], total / T, rtol=1e-4, atol=1e-5)
+    assert model.training and all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 @pytest.mark.parametrize("pairs", [PAIRS, []])
@@ -398,9 +373,9 @@ def test_counts_of_words_and_pairs_are_a_loop_over_neighbours(pairs):
 
 @pytest.mark.parametrize("pairs", [PAIRS, []])
 def test_with_zero_blocks_encode_is_the_mean_of_embeddings(pairs):
-    model, (tokens, lengths) = random_model(pairs=pairs), documents(6, 1, 0, 4, 5)
+    model, (tokens, lengths) = random_model(pairs=pairs), documents(6, 1, 2, 4, 5)
     tokens[0, :4] = torch.tensor([2, 3, 3, 3])
     model.blocks = transformer.TextEncoder(V, model.pairs, D, 2, H, WINDOW, d).blocks     # as at initialisation: zero
     flat, owner = F.pad(tokens, (0, 1)).flatten(), torch.arange(5).repeat_interleave(WINDOW + 1)         # PAD between
     torch.testing.assert_close(model.mean_of_embeddings(model.count_terms(flat, owner, 5)),
-                               transformer.encode(model, tokens, lengths), rtol=1e-5, atol=1e-6)
+                               model.encode(tokens, lengths), rtol=1e-5, atol=1e-6)
