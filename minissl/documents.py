@@ -6,10 +6,8 @@ and keeps the tokens beside the data.
 """
 
 import ast
-import codecs
 import hashlib
 import importlib.util
-import itertools
 import os
 import re
 import sys
@@ -193,23 +191,21 @@ def read_texts(path, least=0):
     """
     with open(path, "rb") as file:
         start = file.read(TEXT_BYTES)
-        by_paragraph = re.search(rb"\n[ \t\r]*\n[ \t\r]*\S", start) is not None
-        if start[:2] == b"\x1f\x8b":
-            raise UserError(f"{path} is a gzip archive, not a text: unpack it first (gunzip)")
-        file.seek(3 if start.startswith(codecs.BOM_UTF8) else 0)
-        decoder, offset, paragraph, size = codecs.getincrementaldecoder("utf-8")(), file.tell(), [], 0
-        for line in itertools.chain(iter(lambda: file.readline(TEXT_BYTES), b""), [None]):
-            pending = len(decoder.getstate()[0])
+    by_paragraph = re.search(rb"\n[ \t\r]*\n[ \t\r]*\S", start) is not None
+    if start[:2] == b"\x1f\x8b":
+        raise UserError(f"{path} is a gzip archive, not a text: unpack it first (gunzip)")
+    with open(path, encoding="utf-8-sig", newline="\n") as file:
+        paragraph, size, line = [], 0, None
+        while line != "":
             try:
-                text = decoder.decode(line or b"", final=line is None)
-            except UnicodeDecodeError as error:
-                raise UserError(f"{path} is not UTF-8: byte {offset - pending + error.start} cannot be decoded; "
+                line = file.readline(TEXT_BYTES)
+            except UnicodeDecodeError as error:       # in error.object, the bytes that were read last
+                place = file.buffer.tell() - len(error.object) + error.start
+                raise UserError(f"{path} is not UTF-8: byte {place} cannot be decoded; "
                                 f"convert it first (iconv -f latin1 -t utf-8)") from None
-            offset += len(line or b"")
-            paragraph.append(text)
-            size += len(text)
-            if (line is None or size > max(TEXT_BYTES, least)
-                    or size >= least and (not by_paragraph or not text.strip())):
+            paragraph.append(line)
+            size += len(line)
+            if not line or size > max(TEXT_BYTES, least) or size >= least and not (by_paragraph and line.strip()):
                 whole, paragraph, size = "".join(paragraph), [], 0
                 if whole.strip():
                     yield whole

@@ -83,7 +83,7 @@ def test_a_file_is_its_paragraphs_or_without_blank_lines_its_lines(tmp_path):
 
 
 def test_a_line_of_megabytes_is_read_in_pieces_without_losing_a_character(tmp_path):
-    text = "añ€😀" * 700_000                                      # 7 MB, no newline; pieces end inside characters
+    text = "añ€😀" * 1_000_000                                    # 10 MB, no newline; blocks end inside characters
     (tmp_path / "long.txt").write_text(text, encoding="utf-8")
     pieces = list(documents.read_texts(tmp_path / "long.txt"))
     assert "".join(pieces) == text and len(pieces) > 3 and max(map(len, pieces)) <= 2 * documents.TEXT_BYTES
