@@ -171,10 +171,10 @@ def texts_of(strings, tokenizer):
 
 # ---------------------------------------------------------------- from documents to one array of tokens
 
-def encode_documents(documents, split, cache, vocabulary_size, tokenizer):
-    """Write `cache` from an iterable of (text, label name or None, TRAIN | HELD_OUT | TEST | None); where the
-    document does not say its split, `split(labels)` does. One pass: of a stream, only a sample is ever in memory."""
-    notes, documents = [], iter(documents)
+def encode_documents(documents, cache, vocabulary_size, tokenizer):
+    """Write `cache` from a stream of (text, label name or None, TRAIN | HELD_OUT | TEST | None); where the documents do
+    not say their split, split_blocks does. One pass: only a sample of it is ever in memory."""
+    notes = []
     if tokenizer is None:
         sample, size = [], 0
         for document in documents:
@@ -214,7 +214,7 @@ def encode_documents(documents, split, cache, vocabulary_size, tokenizer):
         classes = sorted({name for name in names if name is not None})
         number = {name: i for i, name in enumerate(classes)} | {None: -1}
         labels = np.array([number[name] for name in names], np.int64)
-        parts = split(labels) if parts[0] is None else np.array(parts, np.uint8)
+        parts = split_blocks(labels) if parts[0] is None else np.array(parts, np.uint8)
         keep = without_twins(np.array(hashes, np.uint64), parts, labels)
         if not keep.all():
             notes.append(f"{(~keep).sum():,} texts dropped that stand elsewhere in the data, too")

@@ -1,8 +1,7 @@
 """Where texts come from: the docstrings of this machine's Python, the IMDb reviews, or the reader's own files.
 
-Each source is a key that changes when its content does, a function that yields (text, label name or None, split or
-None), and a function that deals out the splits where the documents do not say theirs. `load_texts` encodes them once
-and keeps the tokens beside the data.
+Each source is a key that changes when its content does, and a stream of documents, (text, label name or None, split or
+None), that reads nothing before it is asked. `load_texts` encodes them once and keeps the tokens beside the data.
 """
 
 import ast
@@ -36,13 +35,13 @@ def load_texts(data, data_dir="data", vocabulary_size=8192, limit=0, tokenizer=N
     Returns Texts. Raises UserError with one sentence for anything the user can mend.
     """
     if data == "pydocs":
-        key, documents, split = _pydocs_files()
+        key, documents = _pydocs_files()
     elif data == "imdb":
-        key, documents, split = _imdb(Path(data_dir))
+        key, documents = _imdb(Path(data_dir))
     else:
-        key, documents, split = _own_texts(Path(data))
+        key, documents = _own_texts(Path(data))
         if keep_all:
-            return texts_of([text for text, *_ in documents()][:limit or None], tokenizer)
+            return texts_of([text for text, *_ in documents][:limit or None], tokenizer)
     for settings in (str(vocabulary_size), tokenizer.to_json() if tokenizer else ""):
         name = hashlib.sha256(f"{CACHE_FORMAT} {key} {settings}".encode()).hexdigest()[:16]
         cache = Path(data_dir) / "cache" / f"{Path(data).stem}-{name}"
@@ -50,7 +49,7 @@ def load_texts(data, data_dir="data", vocabulary_size=8192, limit=0, tokenizer=N
         if tokenizer is None or texts and texts.tokenizer.merges == tokenizer.merges:
             break                                    # else the data may be here, but encoded with another tokenizer
     if not texts:
-        encode_documents(documents(), split, cache, vocabulary_size, tokenizer)
+        encode_documents(documents, cache, vocabulary_size, tokenizer)
         texts = read_cache(cache)
     if limit:
         index = [np.flatnonzero(texts.split == s) for s in (TRAIN, HELD_OUT, TEST)]
@@ -70,7 +69,7 @@ def _pydocs_files():
             if not {"site-packages", "test", "tests", "lib2to3", "_vendor"} & set(parts):
                 files.append((path, parts))
     listing = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path, _ in files]
-    return listing, lambda: _read_pydocs(files), None
+    return listing, _read_pydocs(files)
 
 
 def _read_pydocs(files):
@@ -122,7 +121,7 @@ def _imdb(data_dir):
     archive = data_dir / "aclImdb_v1.tar.gz"
     if not archive.exists():
         download(IMDB_URL, archive, IMDB_MD5)
-    return hash_of(archive), lambda: _read_imdb(archive), None
+    return hash_of(archive), _read_imdb(archive)
 
 
 def _read_imdb(archive):
@@ -157,8 +156,7 @@ def _own_texts(path):
         if path.stat().st_size == 0:
             raise UserError(f"--data {path}: the file is empty")
         least = 2048 if path.stat().st_size > SAMPLE_BYTES else 0      # millions of lines are no millions of documents
-        return (f"{least} {_digest([path], path.parent)}",
-                lambda: ((text, None, None) for text in read_texts(path, least)), split_blocks)
+        return f"{least} {_digest([path], path.parent)}", ((text, None, None) for text in read_texts(path, least))
     files, passed_over = [], Counter()
     for file in sorted(path.rglob("*")):
         if any(part.startswith(".") for part in file.relative_to(path).parts):
@@ -179,8 +177,8 @@ def _own_texts(path):
     names = [parts[0] if len(parts) > 1 else None for parts in inside]          # the sub-folder is the class
     number = {name: n for n, name in enumerate(sorted({*names} - {None}))}
     split = split_blocks(np.array([number.get(name, -1) for name in names]))
-    return _digest(files, path), lambda: ((text, name, part) for file, name, part in zip(files, names, split)
-                                          for text in read_texts(file, least=4 * TEXT_BYTES)), None
+    return _digest(files, path), ((text, name, part) for file, name, part in zip(files, names, split)
+                                  for text in read_texts(file, least=4 * TEXT_BYTES))
 
 
 def read_texts(path, least=0):

@@ -163,7 +163,7 @@ def test_of_two_runs_that_make_the_same_cache_at_once_the_second_takes_the_first
 
     def replace_after_another_run(*paths):
         monkeypatch.setattr(os, "replace", replace)
-        encode(documents._own_texts(corpus)[1](), datasets.split_blocks, paths[1], 400, None)
+        encode(documents._own_texts(corpus)[1], paths[1], 400, None)
         replace(*paths)
 
     monkeypatch.setattr(os, "replace", replace_after_another_run)
