@@ -17,7 +17,6 @@ from the less precious one.
 Where the texts come from: documents.py. Read next: images.py.
 """
 
-import hashlib
 import itertools
 import json
 import mmap
@@ -191,20 +190,18 @@ def encode_documents(documents, cache, vocabulary_size, tokenizer):
 
     shutil.rmtree(cache, ignore_errors=True)         # a damaged one
     cache.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(dir=cache.parent, prefix=cache.name + "."))
-    try:
-        names, parts, digest = [], [], hashlib.sha256()
-        lengths, hashes = array("q"), array("Q")     # lists would take four times the memory
+    with tempfile.TemporaryDirectory(dir=cache.parent, prefix=cache.name + ".", ignore_cleanup_errors=True) as folder:
+        names, parts, folder = [], [], Path(folder)
+        lengths, hashes = array("q"), array("q")     # lists would take four times the memory
         with open(folder / "tokens.bin", "wb") as file:
             for n, (text, name, part) in enumerate(documents):
                 ids = tokenizer.encode(text)
                 if len(ids):
                     file.write(ids.tobytes())
-                    digest.update(ids.tobytes())
                     lengths.append(len(ids))
                     names.append(name)
                     parts.append(part)
-                    hashes.append(int.from_bytes(hashlib.blake2b(ids.tobytes(), digest_size=8).digest(), "little"))
+                    hashes.append(hash(ids.tobytes()))
                 if n % 2000 == 0:
                     progress(f"encoding: {n:,} texts")
         progress(f"encoding: {len(lengths):,} texts, {sum(lengths):,} tokens, vocabulary {len(tokenizer):,}", end="\n")
@@ -215,10 +212,10 @@ def encode_documents(documents, cache, vocabulary_size, tokenizer):
         number = {name: i for i, name in enumerate(classes)} | {None: -1}
         labels = np.array([number[name] for name in names], np.int64)
         parts = split_blocks(labels) if parts[0] is None else np.array(parts, np.uint8)
-        keep = without_twins(np.array(hashes, np.uint64), parts, labels)
+        keep = without_twins(np.array(hashes), parts, labels)
         if not keep.all():
             notes.append(f"{(~keep).sum():,} texts dropped that stand elsewhere in the data, too")
-        meta = dict(classes=classes, tokenizer=tokenizer.to_json(), notes=notes, sha256=digest.hexdigest())
+        meta = dict(classes=classes, tokenizer=tokenizer.to_json(), notes=notes, sha256=hash_of(folder / "tokens.bin"))
         np.savez(folder / "index.npz", starts=(np.cumsum(lengths) - lengths)[keep], lengths=lengths[keep],
                  labels=labels[keep], split=parts[keep], meta=np.frombuffer(json.dumps(meta).encode(), np.uint8))
         try:
@@ -226,8 +223,6 @@ def encode_documents(documents, cache, vocabulary_size, tokenizer):
         except OSError:
             if not cache.exists():                   # else another run has made the same meanwhile
                 raise
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def read_cache(cache):
