@@ -270,12 +270,11 @@ class Windows:
         self.texts, self.seed = texts, seed
         # With the document term half of a short text stays outside the window, to be guessed.
         self.sizes = np.minimum(window, -(-texts.lengths // 2) if rest else texts.lengths)       # (N,)
-        ends = np.cumsum(np.sort(self.sizes))
+        ends = np.append(0, np.cumsum(np.sort(self.sizes)))                                      # (N + 1,)
         self.borders = [0]                                                      # the same in every epoch
         while self.borders[-1] < len(texts):
-            done = ends[self.borders[-1] - 1] if self.borders[-1] else 0
-            fits = np.searchsorted(ends, done + batch_size * window, side="right")
-            self.borders.append(max(int(fits), self.borders[-1] + 1))
+            full = ends[self.borders[-1]] + batch_size * window
+            self.borders.append(np.searchsorted(ends, full, side="right") - 1)
         self.batches, self.epoch = len(self.borders) - 1, None
 
     def __call__(self, step):
