@@ -100,7 +100,7 @@ def main():
     torch.manual_seed(settings.seed)
     sample = pool.spaced(SAMPLE_TEXTS)
     columns = min(64, D) if settings.document_weight else D
-    shape = dict(vocabulary_size=V, pairs=frequent_pairs(sample, V, settings.pairs), width=D, layers=settings.layers,
+    shape = dict(vocabulary_size=V, pairs=frequent_pairs(sample, settings.pairs), width=D, layers=settings.layers,
                  heads=settings.heads, window=settings.window, document_columns=columns)
     model = transformer.TextEncoder(**shape)
     counts = sum(model.count_terms(torch.from_numpy(sample.flat(which)[0]), 0, 1)[0]

@@ -54,10 +54,10 @@ def evenly(n, most):
     return np.linspace(0, n - 1, min(most, n)).astype(int)
 
 
-def fingerprint(data, most=1000):
-    """Eight hex digits from up to so many of the examples, evenly spaced: of other data they are others."""
+def fingerprint(data):
+    """Eight hex digits from up to 1,000 of the examples, evenly spaced: of other data they are others."""
     checksum = 0
-    for i in evenly(len(data), most):
+    for i in evenly(len(data), 1000):
         checksum = zlib.crc32(np.ascontiguousarray(data[int(i)]), checksum)
     return f"{checksum:08x}"
 
@@ -296,14 +296,14 @@ class Windows:
         return map(torch.from_numpy, (tokens, lengths, rest, owner))
 
 
-def frequent_pairs(texts, vocabulary_size, most, least=20):
+def frequent_pairs(texts, most, least=20):
     """The `most` commonest pairs of neighbouring tokens, each seen `least` times at least, sorted: (P,) int64,
     left · V + right."""
-    found = [np.zeros(0, np.int64)]
+    V, found = len(texts.tokenizer), [np.zeros(0, np.int64)]
     for which in texts.slices(4096):      # a pair and its count in one number, so that one sort brings like to like
         tokens, _ = texts.flat(which)
         both = (tokens[:-1] != PAD) & (tokens[1:] != PAD)
-        kinds, counts = np.unique(tokens[:-1][both] * vocabulary_size + tokens[1:][both], return_counts=True)
+        kinds, counts = np.unique(tokens[:-1][both] * V + tokens[1:][both], return_counts=True)
         found.append(kinds << 24 | counts)
         if sum(map(len, found[1:])) > len(found[0]) + 2**20:
             found = [_together(found)]

@@ -128,7 +128,7 @@ class TextTask:
     def columns(self):
         """{name: Column or Linear}, in the table's order."""
         known, classes = np.concatenate([self.train, self.held_out]), len(self.classes)
-        pairs = frequent_pairs(self.texts.select(known), len(self.texts.tokenizer), 200_000, least=1)
+        pairs = frequent_pairs(self.texts.select(known), 200_000, least=1)
         words = evaluation.tf_idf(evaluation.term_counts(self.texts, pairs.numpy()), known)
         return {"tf-idf": Linear(partial(evaluation.rows, words), self.labels, classes, TF_IDF_STRENGTHS),
                 "from scratch": Column(self.fit_from_scratch, self.answers, partial(rates_and_epochs, SCRATCH_RATES)),

@@ -105,9 +105,9 @@ def test_pairs_are_counted_as_a_loop_does_however_often_they_are_put_together(co
     counts = Counter(pair for i in range(len(texts)) for pair in zip(texts[i].tolist(), texts[i].tolist()[1:]))
     wanted = sorted(a * 300 + b for (a, b), n in counts.items() if n >= 20)
     monkeypatch.setattr(datasets.Texts, "slices", lambda self, size: np.array_split(np.arange(len(self)), 7))
-    assert datasets.frequent_pairs(texts, 300, 10**6).tolist() == wanted
+    assert datasets.frequent_pairs(texts, 10**6).tolist() == wanted
     often = {a * 300 + b: n for (a, b), n in counts.items()}
-    some = datasets.frequent_pairs(texts, 300, 5).tolist()              # the most frequent ones, by their numbers
+    some = datasets.frequent_pairs(texts, 5).tolist()              # the most frequent ones, by their numbers
     assert len(some) == 5 and some == sorted(some) and sorted(often[p] for p in some) == sorted(often.values())[-5:]
     found = [np.sort(np.random.default_rng(n).integers(0, 99, 50) << 24 | 1) for n in range(3)]
     assert datasets._together(found).tolist() == [

@@ -302,7 +302,7 @@ def test_cross_validation_takes_a_strong_penalty_for_noise_and_a_weak_one_for_si
 def test_words_and_pairs_are_counted_as_a_loop_does_in_any_number_of_slices(corpus, tmp_path, most, monkeypatch):
     monkeypatch.setattr(datasets.Texts, "slices", lambda self, size: np.array_split(np.arange(len(self)), 7))
     texts, V = documents.load_texts(str(corpus), tmp_path, 300), 300
-    pairs = datasets.frequent_pairs(texts, V, most, least=1).tolist()
+    pairs = datasets.frequent_pairs(texts, most, least=1).tolist()
     found = evaluation.term_counts(texts, np.array(pairs, np.int64)).to_dense()
     assert found.shape == (len(texts), V + len(pairs)) and len(pairs) <= most
     for i in range(0, len(texts), 40):
