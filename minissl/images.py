@@ -191,39 +191,34 @@ def draw_shapes(n, generator, size=32):
 CIFAR10 = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 CIFAR10_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
 CIFAR10_MD5 = "c32a1d4ab5d03f1284b67883e8d87530"
-CIFAR10_FILES = {"cifar-10-batches-bin": [f"data_batch_{n}.bin" for n in range(1, 6)] + ["test_batch.bin"],
-                 "cifar-10-batches-py": [f"data_batch_{n}" for n in range(1, 6)] + ["test_batch"]}
+CIFAR10_PLACES = ["cifar-10-batches-bin", "cifar-10-batches-py", "cifar-10-binary.tar.gz", "cifar-10-python.tar.gz"]
 CIFAR10_NAME = re.compile(r"(?:\./)?(cifar-10-batches-(?:bin|py))/((?:data_batch_[1-5]|test_batch)(?:\.bin)?)")
 
 
 def cifar10(data_dir):
-    """The binary or the Python version, packed or unpacked, whichever lies in data_dir; else the former, downloaded.
+    """The binary or the Python version, unpacked or packed, whichever lies in data_dir; else the former, downloaded.
     The last 5,000 training images are held out for choices."""
-    for folder, names in CIFAR10_FILES.items():
-        if (data_dir / folder).is_dir():
-            missing = [name for name in names if not (data_dir / folder / name).is_file()]
-            if missing:
-                raise UserError(f"{data_dir / folder} lacks {', '.join(missing)}: unpack {CIFAR10_URL} again")
-            return _cifar10({name: (data_dir / folder / name).read_bytes() for name in names}, data_dir / folder)
-    archives = [data_dir / "cifar-10-binary.tar.gz", data_dir / "cifar-10-python.tar.gz"]
-    archive = next((path for path in archives if path.exists()), archives[0])
-    if not archive.exists():
-        download(CIFAR10_URL, archive, CIFAR10_MD5)
-    return _cifar10({name[2]: data for name, data in read_archive(archive, CIFAR10_NAME, 2**25, CIFAR10_URL)}, archive)
-
-
-def _cifar10(files, where):
-    images, labels = [], []
-    for name in next((names for names in CIFAR10_FILES.values() if set(names) <= set(files)), ["data_batch_1.bin"]):
+    places = [data_dir / name for name in CIFAR10_PLACES]
+    where = next((place for place in places if place.exists()), places[2])
+    if not where.exists():
+        download(CIFAR10_URL, where, CIFAR10_MD5)
+    if where.is_dir():
+        files = {path.name: path.read_bytes() for path in where.iterdir() if path.is_file()}
+    else:
+        files = {name[2]: data for name, data in read_archive(where, CIFAR10_NAME, 2**25, CIFAR10_URL)}
+    images, labels, end = [], [], ".bin" if "bin" in where.name else ""
+    for name in [f"data_batch_{n}{end}" for n in range(1, 6)] + ["test_batch" + end]:
+        if name not in files:
+            raise UserError(f"{where} lacks {name}: get {CIFAR10_URL} again")
         try:
-            if name.endswith(".bin"):                                                 # label, then 3 × 32 × 32 pixels
+            if end:                                                                   # label, then 3 × 32 × 32 pixels
                 records = np.frombuffer(files[name], np.uint8).reshape(-1, 3073)
                 pixels, label = records[:, 1:], records[:, 0]
             else:
                 pixels, label = read_cifar_pickle(files[name])
             if len(pixels) != 10_000 or label.max() > 9:
                 raise ValueError(f"{len(pixels):,} images, labels up to {label.max()}")
-        except (KeyError, ValueError, TypeError) as error:
+        except ValueError as error:
             raise UserError(f"{where}, {name}: not a batch of CIFAR-10 ({error}): get {CIFAR10_URL} again") from None
         images.append(pixels.reshape(-1, 3, 32, 32))
         labels.append(label.astype(np.int64))
