@@ -47,10 +47,8 @@ class Images:
 
     def to(self, device):
         """The same on a GPU, if they take at most half of its free memory; else they stay, and each batch must move."""
-        if device.type == "cpu":
-            return self
         room = torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else 2**32
-        if math.prod(self.shape) > room:
+        if device.type == "cpu" or math.prod(self.shape) > room:
             return self
         return replace(self, pixels=self[:].to(device), rows=torch.arange(len(self)))
 
@@ -280,18 +278,15 @@ def own_images(path, keep_all=False, flag="--data"):
     if array.dtype.kind not in "buif" or not array.ndim:
         raise UserError(f"{found}; {wanted}: {RECIPE}")
     if array.dtype != np.uint8:
-        if array.dtype.kind == "f":
-            some = np.nan_to_num(array[:100])
-            if some.min(initial=0) < 0:
-                how = "((a - a.min()) / (a.max() - a.min()) * 255).round().astype(np.uint8)"
-            else:
-                how = (f"(np.nan_to_num(a) * {1 if some.max(initial=0) > 1 else 255})"
-                       f".clip(0, 255).round().astype(np.uint8)")
-        elif array.dtype == np.uint16 and array[:100].max(initial=0) > 255:
-            how = "(a / a.max() * 255).round().astype(np.uint8)"
+        some = np.nan_to_num(array[:100])
+        least, most = some.min(initial=0), some.max(initial=0)
+        if array.dtype.kind == "f" and least < 0:
+            how = "(a - a.min()) / (a.max() - a.min()) * 255"
+        elif array.dtype == np.uint16 and most > 255:
+            how = "a / a.max() * 255"
         else:
-            how = "a.astype(np.uint8) * 255" if array[:100].max(initial=0) <= 1 else "a.clip(0, 255).astype(np.uint8)"
-        raise UserError(f"{found}; {wanted}: convert it with {how}")
+            how = "np.nan_to_num(a) * 255.0" if most <= 1 else "np.nan_to_num(a)"
+        raise UserError(f"{found}; {wanted}: convert it with ({how}).clip(0, 255).round().astype(np.uint8)")
     if array.ndim == 4 and array.shape[1] in (1, 3) and array.shape[3] not in (1, 3):
         raise UserError(f"{found}: the channels stand first; {wanted}: convert it with a.transpose(0, 2, 3, 1)")
     if array.ndim not in (3, 4) or array.ndim == 4 and array.shape[3] not in (1, 3):
