@@ -4,6 +4,7 @@ Written files appear whole or not at all; what is read is taken for damaged or h
 whatever is wrong with it becomes one sentence (UserError).
 """
 
+import contextlib
 import csv
 import gzip
 import hashlib
@@ -179,14 +180,15 @@ def load_checkpoint(folder):
     return read_checkpoint(path, CHECKPOINT_FORMAT, "give the folder of a run that a training script has made")
 
 
-MISFITS = (KeyError, TypeError, ValueError, IndexError, AttributeError, RuntimeError)
-
-
-def misfit(folder, error):
-    """The sentence for a checkpoint that is whole, says that it is ours, and holds something else (one of MISFITS)."""
-    reason = " ".join(str(error).split())[:100] or type(error).__name__
-    return UserError(f"{Path(folder) / 'checkpoint.pt'} does not hold what it should ({reason}): it is another "
-                     f"program's or has been changed; start another run")
+@contextlib.contextmanager
+def taken_from(folder):
+    """Around what is taken out of a folder's checkpoint: UserError if it is ours and holds something else."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:100] or type(error).__name__
+        raise UserError(f"{Path(folder) / 'checkpoint.pt'} does not hold what it should ({reason}): it is another "
+                        f"program's or has been changed; start another run") from None
 
 
 def read_checkpoint(path, format, remedy):

@@ -14,7 +14,7 @@ from minissl.autoencoder import Autoencoder
 from minissl.contrastive import ContrastiveModel
 from minissl.datasets import texts_of
 from minissl.evaluation import image_features, text_features
-from minissl.files import MISFITS, load_checkpoint, misfit
+from minissl.files import load_checkpoint, taken_from
 from minissl.images import SMALLEST
 from minissl.tokenizer import MASK, Tokenizer
 from minissl.transformer import TextEncoder
@@ -28,11 +28,9 @@ def load_run(run):
     method = checkpoint.get("method")
     if isinstance(method, str) and method not in MODELS:
         raise UserError(f"{run} was made by the method {method}, which is not among the MODELS of minissl/runs.py")
-    try:
+    with taken_from(run):
         model = MODELS[method](**checkpoint["model_settings"]).eval()
         model.load_state_dict(checkpoint["model"])
-    except MISFITS as error:
-        raise misfit(run, error) from None
     return model, checkpoint
 
 
@@ -43,10 +41,8 @@ def new_model(checkpoint, seed):
 
 
 def tokenizer_of(checkpoint):
-    try:
+    with taken_from(checkpoint["settings"]["run"]):
         return Tokenizer.from_json(checkpoint["tokenizer"])
-    except MISFITS as error:
-        raise misfit(checkpoint["settings"]["run"], error) from None
 
 
 def check_images(images, model, name):

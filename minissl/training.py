@@ -28,7 +28,7 @@ import numpy as np
 import torch
 
 from minissl import UserError, processes, report
-from minissl.files import (CHECKPOINT_FORMAT, MISFITS, load_checkpoint, lock, misfit, writable, write_atomically,
+from minissl.files import (CHECKPOINT_FORMAT, load_checkpoint, lock, taken_from, writable, write_atomically,
                            write_checkpoint, write_csv)
 
 
@@ -280,14 +280,12 @@ class Run:
             if self.checkpoint["data"] != data:
                 raise UserError(f"{self.folder} learned from {self.checkpoint['data']}, and now finds {data}: give it "
                                 f"the same data (with labels beside it if there were any), or start another run")
-            try:
+            with taken_from(self.folder):
                 step, (counted, losses) = int(self.checkpoint["step"]), self.checkpoint["unlogged"]
                 self.counted, self.losses = int(counted), [torch.tensor(float(loss)) for loss in losses]
                 model.load_state_dict(self.checkpoint["model"])
                 for optimizer, state in zip(optimizers, self.checkpoint["optimizers"], strict=True):
                     optimizer.load_state_dict(state)
-            except MISFITS as error:
-                raise misfit(self.folder, error) from None
             print(f"resuming: {step:,} of {self.settings.steps:,} steps are made")
         config = dict(settings=asdict(self.settings), command=shlex.join(["python", *sys.argv]),
                       python=sys.version.split()[0], torch=torch.__version__, numpy=np.__version__,
