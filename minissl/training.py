@@ -39,15 +39,14 @@ def read_settings(cls, description, argv=None):
 
     Each field is a flag, and the comment behind it in the source is its help, so the why stands in one place.
     A bool is a switch, a Literal a choice, a list takes several values; what has no default is no flag but the first
-    argument. A wrong flag or value: one sentence, exit 2.
+    argument. Raises UserError for a wrong flag or value.
     """
     why = dict(re.findall(r"^    (\w+): .*?#\s*(.+)$", inspect.getsource(cls), re.MULTILINE))
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     def error(message):                               # argparse's own prints the usage, too
-        message = re.sub("the following arguments are required: (.*)",
-                         r"\1 is missing: give it before all flags", message)
-        sys.exit(_say(f"{parser.prog}: {message}; --help lists what there is", 2))
+        message = re.sub(".*arguments are required: (.*)", r"\1 is missing: give it before all flags", message)
+        raise UserError(f"{message}; --help lists what there is")
     parser.error = error
     for item in fields(cls):
         default = item.default_factory() if callable(item.default_factory) else item.default
@@ -74,29 +73,29 @@ def read_settings(cls, description, argv=None):
 
 def run_script(main):
     """Run main(); what the user can mend becomes one sentence and exit code 2."""
+    def end(sentence, code, each=True):               # of several processes, each says it, or the first
+        if each or not processes.RANK:
+            print(f"{Path(sys.argv[0]).name}: {sentence}", file=sys.stderr)
+        sys.exit(code)
+
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")          # a terminal that cannot show a character is no reason to stop
     try:
         main()
-    except UserError as error:                        # of several processes, one says it
-        sys.exit(_say(f"{Path(sys.argv[0]).name}: {error}", 2) if not processes.RANK else 2)
+    except UserError as error:
+        end(error, 2, each=False)
     except OSError as error:                          # no space, no permission, a folder gone: the system's own words
-        sys.exit(_say(f"{Path(sys.argv[0]).name}: {error}", 1))
+        end(error, 1)
     except KeyboardInterrupt as stop:
-        sys.exit(_say(str(stop) or "interrupted", 130) if not processes.RANK else 130)
+        end(str(stop) or "interrupted", 130, each=False)
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error):
-            sys.exit(_say(f"{Path(sys.argv[0]).name}: too little memory: try a lower --batch-size, or --limit", 1))
+            end("too little memory: try a lower --batch-size, or --limit", 1)
         if not processes.lost(error):
             raise
-        sys.exit(_say(f"{Path(sys.argv[0]).name}: another process is gone, so this one ends, too; --resume goes on", 1))
+        end("another process is gone, so this one ends, too; --resume goes on", 1)
     finally:
         processes.leave()
-
-
-def _say(sentence, code):
-    print(sentence, file=sys.stderr)
-    return code
 
 
 def at_least(settings, minimum, *names):
