@@ -34,7 +34,7 @@ from minissl.documents import load_texts
 from minissl.files import progress, writable, write_atomically, write_checkpoint, write_csv
 from minissl.finetuning import CLASSIFIER_FORMAT, ImageTask, TextTask, label_images, label_texts
 from minissl.images import describe, load_images
-from minissl.training import at_least, autocast, choose_machine, read_settings, run_script
+from minissl.training import at_least, choose_machine, read_settings, run_script
 
 
 # ---------------------------------------------------------------- Settings
@@ -160,8 +160,7 @@ def main():
     model, checkpoint = runs.load_run(settings.run)
     trained, of_text = checkpoint["settings"], checkpoint["method"] == "mlm"
     with contextlib.redirect_stdout(sys.stderr if settings.predict else sys.stdout):   # its stdout: answers alone
-        device, precision, _ = choose_machine(settings)
-    cast = autocast(device, precision)
+        device, precision, cast, _ = choose_machine(settings)
     if settings.predict:
         label = label_texts if of_text else label_images
         return label(settings.run, settings.predict, checkpoint, model, cast, device)

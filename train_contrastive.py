@@ -23,8 +23,8 @@ from minissl.datasets import HELD_OUT, TRAIN
 from minissl.images import describe, load_images, mean_and_deviation
 from minissl.muon import Muon
 from minissl.processes import RANK, average_gradients, first_alone, gather, share, share_batch_norm
-from minissl.training import (Batches, Run, at_least, autocast, choose_machine, count_flops, generator, rate_at,
-                              read_settings, run_script, take_step)
+from minissl.training import (Batches, Run, at_least, choose_machine, count_flops, generator, rate_at, read_settings,
+                              run_script, take_step)
 
 
 # ---------------------------------------------------------------- Settings
@@ -108,8 +108,7 @@ class Look:
 def main():
     settings = read_settings(Settings, __doc__)
     run = Run(settings)
-    device, precision, peak = choose_machine(settings)
-    cast = autocast(device, precision)
+    device, precision, cast, peak = choose_machine(settings)
     with first_alone():
         data = load_images(settings.data, settings.data_dir, settings.limit)
     pool = data.of(TRAIN).to(device)                                     # N images (C, H, W) uint8

@@ -24,8 +24,7 @@ from minissl.datasets import SAMPLE_TEXTS, TRAIN, WholeTexts, Windows, fingerpri
 from minissl.documents import load_texts
 from minissl.muon import Muon
 from minissl.processes import RANK, WORLD, average_gradients, first_alone, sum_over
-from minissl.training import (Run, at_least, autocast, choose_machine, generator, rate_at, read_settings, run_script,
-                              take_step)
+from minissl.training import Run, at_least, choose_machine, generator, rate_at, read_settings, run_script, take_step
 
 
 # ---------------------------------------------------------------- Settings
@@ -84,8 +83,7 @@ def main():
     if settings.fill:
         return runs.fill(settings.run, settings.fill)
     run = Run(settings)
-    device, precision, peak = choose_machine(settings)
-    cast = autocast(device, precision)
+    device, precision, cast, peak = choose_machine(settings)
     with first_alone():
         texts = load_texts(settings.data, settings.data_dir, settings.vocabulary_size, settings.limit,
                            runs.tokenizer_of(run.checkpoint) if run.checkpoint else None)

@@ -168,7 +168,8 @@ def count_flops(model, run):
 
 
 def choose_machine(settings):
-    """-> (torch.device, forward pass's dtype, FLOP/s of a large matrix product in it), each printed with its reason."""
+    """-> torch.device, dtype of the forward pass, its autocast context, FLOP/s of a large matrix product in that dtype.
+    Device and dtype are printed with their reasons."""
     device, reason = choose_device(settings.device)
     device = processes.join(device)
     print(f"device: {device} ({reason})" + f", {processes.WORLD} processes" * (processes.WORLD > 1))
@@ -177,7 +178,7 @@ def choose_machine(settings):
     precision, peak, reason = processes.agree(choose_precision(settings.precision, device))
     print(f"precision: {str(precision)[6:]} ({reason})")
     settings.precision = str(precision)[6:]           # goes into the checkpoint: a resumed run does not measure again
-    return device, precision, peak
+    return device, precision, autocast(device, precision), peak
 
 
 def autocast(device, precision):

@@ -23,8 +23,7 @@ from minissl.contrastive import ImageEncoder
 from minissl.datasets import TRAIN
 from minissl.images import describe, load_images, mean_and_deviation
 from minissl.muon import Muon
-from minissl.training import (Batches, Run, autocast, choose_machine, count_flops, rate_at, read_settings, run_script,
-                              take_step)
+from minissl.training import Batches, Run, choose_machine, count_flops, rate_at, read_settings, run_script, take_step
 
 
 # ---------------------------------------------------------------- 1. the model file
@@ -76,8 +75,7 @@ class Settings:
 def main():
     settings = read_settings(Settings, __doc__)
     run = Run(settings)
-    device, precision, peak = choose_machine(settings)
-    cast = autocast(device, precision)
+    device, precision, cast, peak = choose_machine(settings)
     data = load_images(settings.data, settings.data_dir, settings.limit)
     pool, B = data.of(TRAIN).to(device), settings.batch_size
     batches = Batches(len(pool), B, settings.seed, "image order")

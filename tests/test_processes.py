@@ -142,4 +142,5 @@ def test_each_process_has_the_gpu_of_its_number_on_its_own_machine(monkeypatch):
 def test_all_processes_take_the_precision_of_the_first(monkeypatch):
     monkeypatch.setattr(processes, "agree", lambda value: (torch.bfloat16, 7.0, "measured by the first"))
     settings = SimpleNamespace(device="cpu", precision="float32")
-    assert training.choose_machine(settings)[1:] == (torch.bfloat16, 7.0) and settings.precision == "bfloat16"
+    _, precision, _, peak = training.choose_machine(settings)
+    assert (precision, peak, settings.precision) == (torch.bfloat16, 7.0, "bfloat16")
