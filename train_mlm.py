@@ -157,7 +157,7 @@ def main():
                     if settings.document_weight:
                         document = transformer.document_loss(model.term_head(z), bag[part], filled / WORLD)
                 (settings.masked_weight * masked + settings.document_weight * document).backward()
-                run.count(0, 0, masked, document, steps=0)
+                run.count(0, 0, masked, document)
             rate = rate_at(step - settings.embedding_steps, settings.steps - settings.embedding_steps, warmup=100)
             # 6: 2 for multiply and add, 3 for forward and backward; attention: q kᵀ and the product with v, T²D each
             multiply_adds = blocks * real + V * D * len(positions) + 2 * settings.layers * D * int((lengths**2).sum())

@@ -135,7 +135,7 @@ def choose_precision(name, device):
 
     A CPU without bfloat16 units emulates it, slower than float32, so the question is put to the machine.
     """
-    small = lambda dtype: matrix_product_rate(device, dtype, 256, 0.02)   # emulation is a hundred times slower: it tells
+    small = lambda dtype: matrix_product_rate(device, dtype, 256, 0.02)   # emulation is a hundred times slower
     wanted = [torch.float32 if name == "auto" else getattr(torch, name)]
     if name == "auto" and device.type != "mps" and small(torch.bfloat16) > 0.5 * small(torch.float32):
         wanted.append(torch.bfloat16)
@@ -316,16 +316,16 @@ class Run:
         if self.settings.steps < self.checkpoint["step"]:
             raise UserError(f"--steps {self.settings.steps}: {self.folder} has made {self.checkpoint['step']} already")
 
-    def count(self, items, flops, *losses, steps=1):
-        """Add a step, or a part of one (steps=0), to the log's next row. Losses stay on the device: no wait here."""
+    def count(self, items, flops, *losses):
+        """Add a step, or a part of one, to the log's next row. Losses stay on the device: no wait here."""
         self.items += items
         self.flops += flops
-        self.counted += steps
         self.losses = [a + b.detach() for a, b in zip(self.losses or [0.0] * len(losses), losses)]
 
     def after(self, step, stopping, look, chance, log_every=50):
-        """What follows a step: now and then a row of the log, sometimes with a look (model -> more columns) and the page
-        anew; by the clock a checkpoint, which costs under 1 % of it; after a signal the end."""
+        """What follows a step: now and then a row of the log, sometimes a look (model -> more columns) and the page;
+        by the clock a checkpoint, which costs under 1 % of it; after a signal the end."""
+        self.counted += 1
         done, last = step + 1, step + 1 == self.settings.steps
         time_to_look = (last or done % self.settings.evaluate_every == 0
                         or done == getattr(self.settings, "embedding_steps", 0))

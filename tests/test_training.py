@@ -80,7 +80,7 @@ def test_the_page_says_who_made_the_run_has_each_row_of_the_table_and_names_what
 def test_an_evaluation_is_made_in_evaluation_mode_and_its_time_does_not_count_in_the_rate(tmp_path):
     run = object.__new__(training.Run)
     run.settings, run.folder = SimpleNamespace(steps=9, evaluate_every=1, save_every=1e9), tmp_path
-    run.model, run.logged, run.saved = torch.nn.Linear(1, 1), 5.0, 0.0
+    run.model, run.logged, run.saved, run.counted = torch.nn.Linear(1, 1), 5.0, 0.0, 0
 
     def look(model):
         time.sleep(0.05)
@@ -99,7 +99,8 @@ def test_a_row_of_the_log_is_about_the_steps_since_the_row_before(tmp_path, monk
     run.items, run.flops, run.counted, run.losses, run.started, run.logged = 0, 0, 0, [], 100.0, 100.0
     for step, left in (40, "1.3 min left"), (80, "0.5 min left"):        # 160 steps in 80 s, 120 steps in 30 s
         clock[0] += 10
-        run.count(1000, 3e9, torch.tensor(30.0), steps=20)
+        run.count(1000, 3e9, torch.tensor(30.0))
+        run.counted += 20
         run.log(step, dict(loss=None), {})
         row = run.rows[-1]
         assert (row["loss"], row["rate_per_second"], row["share_of_peak"]) == (1.5, 100, 0.3)
