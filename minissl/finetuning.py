@@ -70,22 +70,16 @@ def standardised(x, pool):
 
 
 class Classifier(nn.Module):
-    """body.encode, (B, D), standardised, and a linear layer that starts at zero -> logits (B, C)."""
+    """body.encode, (B, D), standardised, and a linear layer -> logits (B, C). weights (D + 1, C), like a probe's, are
+    where that layer starts."""
 
-    def __init__(self, body, mean, deviation, classes):
+    def __init__(self, body, mean, deviation, weights):
         super().__init__()
         self.body = body
         self.register_buffer("mean", mean)                                    # (D,) of the unlabelled pool's features
         self.register_buffer("deviation", deviation)                          # (D,)
-        self.head = nn.Linear(len(mean), classes)
-        nn.init.zeros_(self.head.weight)
-        nn.init.zeros_(self.head.bias)
-
-    @torch.no_grad()
-    def start_from(self, weights):
-        """weights (D + 1, C) of a probe into the linear layer."""
-        self.head.weight.copy_(weights[:-1].T)
-        self.head.bias.copy_(weights[-1])
+        self.head = nn.Linear(*weights[:-1].shape)
+        self.head.load_state_dict(dict(weight=weights[:-1].T, bias=weights[-1]))
 
     def forward(self, *inputs):
         return self.head((self.body.encode(*inputs) - self.mean) / self.deviation)
@@ -136,15 +130,14 @@ class TextTask:
                 "fine-tuned": Column(self.fit_fine_tuned, self.answers, partial(rates_and_epochs, TUNED_RATES))}
 
     def fit_from_scratch(self, which, option, seed):
-        (rate, epochs), d = option, len(self.mean)
+        (rate, epochs), d, C = option, len(self.mean), len(self.classes)
         table = 0.1 * torch.randn(self.table.shape, generator=generator(seed, "from scratch", 0))
-        classifier = Classifier(Embeddings(table, blocks=0), torch.zeros(d), torch.ones(d), len(self.classes))
+        classifier = Classifier(Embeddings(table, blocks=0), torch.zeros(d), torch.ones(d), torch.zeros(d + 1, C))
         return self.train_classifier(classifier, which, rate, 0.1, epochs, 0, seed)
 
     def fit_fine_tuned(self, which, option, seed):
         (rate, epochs), (weights, strength) = option, self.probe.fit(which)
-        classifier = Classifier(Embeddings(self.table), self.mean, self.deviation, len(self.classes))
-        classifier.start_from(weights)
+        classifier = Classifier(Embeddings(self.table), self.mean, self.deviation, weights)
         return self.train_classifier(classifier, which, rate, self.spread, epochs, strength, seed)
 
     def train_classifier(self, model, which, rate, unit, epochs, strength, seed):
@@ -231,13 +224,12 @@ class ImageTask:
         return columns
 
     def fit_from_scratch(self, which, option, seed):
-        body, D = self.new_model(seed), len(self.mean)
-        classifier = Classifier(body, torch.zeros(D), torch.ones(D), len(self.classes))
+        body, D, C = self.new_model(seed), len(self.mean), len(self.classes)
+        classifier = Classifier(body, torch.zeros(D), torch.ones(D), torch.zeros(D + 1, C))
         return self.train_classifier(classifier, which, option, seed, smoothing=0.1, frozen_norm=False)
 
     def fit_fine_tuned(self, which, option, seed):
-        classifier = Classifier(deepcopy(self.model), self.mean, self.deviation, len(self.classes))
-        classifier.start_from(self.probe.fit(which)[0])
+        classifier = Classifier(deepcopy(self.model), self.mean, self.deviation, self.probe.fit(which)[0])
         return self.train_classifier(classifier, which, option, seed, smoothing=0.0, frozen_norm=len(which) <= 5000)
 
     def train_classifier(self, model, which, option, seed, smoothing, frozen_norm, images_seen=9600):
@@ -277,29 +269,28 @@ class ImageTask:
 CLASSIFIER_FORMAT = "minissl classifier 2"
 
 
-def read_classifier(run, checkpoint):
-    """classifier.pt of the run's folder -> (state, names of its classes)."""
+def read_classifier(run, checkpoint, body):
+    """classifier.pt of the run's folder -> (Classifier around `body`, names of its classes)."""
     saved = read_checkpoint(Path(run) / "classifier.pt", CLASSIFIER_FORMAT,
                             f"run finetune.py {run} without --probe first: it is made with the table")
     if saved["step"] != checkpoint["step"]:
         raise UserError(f"{run} has been trained further since its classifier was made: run finetune.py {run} again")
-    return saved["model"], saved["classes"]
+    mean, classes = saved["model"]["mean"], saved["classes"]
+    classifier = Classifier(body, mean, torch.ones_like(mean), torch.zeros(len(mean) + 1, len(classes)))
+    classifier.load_state_dict(saved["model"])
+    return classifier, classes
 
 
 def label_texts(run, path, checkpoint, model, cast, device):
     """Print label, probability and text for each text of a file."""
-    if not Path(path).is_file():
-        raise UserError(f"--predict {path}: {'a folder' if Path(path).is_dir() else 'there is no such file'}; "
-                        f"give a .txt, a text a line or a paragraph")
-    if Path(path).suffix == ".npy":
-        raise UserError(f"--predict {path}: the run learned from texts; give a .txt")
+    if not Path(path).is_file() or Path(path).suffix == ".npy":
+        raise UserError(f"--predict {path}: the run learned from texts; "
+                        f"give a .txt that is there, a text a line or a paragraph")
     strings = list(read_texts(Path(path)))
     if not strings:
         raise UserError(f"--predict {path}: there is no text in it")
-    state, classes = read_classifier(run, checkpoint)
+    classifier, classes = read_classifier(run, checkpoint, Embeddings(model.term_table().detach()))
     task = TextTask(texts_of(strings, runs.tokenizer_of(checkpoint)), model, cast, device)
-    classifier = Classifier(Embeddings(state["body.table"]), state["mean"], state["deviation"], len(classes))
-    classifier.load_state_dict(state)
     with torch.no_grad():
         chances = classifier(task.counts, task.context, task.words).softmax(1)
     for text, row in zip(strings, chances):
@@ -312,10 +303,7 @@ def label_images(run, path, checkpoint, model, cast, device):
         raise UserError(f"--predict {path}: the run learned from images; give a .npy of them")
     images = own_images(Path(path), keep_all=True, flag="--predict")
     runs.check_images(images, model, path)
-    state, classes = read_classifier(run, checkpoint)
-    classifier = Classifier(model, state["mean"], state["deviation"], len(classes))
-    classifier.load_state_dict(state)
-    classifier = classifier.to(device).eval()
-    chances = evaluation.image_features(classifier, images, cast, device).softmax(1)
+    classifier, classes = read_classifier(run, checkpoint, model)
+    chances = evaluation.image_features(classifier.to(device).eval(), images, cast, device).softmax(1)
     for n, row in enumerate(chances):
         print(f"{classes[int(row.argmax())]}\t{float(row.max()):.2f}\t{n}")

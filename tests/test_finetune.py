@@ -203,7 +203,7 @@ def test_doubled_texts_have_their_rows_of_features_too_in_the_order_of_the_paths
     (["--predict", "a.txt", "--features", "b.npy"], "give one of them"),
     (["--features", "not/there/b.npy"], "one can write into"),
     (["--features", f"{__file__}/b.npy"], "one can write into"), (["--features", "out.txt"], "a new .npy"),
-    (["--predict", "."], "a folder; give a .txt"), (["--data", "cifar10"], "learned from texts")])
+    (["--predict", "."], "give a .txt that is there"), (["--data", "cifar10"], "learned from texts")])
 def test_what_cannot_be_done_is_said_in_one_sentence(flags, sentence, trained, run_script):
     code, printed = run_script(finetune, trained, "--data-dir", trained.parent / "data", *flags)
     assert code == 2 and sentence in printed.splitlines()[-1] and "Traceback" not in printed and "draw 1" not in printed
