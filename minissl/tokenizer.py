@@ -79,14 +79,14 @@ def merge(ids, pair, new_id):
     return merged
 
 
-def train(texts, vocabulary_size, minimum_count=2, report=None):
+def train(texts, vocabulary_size, report=None):
     """Learn the merges from an iterable of strings.
 
     Every distinct piece is stored once with its count, and an index from pairs to the pieces that contain them
     makes each merge touch only those: 98 MB of reviews take half a minute, not hours.
 
-    Arguments: texts, an iterable of str; vocabulary_size, int, special tokens and bytes included;
-    minimum_count, pairs rarer than this are not merged; report, called with (merges made, merges wanted).
+    Arguments: texts, an iterable of str; vocabulary_size, int, special tokens and bytes included; report, called with
+    (merges made, merges wanted).
     Returns a Tokenizer, with fewer entries than asked for when the text has no more pairs that repeat.
     Ties go to the smaller pair, so the same texts give the same tokenizer, in any order (up to a million
     distinct pieces; beyond, the rarer half is dropped now and then).
@@ -117,10 +117,9 @@ def train(texts, vocabulary_size, minimum_count=2, report=None):
     while heap and len(merges) < wanted:
         count, pair = heapq.heappop(heap)
         if -count != pair_counts[pair]:
-            if pair_counts[pair] >= minimum_count:
-                heapq.heappush(heap, (-pair_counts[pair], pair))
+            heapq.heappush(heap, (-pair_counts[pair], pair))
             continue
-        if -count < minimum_count:
+        if -count < 2:                            # from here on no pair repeats
             break
         new_id = FIRST_MERGE + len(merges)
         merges.append(pair)
