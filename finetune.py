@@ -60,8 +60,7 @@ class Settings:
         if self.features and self.predict:
             raise UserError("--features and --predict: give one of them")
         if self.features and (Path(self.features).suffix != ".npy" or not writable(Path(self.features).parent)):
-            raise UserError(f"--features {self.features}: give the name of a new .npy, "
-                            f"in a folder that one can write into")
+            raise UserError(f"--features {self.features}: give a new .npy in a folder that one can write into")
         if not all(rows == "all" or rows.isdecimal() and int(rows) > 0 for rows in self.labels):
             raise UserError(f"--labels {' '.join(self.labels)}: must be whole numbers above 0, or all")
 
@@ -107,8 +106,7 @@ def one_row(settings, task, columns, row):
 def table(settings, task):
     """-> [(labels a class, {column: (accuracies, seconds)}, last fitted classifier)], a row an entry, and chance."""
     if not (len(task.train) and len(task.held_out) and len(task.test)):
-        raise UserError("too few labelled examples for a training, a held-out and a test set: "
-                        "give at least 10 of each class")
+        raise UserError("too few labelled examples to train on, to choose by and to test on: give 10 of each class")
     chance = 100 * float(torch.bincount(task.labels[task.test]).max()) / len(task.test)
     least = int(torch.bincount(task.labels[task.train], minlength=len(task.classes)).min())
     print(f"{len(task.classes)} classes; labelled: {len(task.train):,} to draw from, {len(task.held_out):,} held out "

@@ -114,8 +114,7 @@ def read_archive(path, wanted, largest, url):
             while stream.read(2**20):
                 pass                                                            # to the end, where the checksum stands
     except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
-        raise UserError(f"{path} is not a whole archive ({error}): delete it, and it is downloaded again "
-                        f"from {url}") from None
+        raise UserError(f"{path} is not a whole archive ({error}): delete it, to have {url} downloaded again") from None
 
 
 _held = None
@@ -175,8 +174,7 @@ def load_checkpoint(folder):
     """The checkpoint of a run's folder; see read_checkpoint."""
     path = Path(folder) / "checkpoint.pt"
     if not path.exists() and any((path.parent / name).exists() for name in ("config.json", "lock")):
-        raise UserError(f"{path.parent} was stopped before its first checkpoint: start its training again, "
-                        f"without --resume")
+        raise UserError(f"{path.parent} was stopped before its first checkpoint: start it again, without --resume")
     return read_checkpoint(path, CHECKPOINT_FORMAT, "give the folder of a run that a training script has made")
 
 
@@ -204,9 +202,8 @@ def read_checkpoint(path, format, remedy):
                 raise ValueError(f"the checksum of {broken} is wrong")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:              # a damaged pickle can fail in any way: IndexError, UnicodeDecodeError, ...
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{path} cannot be read as a checkpoint ({reason[:100]}): it is damaged or another "
-                        f"program's") from None
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:100]
+        raise UserError(f"{path} cannot be read as a checkpoint ({reason}): damaged or another program's") from None
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != format:
         raise UserError(f"{path} is not of this version of minissl ({format})")
     return checkpoint

@@ -295,9 +295,8 @@ def own_images(path, keep_all=False, flag="--data"):
         raise UserError(f"{found}; {wanted}{how}")
     if min(array.shape[1:3]) < SMALLEST:
         raise UserError(f"{found}: an image must be at least {SMALLEST} pixels high and wide; enlarge them")
-    if len(array) < (1 if keep_all else 20):
-        raise UserError(f"{found}: {len(array)} images are too few"
-                        + " to learn from; give at least 20" * (not keep_all))
+    if len(array) < (fewest := 1 if keep_all else 20):
+        raise UserError(f"{found}: too few images; give at least {fewest}")
     labels, label_path, classes = np.full(len(array), -1), path.with_name(path.stem + ".labels.npy"), []
     if label_path.exists():
         given = _load_array(label_path)
@@ -311,8 +310,7 @@ def own_images(path, keep_all=False, flag="--data"):
     split, hashes = split_blocks(labels), np.array([hash(image.tobytes()) for image in array])
     keep = without_twins(hashes, split, labels) | keep_all
     if not keep_all and (split[keep] == HELD_OUT).sum() < 2:
-        raise UserError(f"{found}: no two images are left to be held out; give at least 20 that differ, "
-                        f"10 of each class" + f" (there are {len(classes)} classes)" * (len(classes) > 1))
+        raise UserError(f"{found}: no two images are left to be held out; give 20 that differ, 10 of each class")
     pixels = torch.from_numpy(array).view(*array.shape[:3], -1).permute(0, 3, 1, 2)
     notes = [f"{(~keep).sum():,} images dropped that stand elsewhere in the data, too"] * (not keep.all())
     if array[evenly(len(array), 100)].max() <= 1:

@@ -200,8 +200,7 @@ class Batches:
 
     def __init__(self, n, size, seed, purpose, equal=True):
         if n < size:
-            raise UserError(f"--batch-size {size}: there are only {n:,} images to learn from; "
-                            f"give more or a lower --batch-size")
+            raise UserError(f"--batch-size {size}: there are only {n:,} images to learn from; give more, or lower it")
         if equal and size % processes.WORLD:
             raise UserError(f"--batch-size {size}: no multiple of the {processes.WORLD} processes that are to share it")
         self.n, self.size, self.seed, self.purpose, self.epoch = n, size, seed, purpose, None
@@ -262,8 +261,7 @@ class Run:
         elif not writable(place):
             raise UserError(f"--run {self.folder}: {place} is no folder that one can write into; give another name")
         elif (self.folder / "checkpoint.pt").exists():      # without one a run may start anew: there is nothing to lose
-            raise UserError(f"{self.folder} holds a run already: --resume goes on with it, --run with another name "
-                            f"starts one beside it")
+            raise UserError(f"{self.folder} holds a run already: give --resume to go on with it, or another --run")
         elif (self.folder.exists() and not (self.folder / "config.json").exists()
               and {path.name for path in self.folder.iterdir()} - {"lock", "config.json.tmp"}):  # left by an early kill
             raise UserError(f"{self.folder} holds something that is no run: give --run another name")
@@ -307,8 +305,7 @@ class Run:
 
     def _compare(self, old):
         if old.keys() != asdict(self.settings).keys():
-            raise UserError(f"the run in {self.folder} was made by another script, or another version of minissl: "
-                            f"resume it with that")
+            raise UserError(f"{self.folder} was made by another script or version of minissl: resume it with that")
         for name, value in asdict(self.settings).items():
             if name not in MAY_CHANGE and old[name] != value:
                 raise UserError(f"--{name.replace('_', '-')} {value}: the run in {self.folder} was started with "

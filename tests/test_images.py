@@ -261,8 +261,8 @@ def test_an_own_array_stays_on_the_disk_and_only_what_a_batch_takes_is_in_memory
     (np.zeros((20, 3, 32, 32), np.uint8), "channels stand first.*transpose"),
     (np.zeros((20, 32, 32, 4), np.uint8), "with 1 or 3 channels C: .*a\\[..., :3\\]"),
     (np.zeros((20, 64), np.uint8), "expected uint8.*: one image is a\\[None\\]"),
-    (np.zeros((20, 7, 32), np.uint8), "at least 8 pixels"), (np.zeros((3, 8, 8), np.uint8), "too few to learn from"),
-    (np.zeros((30, 8, 8), np.uint8), "left to be held out"),
+    (np.zeros((20, 7, 32), np.uint8), "at least 8 pixels"), (np.zeros((30, 8, 8), np.uint8), "left to be held out"),
+    (np.zeros((3, 8, 8), np.uint8), "too few images; give at least 20"),
     (np.array([{}] * 20), "cannot be read as a NumPy array")])
 def test_an_array_of_the_wrong_kind_is_refused_with_the_way_to_mend_it(array, sentence, tmp_path):
     np.save(tmp_path / "a.npy", array)

@@ -423,7 +423,7 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_is_started_again(runs
     (tmp_path / "run" / "config.json").write_bytes((runs / "ae" / "config.json").read_bytes())
     script, flags = SCRIPTS["ae"]
     code, printed = run_script(script, "--run", tmp_path / "run", "--resume")
-    assert code == 2 and "start its training again, without --resume" in printed.splitlines()[-1], printed
+    assert code == 2 and "start it again, without --resume" in printed.splitlines()[-1], printed
     code, printed = run_script(script, "--run", tmp_path / "run", *flags, *TINY)
     assert code == 0 and equal(states(tmp_path / "run"), states(runs / "ae")), printed
 
