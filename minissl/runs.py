@@ -81,9 +81,8 @@ def fill(run, text):
     if checkpoint["method"] != "mlm":
         raise UserError(f"--fill: {run} learned from images; give the folder of a run of train_mlm.py")
     tokenizer = tokenizer_of(checkpoint)
-    pieces = text.split("[MASK]")
     ids = []
-    for n, piece in enumerate(pieces):
+    for n, piece in enumerate(text.split("[MASK]")):
         ids += [MASK] * (n > 0) + tokenizer.encode(piece, leading_space=n == 0 or piece[:1].isspace()).tolist()
     places = [i for i, token in enumerate(ids) if token == MASK]
     if not places or len(ids) > model.window:
@@ -91,7 +90,5 @@ def fill(run, text):
                         f"[MASK] and at most {model.window} tokens")
     with torch.no_grad():
         chances = model.token_logits(model(torch.tensor([ids]))[0, places]).softmax(1)           # (M, V)
-    for n, row in enumerate(chances):
-        best = row.topk(5)
-        print(f"[MASK] {n + 1}: " + ", ".join(f"{tokenizer.decode([i])} {p:.2f}" for p, i in
-                                              zip(best.values.tolist(), best.indices.tolist())))
+    for n, row in enumerate(chances, 1):
+        print(f"[MASK] {n}: " + ", ".join(f"{tokenizer.decode([i])} {p:.2f}" for p, i in zip(*row.topk(5))))
