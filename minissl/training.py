@@ -109,14 +109,12 @@ def at_least(settings, minimum, *names):
 
 def choose_device(name):
     """"auto" takes CUDA, then MPS, then the CPU. -> (torch.device, the reason in words)."""
-    available = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
+    there = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
+    if name not in ("auto", *there):
+        raise UserError(f"--device {name}: this torch finds no such device here; there is {' and '.join(there)}")
     if name != "auto":
-        if not available[name]:
-            raise UserError(f"--device {name}: this torch finds no such device here; there is "
-                            + " and ".join(k for k, there in available.items() if there))
         return torch.device(name), "as asked"
-    name = next(k for k, there in available.items() if there)
-    return torch.device(name), {"cpu": f"no GPU found; {torch.get_num_threads()} threads"}.get(name, "found")
+    return torch.device(there[0]), "found" if len(there) > 1 else f"no GPU found; {torch.get_num_threads()} threads"
 
 
 def keep_freed_memory():
