@@ -54,7 +54,6 @@ def download(url, path, md5, pauses=(1, 4, 16), patience=30):
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
-    by_hand = f"get {url} in another way and put it at {path}"
     for pause in (*pauses, None):
         begun = part.stat().st_size if part.exists() else 0
         try:
@@ -72,7 +71,7 @@ def download(url, path, md5, pauses=(1, 4, 16), patience=30):
             if isinstance(problem, urllib.error.HTTPError) and problem.code < 500:
                 pause = None                          # not there, not allowed
         if pause is None:
-            raise UserError(f"cannot download {url} ({error}): {by_hand}") from None
+            raise UserError(f"cannot download {url} ({error}): get it in another way, put it at {path}") from None
         progress(f"{path.name}: {error}; trying again in {pause} s", end="\n")
         time.sleep(pause)
 

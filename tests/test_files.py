@@ -79,8 +79,8 @@ def test_a_download_that_fails_says_what_to_put_where_and_leaves_no_file_of_that
     url = server(*behaviours)
     with pytest.raises(UserError) as caught:
         files.download(url, tmp_path / "data.bin", MD5, pauses=(0.01, 0.01), patience=0.3)
-    assert (sentence in str(caught.value)
-            and f"get {url} in another way and put it at {tmp_path / 'data.bin'}" in str(caught.value))
+    assert sentence in str(caught.value) and f"download {url} (" in str(caught.value)
+    assert f"get it in another way, put it at {tmp_path / 'data.bin'}" in str(caught.value)
     assert not (tmp_path / "data.bin").exists() and len(server.requests) == requests
 
 
