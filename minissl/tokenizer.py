@@ -147,15 +147,14 @@ class Tokenizer:
     def __init__(self, merges):
         """merges: list of (int, int), the r-th made of tokens below FIRST_MERGE + r. ValueError otherwise."""
         self.merges = [tuple(pair) for pair in merges]
-        if not all(len(pair) == 2 and all(type(part) is int for part in pair) for pair in self.merges):
-            raise ValueError("merges must be pairs of whole numbers")
         self.rank = {}             # pair -> the token it merges into
         self.bytes_of = [name.encode() for name in SPECIAL_TOKENS] + [bytes([b]) for b in range(256)]
-        for new_id, (left, right) in enumerate(self.merges, FIRST_MERGE):
-            if not (FIRST_BYTE <= left < new_id and FIRST_BYTE <= right < new_id) or (left, right) in self.rank:
-                raise ValueError(f"merge {new_id - FIRST_MERGE}, ({left}, {right}): not two earlier tokens, once")
-            self.rank[left, right] = new_id
-            self.bytes_of.append(self.bytes_of[left] + self.bytes_of[right])
+        for new_id, pair in enumerate(self.merges, FIRST_MERGE):
+            earlier = [type(part) is int and FIRST_BYTE <= part < new_id for part in pair]
+            if earlier != [True, True] or pair in self.rank:
+                raise ValueError(f"merge {new_id - FIRST_MERGE}, {pair}: not two earlier tokens, once")
+            self.rank[pair] = new_id
+            self.bytes_of.append(self.bytes_of[pair[0]] + self.bytes_of[pair[1]])
         self.dtype = np.uint16 if len(self) <= 2**16 else np.int32
         self.known = lru_cache(2**20)(self._merged)      # text repeats its words; a bound on memory
 
