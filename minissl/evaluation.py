@@ -187,15 +187,16 @@ def text_features(model, texts, cast, device="cpu", progress=lambda line: None):
     longer than the model's window is read in nearly equal parts; its features are the mean of theirs, by length."""
     windows, features = texts.cut(model.window), torch.zeros(len(texts), model.document_columns)
     owner = np.repeat(np.arange(len(texts)), -(-texts.lengths // model.window))                   # (W,)
-    order, B = np.argsort(windows.lengths, kind="stable"), max(1, 2**15 // model.window)    # like lengths share a batch
-    for begin in range(0, len(order), B):
-        which = order[begin:begin + B]
+    order, begin = np.argsort(-windows.lengths, kind="stable"), 0             # like lengths share a batch
+    while begin < len(order):
+        which = order[begin:begin + max(1, 2**15 // windows.lengths[order[begin]])]
         tokens, lengths = map(torch.from_numpy, windows.padded(which))
         with cast:
             part = model.encode(tokens.to(device), lengths.to(device)).cpu()  # (B, d)
         share = lengths / torch.from_numpy(texts.lengths[owner[which]])       # (B,) of its text
         features.index_add_(0, torch.from_numpy(owner[which]), part * share[:, None])
-        progress(f"encoding: {begin + len(which):,} of {len(order):,} windows")
+        begin += len(which)
+        progress(f"encoding: {begin:,} of {len(order):,} windows")
     return features
 
 

@@ -174,7 +174,7 @@ def load_checkpoint(folder):
     path = Path(folder) / "checkpoint.pt"
     if not path.exists() and any((path.parent / name).exists() for name in ("config.json", "lock")):
         raise UserError(f"{path.parent} was stopped before its first checkpoint: start it again, without --resume")
-    return read_checkpoint(path, CHECKPOINT_FORMAT, "give the folder of a run that a training script has made")
+    return read_checkpoint(path, CHECKPOINT_FORMAT, "give the folder of a run that a script of this version made")
 
 
 @contextlib.contextmanager
@@ -204,5 +204,5 @@ def read_checkpoint(path, format, remedy):
         reason = (str(error).splitlines() or [type(error).__name__])[0][:100]
         raise UserError(f"{path} cannot be read as a checkpoint ({reason}): damaged or another program's") from None
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != format:
-        raise UserError(f"{path} is not of this version of minissl ({format})")
+        raise UserError(f"{path} is of another program or version of minissl (expected: {format}); {remedy}")
     return checkpoint

@@ -1,7 +1,8 @@
 """What finetune.py compares: for texts and for images, the columns of its table.
 
-A task knows the examples, which of them are for training, for choices and for the test, and a `Column` for each way to
-get a classifier from a few labels. A column's fit sees the labels of the examples that it is given, and no others.
+A task knows the examples, which of them are for training, for choices and for the test, and a column, `Column` or
+`Linear`, for each way to get a classifier from a few labels. A column's fit sees the labels of the examples that it is
+given, and no others.
 
 How a text encoder is fine-tuned here. The document vector is a mean of token vectors, and each token vector its
 embedding plus what the blocks add from the context. Fine-tuning moves the embeddings, where what a label says about
@@ -284,8 +285,8 @@ def read_classifier(run, checkpoint, body):
 def label_texts(run, path, checkpoint, model, cast, device):
     """Print label, probability and text for each text of a file."""
     if not Path(path).is_file() or Path(path).suffix == ".npy":
-        raise UserError(f"--predict {path}: the run learned from texts; "
-                        f"give a .txt that is there, a text a line or a paragraph")
+        what = "a folder" if Path(path).is_dir() else "an array" if Path(path).is_file() else "there is no such file"
+        raise UserError(f"--predict {path}: {what}; give a .txt, a text a line or a paragraph")
     strings = list(read_texts(Path(path)))
     if not strings:
         raise UserError(f"--predict {path}: there is no text in it")

@@ -90,7 +90,8 @@ def describe(images):
 
 
 def mean_and_deviation(images):
-    """images (N, C, H, W) uint8 -> of each channel in [0, 1], from 10,000 images, fewer if they are large."""
+    """images (N, C, H, W) uint8 -> dict(mean, deviation), a list (C,) each, of pixels in [0, 1]; from 10,000 images, or
+    fewer if they are large."""
     some = min(len(images), 10_000, max(100, 2**26 // math.prod(images.shape[1:])))
     some = images[torch.linspace(0, len(images) - 1, some).long()].float() / 255
     deviation = some.std((0, 2, 3), correction=0).clamp(min=1e-3)
@@ -201,13 +202,13 @@ def cifar10(data_dir):
     if not where.exists():
         download(CIFAR10_URL, where, CIFAR10_MD5)
     if where.is_dir():
-        files = {path.name: path.read_bytes() for path in where.iterdir() if path.is_file()}
+        files = {path.name: path.read_bytes() for path in where.glob("*_batch*") if path.is_file()}
     else:
         files = {name[2]: data for name, data in read_archive(where, CIFAR10_NAME, 2**25, CIFAR10_URL)}
     images, labels, end = [], [], ".bin" if "bin" in where.name else ""
     for name in [f"data_batch_{n}{end}" for n in range(1, 6)] + ["test_batch" + end]:
         if name not in files:
-            raise UserError(f"{where} lacks {name}: get {CIFAR10_URL} again")
+            raise UserError(f"{where} lacks {name}: delete it, and get {CIFAR10_URL} again")
         try:
             if end:                                                                   # label, then 3 × 32 × 32 pixels
                 records = np.frombuffer(files[name], np.uint8).reshape(-1, 3073)

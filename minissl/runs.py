@@ -35,7 +35,7 @@ def load_run(run):
 
 
 def new_model(checkpoint, seed):
-    """The model of a checkpoint as it was before any training."""
+    """The image model of a checkpoint as it was before any training."""
     torch.manual_seed(seed)
     return MODELS[checkpoint["method"]](**checkpoint["model_settings"])
 

@@ -158,6 +158,9 @@ class Tokenizer:
         self.dtype = np.uint16 if len(self) <= 2**16 else np.int32
         self.known = lru_cache(2**20)(self._merged)      # text repeats its words; a bound on memory
 
+    def __reduce__(self):                                # what is known need not travel to another process
+        return Tokenizer, (self.merges,)
+
     def __len__(self):
         return FIRST_MERGE + len(self.merges)
 

@@ -224,7 +224,7 @@ def take_step(optimizers, rate, times=None):
     """A step of each optimizer, at the rate times each group's own `times`, or this one; then no gradient is left."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            group["lr"] = rate * (times or group.get("times", 1))
+            group["lr"] = rate * (group.get("times", 1) if times is None else times)
         optimizer.step()
         optimizer.zero_grad()
 

@@ -203,7 +203,7 @@ FAULTS = [      # (what is wrong, file, test_<file>.py::<test>, what stands ther
     ("features in the order of the lengths", E,
      "finetune::rows_of_features",
      "features.index_add_(0, torch.from_numpy(owner[which]),",
-     "features.index_add_(0, torch.from_numpy(owner[begin:begin + B]),"),
+     "features.index_add_(0, torch.from_numpy(owner[begin:begin + len(which)]),"),
     ("from scratch starts at the pretrained table", F,
      "finetune::from_scratch_owes",
      "table = 0.1 * torch.randn(",

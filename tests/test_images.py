@@ -148,7 +148,7 @@ def test_cifar10_is_read_packed_and_unpacked(version, cifar, tmp_path):
 def test_an_unpacked_cifar10_that_lacks_a_file_is_said_to(tmp_path):
     (tmp_path / "cifar-10-batches-bin").mkdir()
     (tmp_path / "cifar-10-batches-bin" / "test_batch.bin").touch()
-    with pytest.raises(UserError, match="lacks data_batch_1.bin: get"):
+    with pytest.raises(UserError, match="lacks data_batch_1.bin: delete it, and get"):
         images.load_images("cifar10", tmp_path)
 
 

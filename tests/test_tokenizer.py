@@ -1,5 +1,6 @@
 """The tokenizer: the merges against a naive recount and a published example, and the round trip of hard strings."""
 
+import pickle
 import random
 import time
 
@@ -156,3 +157,10 @@ def test_a_text_that_is_no_tokenizer_is_a_value_error(text):
 def test_malformed_merges_are_a_value_error(merges):
     with pytest.raises(ValueError):
         Tokenizer.from_json(f'{{"format": "minissl byte-pair tokenizer", "merges": {merges}}}')
+
+
+def test_a_tokenizer_goes_to_another_process():
+    tokenizer = train(["the ship sails and the ship waits"] * 9, 300)
+    again = pickle.loads(pickle.dumps(tokenizer))
+    assert again.merges == tokenizer.merges
+    assert again.encode("the ship").tolist() == tokenizer.encode("the ship").tolist()
