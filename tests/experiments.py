@@ -120,7 +120,7 @@ def ask(name, seeds, data_dir, work, known):
 
 
 def start(folder, *command):
-    done = subprocess.run([sys.executable, *map(str, command)], cwd=folder, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, *map(str, command)], cwd=folder, capture_output=True, encoding="utf-8")
     if done.returncode:
         raise SystemExit(f"{' '.join(map(str, command))}\n{done.stdout}{done.stderr}")
 

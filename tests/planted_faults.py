@@ -327,7 +327,7 @@ def main(words):
             source = change(copy, name, file, old, new)
             module, test = test.split("::")
             command = "-m pytest -x -q -p no:cacheprovider".split() + [f"tests/test_{module}.py", "-k", test]
-            done = subprocess.run([sys.executable, *command], cwd=copy, capture_output=True, text=True)
+            done = subprocess.run([sys.executable, *command], cwd=copy, capture_output=True, encoding="utf-8")
             (copy / file).write_text(source, encoding="utf-8")
             caught = done.returncode == 1 and "failed" in done.stdout     # others: no test ran, or an error of pytest's
             seen += caught

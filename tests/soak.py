@@ -81,7 +81,7 @@ def kills(folder, count, draw, planted=""):
             while True:
                 resume = ["--resume"] if (run / "checkpoint.pt").exists() else []
                 process = subprocess.Popen([*python, ROOT / script, "--run", run, *flags, *resume],
-                                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+                                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8")
                 try:
                     printed = process.communicate(timeout=draw.uniform(0.3, 1) * length if done < count else None)[0]
                     break                                              # it came to its end

@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[1]
 def torchrun(n, script, *arguments):
     """-> the running torchrun."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(n), "--", script]
-    return subprocess.Popen([*command, *map(str, arguments)], cwd=ROOT, text=True, stdout=subprocess.PIPE,
+    return subprocess.Popen([*command, *map(str, arguments)], cwd=ROOT, encoding="utf-8", stdout=subprocess.PIPE,
                             stderr=subprocess.STDOUT)
 
 
