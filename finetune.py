@@ -188,8 +188,8 @@ def main():
                         f"with a sub-folder per class, for images NAME.labels.npy beside NAME.npy")
     data = data.select(data.labels >= 0)
     task = TextTask(data, model, cast, device) if of_text else ImageTask(
-        data, model, lambda seed: runs.new_model(checkpoint, seed), not (settings.no_flip or trained.get("no_flip")),
-        trained.get("code"), device, precision)
+        data, model, cast, device, precision, lambda seed: runs.new_model(checkpoint, seed),
+        not (settings.no_flip or trained.get("no_flip")), trained.get("code"))
     write_results(settings, checkpoint, name, data.classes, *table(settings, task))
 
 

@@ -17,6 +17,7 @@ from the less precious one.
 Where the texts come from: documents.py. Read next: images.py.
 """
 
+import hashlib
 import itertools
 import json
 import mmap
@@ -191,17 +192,18 @@ def encode_documents(documents, cache, vocabulary_size, tokenizer):
     shutil.rmtree(cache, ignore_errors=True)         # a damaged one
     cache.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache.parent, prefix=cache.name + ".", ignore_cleanup_errors=True) as folder:
-        names, parts, folder = [], [], Path(folder)
+        names, parts, digest, folder = [], [], hashlib.sha256(), Path(folder)
         lengths, hashes = array("q"), array("q")     # lists would take four times the memory
         with open(folder / "tokens.bin", "wb") as file:
             for n, (text, name, part) in enumerate(documents):
                 ids = tokenizer.encode(text)
                 if len(ids):
-                    file.write(ids.tobytes())
+                    file.write(data := ids.tobytes())
+                    digest.update(data)              # on the way: the file may be large
                     lengths.append(len(ids))
                     names.append(name)
                     parts.append(part)
-                    hashes.append(hash(ids.tobytes()))
+                    hashes.append(hash(data))
                 if n % 2000 == 0:
                     progress(f"encoding: {n:,} texts")
         progress(f"encoding: {len(lengths):,} texts, {sum(lengths):,} tokens, vocabulary {len(tokenizer):,}", end="\n")
@@ -215,7 +217,7 @@ def encode_documents(documents, cache, vocabulary_size, tokenizer):
         keep = without_twins(np.array(hashes), parts, labels)
         if not keep.all():
             notes.append(f"{(~keep).sum():,} texts dropped that stand elsewhere in the data, too")
-        meta = dict(classes=classes, tokenizer=tokenizer.to_json(), notes=notes, sha256=hash_of(folder / "tokens.bin"))
+        meta = dict(classes=classes, tokenizer=tokenizer.to_json(), notes=notes, sha256=digest.hexdigest())
         np.savez(folder / "index.npz", starts=(np.cumsum(lengths) - lengths)[keep], lengths=lengths[keep],
                  labels=labels[keep], split=parts[keep], meta=np.frombuffer(json.dumps(meta).encode(), np.uint8))
         try:

@@ -30,7 +30,7 @@ from minissl.documents import read_texts
 from minissl.files import progress, read_checkpoint
 from minissl.images import own_images
 from minissl.muon import Muon
-from minissl.training import Batches, autocast, generator, rate_at, take_step
+from minissl.training import Batches, generator, rate_at, take_step
 
 
 @dataclass
@@ -183,9 +183,9 @@ class ImageTask:
     trials = 1                          # draws of labels on which an option is tried: an image encoder is trained whole
     rows = ["10", "50", "500", "all"]   # of the table
 
-    def __init__(self, data, model, new_model, flip, code, device, precision):
-        self.model, self.new_model, self.flip, self.code = model.to(device), new_model, flip, code
-        self.device, self.precision, self.cast = device, precision, autocast(device, precision)
+    def __init__(self, data, model, cast, device, precision, new_model, flip, code):
+        self.model, self.cast, self.device, self.precision = model.to(device), cast, device, precision
+        self.new_model, self.flip, self.code = new_model, flip, code
         self.images, self.labels, self.classes = data.to(device), torch.from_numpy(data.labels), data.classes
         self.train, self.held_out, self.test = (np.flatnonzero(data.split == s) for s in (TRAIN, HELD_OUT, TEST))
         z, self.mean, self.deviation = standardised(self.features(self.model), self.train)

@@ -205,10 +205,11 @@ def cifar10(data_dir):
         files = {path.name: path.read_bytes() for path in where.glob("*_batch*") if path.is_file()}
     else:
         files = {name[2]: data for name, data in read_archive(where, CIFAR10_NAME, 2**25, CIFAR10_URL)}
+    again = f"delete it, and get {CIFAR10_URL} again"           # what lies there is preferred to a new one beside it
     images, labels, end = [], [], ".bin" if "bin" in where.name else ""
     for name in [f"data_batch_{n}{end}" for n in range(1, 6)] + ["test_batch" + end]:
         if name not in files:
-            raise UserError(f"{where} lacks {name}: delete it, and get {CIFAR10_URL} again")
+            raise UserError(f"{where} lacks {name}: {again}")
         try:
             if end:                                                                   # label, then 3 × 32 × 32 pixels
                 records = np.frombuffer(files[name], np.uint8).reshape(-1, 3073)
@@ -218,7 +219,7 @@ def cifar10(data_dir):
             if len(pixels) != 10_000 or label.max() > 9:
                 raise ValueError(f"{len(pixels):,} images, labels up to {label.max()}")
         except ValueError as error:
-            raise UserError(f"{where}, {name}: not a batch of CIFAR-10 ({error}): get {CIFAR10_URL} again") from None
+            raise UserError(f"{where}, {name}: not a batch of CIFAR-10 ({error}): {again}") from None
         images.append(pixels.reshape(-1, 3, 32, 32))
         labels.append(label.astype(np.int64))
     split = np.repeat(np.uint8([TRAIN, HELD_OUT, TEST]), [45_000, 5_000, 10_000])

@@ -264,6 +264,11 @@ class Run:
               and {path.name for path in self.folder.iterdir()} - {"lock", "config.json.tmp"}):  # left by an early kill
             raise UserError(f"{self.folder} holds something that is no run: give --run another name")
 
+    @property
+    def first_stage(self):
+        """Its steps: of train_mlm.py alone."""
+        return getattr(self.settings, "embedding_steps", 0)
+
     def begin(self, model, optimizers, peak, data, **more):
         """Open the folder; put the checkpoint's state, if there is one, into the model and the optimizers.
         data: what tells this data from other data, in words; more: for the checkpoints. -> the step to go on with."""
@@ -322,8 +327,7 @@ class Run:
         by the clock a checkpoint, which costs under 1 % of it; after a signal the end."""
         self.counted += 1
         done, last = step + 1, step + 1 == self.settings.steps
-        time_to_look = (last or done % self.settings.evaluate_every == 0
-                        or done == getattr(self.settings, "embedding_steps", 0))
+        time_to_look = last or done % self.settings.evaluate_every == 0 or done == self.first_stage
         if time_to_look or step == 0 or done % log_every == 0:
             begin, looking = time.perf_counter(), time_to_look and not processes.RANK
             result = look(self.model.eval()) if looking else {}
@@ -355,8 +359,9 @@ class Run:
         shown = [f"{name.replace('_', ' ')} {value:.4g}" + (f" (chance {chance[name]:.4g})" if chance[name] else "")
                  for name, value in losses.items() if value != ""]
         shown += [f"{name.replace('_', ' ')} {value:,}" for name, value in more.items() if value != ""]
-        stage = getattr(self.settings, "embedding_steps", 0)        # its steps say nothing about the later ones' time
-        end, of_what = (stage, " of the first stage") if step <= stage else (self.settings.steps, "")
+        end, of_what = (self.settings.steps, "")      # the first stage's steps say nothing about the later ones' time
+        if step <= self.first_stage:
+            end, of_what = self.first_stage, " of the first stage"
         left = seconds / max(step - self.logged_step, 1) * (end - step) / 60
         print(f"step {step:,}/{self.settings.steps:,}", *shown, f"{left:.1f} min left{of_what}", sep="  ", flush=True)
         self.items, self.flops, self.counted, self.losses = 0, 0, 0, []

@@ -284,7 +284,7 @@ def plant(defect, patch=setattr):
     if defect == "trust-cache":                        # read as it lies, whatever its checksum
         patch(datasets, "hash_of", lambda path, algorithm="sha256": (
             json.loads(bytes(np.load(Path(path).with_name("index.npz"))["meta"]))["sha256"]
-            if Path(path).with_name("index.npz").exists() else files.hash_of(path, algorithm)))
+            if Path(path).name == "tokens.bin" else files.hash_of(path, algorithm)))
     elif defect == "trust-checkpoint":                 # as torch.load does
         patch(files.zipfile.ZipFile, "testzip", lambda archive: None)
     elif defect == "no-sentence":                      # whatever torch says of a damaged file comes through

@@ -111,9 +111,8 @@ def image_task(run, data=None, code=None, noise=0.0):
     model, checkpoint = opened.load_run(run)
     for parameter in model.parameters():
         parameter.data += noise * torch.randn(parameter.shape)
-    return ImageTask(data or images.load_images("shapes", limit=100), model,
-                     lambda seed: opened.new_model(checkpoint, seed), flip=True, code=code,
-                     device=torch.device("cpu"), precision=torch.float32)
+    return ImageTask(data or images.load_images("shapes", limit=100), model, nullcontext(), torch.device("cpu"),
+                     torch.float32, lambda seed: opened.new_model(checkpoint, seed), flip=True, code=code)
 
 
 def test_the_principal_components_are_those_along_which_the_images_vary_most(runs):
@@ -296,8 +295,8 @@ def test_a_probe_moves_neither_parameters_nor_buffers_of_the_encoder(runs, brief
     model, checkpoint = opened.load_run(runs / "simclr")
     before = {k: v.clone() for k, v in model.state_dict().items()}
     data = images.load_images("shapes", limit=200)
-    task = ImageTask(data, model, lambda seed: opened.new_model(checkpoint, seed), flip=True, code=None,
-                     device=torch.device("cpu"), precision=torch.float32)
+    task = ImageTask(data, model, nullcontext(), torch.device("cpu"), torch.float32,
+                     lambda seed: opened.new_model(checkpoint, seed), flip=True, code=None)
     columns = task.columns()
     which = task.train[evaluation.draw_labels(task.labels[task.train], 5, 0)]
     columns["linear probe"].answers(columns["linear probe"].fit(which, None, 0), task.test)
