@@ -33,7 +33,7 @@ from minissl.datasets import fingerprint
 from minissl.documents import load_texts
 from minissl.files import progress, writable, write_atomically, write_checkpoint, write_csv
 from minissl.finetuning import CLASSIFIER_FORMAT, ImageTask, TextTask, label_images, label_texts
-from minissl.images import describe, load_images
+from minissl.images import load_images
 from minissl.training import at_least, choose_machine, read_settings, run_script
 
 
@@ -174,9 +174,10 @@ def main():
     else:
         data = load_images(name, data_dir, settings.limit, keep_all=bool(settings.features))
         runs.check_images(data, model, name)
-        if fingerprint(data) in checkpoint["data"] and checkpoint["data"] != describe(data):
-            print("mind: the run has learned from other ones of these images, so test images may be among them, "
-                  "because there were no labels, or others, beside them; train another run with these")
+    now, same = fingerprint(data), name == trained["data"] and settings.limit == trained.get("limit", 0)
+    if not settings.features and now not in checkpoint["data"] and (same or now.split("-")[0] in checkpoint["data"]):
+        print(f"mind: the run has learned from these {kind} when other ones were the test set, so test {kind} may be "
+              f"among them: there were no labels, or others, or other files; train another run with these")
     if settings.features:
         model.to(device)
         features = (evaluation.text_features(model, data, cast, device, progress) if of_text else

@@ -88,7 +88,7 @@ def main():
         texts = load_texts(settings.data, settings.data_dir, settings.vocabulary_size, settings.limit,
                            runs.tokenizer_of(run.checkpoint) if run.checkpoint else None)
     V, D, nothing = len(texts.tokenizer), settings.width, torch.zeros((), device=device)
-    pool = texts.select(texts.split == TRAIN).cut(1024)                  # a book is not one document
+    pool = texts.select(texts.split == TRAIN).cut(max(1024, 4 * settings.window))    # a book is not one document
     print(f"data: {settings.data}, {len(pool):,} texts to learn from, {pool.lengths.sum():,} tokens, vocabulary {V:,}"
           + "".join(f"; {note}" for note in texts.notes))
     windows = Windows(pool, settings.window, settings.batch_size, settings.seed, rest=settings.document_weight > 0)
@@ -160,7 +160,8 @@ def main():
                 run.count(0, 0, masked, document)
             rate = rate_at(step - settings.embedding_steps, settings.steps - settings.embedding_steps, warmup=100)
             # 6: 2 for multiply and add, 3 for forward and backward; attention: q kᵀ and the product with v, T²D each
-            multiply_adds = blocks * real + V * D * len(positions) + 2 * settings.layers * D * int((lengths**2).sum())
+            multiply_adds = blocks * real + 2 * settings.layers * D * int((lengths**2).sum())
+            multiply_adds += V * D * len(positions) * (settings.masked_weight > 0)
             run.count(real, 6 * multiply_adds, nothing, nothing)         # nothing: for a process that had no part
 
         stopping = average_gradients(model.parameters(), run.stopping)

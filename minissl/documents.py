@@ -7,6 +7,7 @@ None), that reads nothing before it is asked. `load_texts` encodes them once and
 import ast
 import hashlib
 import importlib.util
+import math
 import os
 import re
 import sys
@@ -39,7 +40,7 @@ def load_texts(data, data_dir="data", vocabulary_size=8192, limit=0, tokenizer=N
     elif data == "imdb":
         key, documents = _imdb(Path(data_dir))
     else:
-        key, documents = _own_texts(Path(data))
+        key, documents = _own_texts(Path(data), keep_all)
         if keep_all:
             return texts_of([text for text, *_ in documents][:limit or None], tokenizer)
     for settings in (str(vocabulary_size), tokenizer.to_json() if tokenizer else ""):
@@ -51,6 +52,8 @@ def load_texts(data, data_dir="data", vocabulary_size=8192, limit=0, tokenizer=N
     if not texts:
         encode_documents(documents, cache, vocabulary_size, tokenizer)
         texts = read_cache(cache)
+        if not texts:                                # it was there, another user's perhaps, and still is as it was
+            raise UserError(f"{cache} can neither be read nor replaced: delete it, or give another --data-dir")
     if limit:
         index = [np.flatnonzero(texts.split == s) for s in (TRAIN, HELD_OUT, TEST)]
         index = [where[evenly(len(where), limit)] for where in index]
@@ -147,7 +150,8 @@ def _read_imdb(archive):
 
 # ---------------------------------------------------------------- the reader's own files
 
-def _own_texts(path):
+def _own_texts(path, whole=False):
+    """-> key, documents; whole: a file of a folder is one text, however long."""
     if not path.exists():
         raise UserError(f"--data {path}: there is nothing there; give pydocs, imdb, a .txt file or a folder of them")
     if path.is_file():
@@ -165,7 +169,7 @@ def _own_texts(path):
             passed_over["empty folders"] += not any(file.iterdir())
         elif file.suffix != ".txt":
             passed_over["not .txt"] += 1
-        elif file.stat().st_size == 0:
+        elif _blank(file):
             passed_over["empty"] += 1
         else:
             files.append(file)
@@ -178,7 +182,12 @@ def _own_texts(path):
     number = {name: n for n, name in enumerate(sorted({*names} - {None}))}
     split = split_blocks(np.array([number.get(name, -1) for name in names]))
     return _digest(files, path), ((text, name, part) for file, name, part in zip(files, names, split)
-                                  for text in read_texts(file, least=4 * TEXT_BYTES))
+                                  for text in read_texts(file, least=math.inf if whole else 4 * TEXT_BYTES))
+
+
+def _blank(path):
+    with open(path, "rb") as file:
+        return not any(block.strip() for block in iter(lambda: file.read(2**16), b""))
 
 
 def read_texts(path, least=0):

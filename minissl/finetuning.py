@@ -204,7 +204,7 @@ class ImageTask:
         columns["pixels"] = Linear(pixels, self.labels, classes, (3, 1, 0.3, 0.1, 0.03))
         if self.code:                                                         # the autoencoder's linear relative
             _, _, directions = torch.linalg.svd(sample - mean, full_matrices=False)
-            directions = directions[:self.code].T                             # (C·H·W, D)
+            directions = directions[:min(self.code, len(sample) - 1)].T       # (C·H·W, D); n images span n − 1
             scores = torch.cat([(self.images[part].cpu().flatten(1).float() - mean) @ directions for part in
                                 np.array_split(np.arange(len(self.images)), max(1, len(self.images) // 10_000))])
             scores = standardised(scores, self.train)[0]

@@ -25,8 +25,11 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from minissl import UserError
 
-RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))        # torchrun sets them
+
+RANK, WORLD, LOCAL_RANK, LOCAL_WORLD = (int(os.environ.get(name, default)) for name, default in (      # torchrun's
+    ("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1)))          # local: of this machine
 
 
 def join(device):
@@ -34,7 +37,10 @@ def join(device):
     if WORLD == 1:
         return device
     if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        if LOCAL_WORLD > torch.cuda.device_count():
+            raise UserError(f"--nproc-per-node {LOCAL_WORLD}: each process takes a GPU, and this machine has "
+                            f"{torch.cuda.device_count()}; start so many, or give --device cpu")
+        device = torch.device("cuda", LOCAL_RANK)
         torch.cuda.set_device(device)
     if not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")

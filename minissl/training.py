@@ -73,8 +73,8 @@ def read_settings(cls, description, argv=None):
 
 def run_script(main):
     """Run main(); what the user can mend becomes one sentence and exit code 2."""
-    def end(sentence, code, each=True):               # of several processes, each says it, or the first
-        if each or not processes.RANK:
+    def end(sentence, code, each=True):               # each process says it, or the first of each machine
+        if each or not processes.LOCAL_RANK:
             print(f"{Path(sys.argv[0]).name}: {sentence}", file=sys.stderr)
         sys.exit(code)
 
@@ -109,7 +109,8 @@ def at_least(settings, minimum, *names):
 
 def choose_device(name):
     """"auto" takes CUDA, then MPS, then the CPU. -> (torch.device, the reason in words)."""
-    there = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
+    mps = torch.backends.mps.is_available() and processes.WORLD == 1    # torch has no collectives on it
+    there = ["cuda"] * torch.cuda.is_available() + ["mps"] * mps + ["cpu"]
     if name not in ("auto", *there):
         raise UserError(f"--device {name}: this torch finds no such device here; there is {' and '.join(there)}")
     if name != "auto":
@@ -326,6 +327,8 @@ class Run:
         """What follows a step: now and then a row of the log, sometimes a look (model -> more columns) and the page;
         by the clock a checkpoint, which costs under 1 % of it; after a signal the end."""
         self.counted += 1
+        losses = processes.sum_over(torch.stack([total.float() for total in self.losses])) / processes.WORLD
+        self.losses = list(losses)                    # alike in all processes: the first one's go into the checkpoint
         done, last = step + 1, step + 1 == self.settings.steps
         time_to_look = last or done % self.settings.evaluate_every == 0 or done == self.first_stage
         if time_to_look or step == 0 or done % log_every == 0:
@@ -346,9 +349,8 @@ class Run:
         """Write a row of metrics.csv and a line on the terminal: the losses since the last row, each beside its chance
         level, if it has one, then `more`. A loss that is not finite ends the run."""
         seconds = time.perf_counter() - self.logged
-        totals = processes.sum_over(torch.stack([total.float() for total in self.losses])) / processes.WORLD
-        losses = {name: float(f"{total / self.counted:.6g}") or ""      # "": is off
-                  for name, total in zip(chance, totals.tolist())}
+        losses = {name: float(f"{float(total) / self.counted:.6g}") or ""      # "": is off
+                  for name, total in zip(chance, self.losses)}
         if not all(math.isfinite(value or 0) for value in losses.values()):
             raise diverged("loss is", f"at step {step}", self.folder)
         share = round(self.flops / seconds / self.peak / processes.WORLD, 3) if self.flops else ""

@@ -67,12 +67,12 @@ def test_a_twin_is_dropped_from_the_less_precious_split_and_test_texts_all_stay(
 
 def test_hidden_and_empty_files_are_passed_over_and_counted(tmp_path, capsys):
     files = {"one.txt": "some words here", "two.txt": "some more words", ".hidden.txt": "no", ".git/x.txt": "no",
-             "empty.txt": "", "notes.md": "no"}
+             "empty.txt": "", "blank.txt": 70_000 * " " + "\n", "notes.md": "no"}
     (tmp_path / "nothing").mkdir()
     texts = load_texts(folder_of(tmp_path, files), tmp_path.parent / "d1", 300)
     assert strings(texts) == ["some words here", "some more words"]
     said = capsys.readouterr().err
-    assert all(part in said for part in ("2 hidden", "1 empty", "1 not .txt", "1 empty folders"))
+    assert all(part in said for part in ("2 hidden", "2 empty", "1 not .txt", "1 empty folders"))
 
 
 def test_a_file_is_its_paragraphs_or_without_blank_lines_its_lines(tmp_path):
@@ -170,6 +170,15 @@ def test_of_two_runs_that_make_the_same_cache_at_once_the_second_takes_the_first
     assert len(load_texts(str(corpus), tmp_path, 400)) == 200 and len(list((tmp_path / "cache").iterdir())) == 1
 
 
+def test_another_user_may_read_the_cache_and_one_that_cannot_be_had_gets_a_sentence(corpus, tmp_path, monkeypatch):
+    load_texts(str(corpus), tmp_path / "data", 400)
+    cache, = (tmp_path / "data" / "cache").iterdir()
+    assert cache.stat().st_mode == (tmp_path / "data").stat().st_mode
+    monkeypatch.setattr(documents, "read_cache", lambda cache: None)
+    with pytest.raises(UserError, match="neither be read nor replaced: delete it, or give another --data-dir"):
+        load_texts(str(corpus), tmp_path / "data", 400)
+
+
 def test_a_text_with_few_pairs_is_said_to_give_a_smaller_vocabulary(tmp_path):
     place = folder_of(tmp_path / "texts", {"a.txt": "la la la", "b.txt": "so so so"})
     assert load_texts(place, tmp_path, 400).notes == ["the text has pairs for a vocabulary of 262 only, not 400"]
@@ -188,11 +197,19 @@ def test_a_file_of_a_folder_is_one_text_and_the_outermost_folder_its_class(tmp_p
     assert texts.classes == ["x", "y"] and len(texts) == 20 and np.bincount(texts.split).tolist() == [14, 2, 4]
 
 
-def test_a_fingerprint_is_of_each_example():
+def test_a_fingerprint_is_of_each_example_and_of_what_each_is_for():
+    class Examples(list):
+        split = np.repeat(np.uint8([TRAIN, HELD_OUT, TEST]), [6, 2, 2])
+
     data = np.arange(20, dtype=np.uint8).reshape(10, 2)
     changed = [data + 100 * (np.arange(10) == n)[:, None].astype(np.uint8) for n in range(10)]
-    assert datasets.fingerprint(data) == datasets.fingerprint(data.copy())
-    assert len({datasets.fingerprint(one) for one in (data, *changed)}) == 11
+    assert datasets.fingerprint(Examples(data)) == datasets.fingerprint(Examples(data.copy()))
+    found = [datasets.fingerprint(Examples(one)) for one in (data, *changed)]
+    assert len(set(found)) == 11 and len({one.split("-")[1] for one in found}) == 1
+    other = Examples(data)
+    other.split = other.split[::-1]
+    examples, split = datasets.fingerprint(other).split("-")
+    assert found[0].split("-")[0] == examples and found[0].split("-")[1] != split
 
 
 def test_slices_padded_and_flat_hold_the_same_tokens(corpus, tmp_path):

@@ -1,6 +1,7 @@
 """Fine-tuning, probes and the baseline: what they may see, and that they count everything."""
 
 import csv
+import shutil
 from contextlib import nullcontext
 from types import SimpleNamespace
 
@@ -10,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 import finetune
-from minissl import UserError, datasets, documents, evaluation, finetuning, runs
+from minissl import UserError, datasets, documents, evaluation, files, finetuning, runs
 
 
 @pytest.fixture
@@ -187,12 +188,30 @@ def test_features_are_written_one_row_a_text(trained, corpus, run_script, tmp_pa
     np.testing.assert_allclose(runs.load_encoder(trained)(texts), features[[0, 7]], atol=0.02 * np.abs(features).max())
 
 
-def test_doubled_texts_have_their_rows_of_features_too_in_the_order_of_the_paths(trained, corpus, run_script, tmp_path):
+def test_files_that_came_after_the_pretraining_are_warned_of(trained, corpus, run_script, tmp_path):
+    shutil.copytree(corpus, tmp_path / "texts")
+    checkpoint = files.load_checkpoint(trained)
+    checkpoint["settings"] |= dict(data=str(tmp_path / "texts"), data_dir=str(tmp_path / "data"))
+    (tmp_path / "run").mkdir()
+    files.write_checkpoint(tmp_path / "run" / "checkpoint.pt", checkpoint)
+    flags = [tmp_path / "run", "--labels", 5, "--seeds", 1, "--probe"]
+    code, printed = run_script(finetune, *flags)
+    assert code == 0 and "mind:" not in printed, printed
+    for n in range(10):                                                  # what was the test set moves into training
+        (tmp_path / "texts" / "sea" / f"z{n}.txt").write_text(f"New text number {n}.", encoding="utf-8")
+    code, printed = run_script(finetune, *flags)
+    assert code == 0 and "so test texts may be among them" in printed, printed
+
+
+def test_a_file_of_a_folder_has_one_row_of_features_in_the_order_of_the_paths_doubled_or_long(
+        trained, corpus, run_script, tmp_path, monkeypatch):
+    monkeypatch.setattr(documents, "TEXT_BYTES", 50)                     # longer than four times that, they are long
     for name, source in (("b/1.txt", "city/000.txt"), ("a/2.txt", "sea/000.txt"), ("a/10.txt", "city/000.txt")):
         (tmp_path / "texts" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "texts" / name).write_bytes((corpus / source).read_bytes())
+    (tmp_path / "texts" / "a" / "11.txt").write_text(" \n", encoding="utf-8")
     code, printed = run_script(finetune, trained, "--features", tmp_path / "out.npy", "--data", tmp_path / "texts")
-    assert code == 0, printed
+    assert code == 0 and "passed over: 1 empty" in printed, printed
     first, second, third = np.load(tmp_path / "out.npy")                 # a/10, a/2, b/1
     assert np.array_equal(first, third) and not np.allclose(first, second, atol=0.1)
 

@@ -34,7 +34,7 @@ def workers(n, log, script, *arguments):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     return [forked.start(log, script, *arguments, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(n),
-                         MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)) for rank in range(n)]
+                         LOCAL_WORLD_SIZE=str(n), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)) for rank in range(n)]
 
 
 def together(n, log, script, *arguments):
@@ -130,13 +130,48 @@ def test_one_process_that_stops_stops_all_and_a_gradient_that_none_has_stays_non
 
 
 def test_each_process_has_the_gpu_of_its_number_on_its_own_machine(monkeypatch):
-    for name, value in dict(WORLD=8, RANK=5).items():
+    for name, value in dict(WORLD=8, RANK=5, LOCAL_WORLD=4, LOCAL_RANK=1).items():
         monkeypatch.setattr(processes, name, value)
-    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     monkeypatch.setattr(processes.dist, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     monkeypatch.setattr(sys, "stdout", sys.stdout)                   # join takes it away
     assert processes.join(torch.device("cuda")) == torch.device("cuda", 1)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    with pytest.raises(UserError, match="--nproc-per-node 4: each process takes a GPU, and this machine has 3"):
+        processes.join(torch.device("cuda"))
+
+
+def test_several_processes_do_not_choose_a_device_that_torch_cannot_sum_over(monkeypatch):
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert training.choose_device("auto")[0].type == "mps"
+    monkeypatch.setattr(processes, "WORLD", 2)
+    assert training.choose_device("auto")[0].type == "cpu"
+
+
+@pytest.mark.parametrize("local", [0, 1])
+def test_the_first_process_of_each_machine_says_what_is_wrong(local, run_script, tmp_path, monkeypatch):
+    monkeypatch.setattr(processes, "RANK", 2)                        # the file lies on the other machine only
+    monkeypatch.setattr(processes, "LOCAL_RANK", local)
+    code, printed = run_script(train_ae, "--data", tmp_path / "a.npy", "--run", tmp_path / "run", "--device", "cpu")
+    assert code == 2 and ("there is no such file" in printed) == (not local), printed
+
+
+def test_the_losses_that_a_checkpoint_keeps_are_those_of_all_processes(monkeypatch):
+    """Of the first process alone, they would be in the log of a resumed run what all of them had."""
+    run = training.Run.__new__(training.Run)
+    run.settings = SimpleNamespace(steps=100, evaluate_every=100, save_every=1e9)
+    run.counted, run.losses, run.items, run.flops, run.saved = 0, [], 0, 0, time.perf_counter()
+    monkeypatch.setattr(processes, "WORLD", 2)
+    monkeypatch.setattr(processes, "sum_over", lambda x: x + others)
+    run.count(1, 0, torch.tensor(2.0))
+    others = torch.tensor([4.0])
+    run.after(5, False, None, dict(loss=None))
+    assert run.losses == [3.0]
+    run.count(1, 0, torch.tensor(1.0))
+    others = torch.tensor([3.0 + 5])                                 # what the mean of all was, and the other's own
+    run.after(6, False, None, dict(loss=None))
+    assert run.losses == [6.0] and run.counted == 2
 
 
 def test_all_processes_take_the_precision_of_the_first(monkeypatch):

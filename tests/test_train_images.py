@@ -125,6 +125,16 @@ def test_the_principal_components_are_those_along_which_the_images_vary_most(run
     assert evaluation.accuracy(column.answers(column.fit(task.train[:20]), task.test), task.labels[task.test]) == 100
 
 
+def test_of_few_images_there_are_fewer_principal_components_than_numbers_in_a_code(runs):
+    labels = np.arange(200) % 2
+    pixels = 100 + np.random.default_rng(0).normal(0, 20, (200, 3, 32, 32)) + 10 * labels[:, None, None, None]
+    data = images.Images(torch.from_numpy(pixels.clip(0, 255).astype(np.uint8)), torch.arange(200), labels,
+                         np.repeat(np.uint8([0, 1, 2]), [100, 20, 80]), ["dark", "light"])
+    task = image_task(runs / "ae", data, code=128)
+    column = task.columns()["pixel PCA"]         # 100 images span 99 directions: of the last nothing but rounding is left
+    assert evaluation.accuracy(column.answers(column.fit(task.train), task.test), task.labels[task.test]) > 85
+
+
 def test_features_are_standardised_by_the_training_images_alone(runs):
     task = image_task(runs / "simclr")
     features = task.features(task.model)[task.train]
@@ -438,7 +448,7 @@ def test_an_array_that_is_not_uint8_is_refused_by_the_encoder_of_a_run(runs):
 def test_labels_that_came_after_the_pretraining_are_warned_of(run_script, tmp_path, brief):
     rng = np.random.default_rng(0)
     np.save(tmp_path / "a.npy", rng.integers(0, 255, (200, 8, 8)).astype(np.uint8))
-    flags = ["--run", tmp_path / "run", "--data", tmp_path / "a.npy", "--view-size", 8, *TINY]
+    flags = ["--run", tmp_path / "run", "--data", tmp_path / "a.npy", "--view-size", 8, *TINY, "--limit", 0]
     assert run_script(train_contrastive, *flags)[0] == 0
     np.save(tmp_path / "a.labels.npy", rng.integers(0, 2, 200))
     code, printed = run_script(finetune, tmp_path / "run", "--labels", 5, "--seeds", 1, "--probe")
@@ -446,6 +456,17 @@ def test_labels_that_came_after_the_pretraining_are_warned_of(run_script, tmp_pa
     assert run_script(train_contrastive, *flags, "--run", tmp_path / "other")[0] == 0
     code, printed = run_script(finetune, tmp_path / "other", "--labels", 5, "--seeds", 1, "--probe")
     assert code == 0 and "mind:" not in printed, printed
+    np.save(tmp_path / "a.labels.npy", np.arange(200) // 100)              # as many to train on, but other ones
+    code, printed = run_script(finetune, tmp_path / "other", "--labels", 5, "--seeds", 1, "--probe")
+    assert code == 0 and "so test images may be among them" in printed, printed
+    code, printed = run_script(train_contrastive, "--run", tmp_path / "other", "--resume", "--steps", 100)
+    assert code == 2 and "give it the same data" in printed.splitlines()[-1], printed
+    for name in "a", "a.labels":                                           # the same under another name
+        (tmp_path / f"{name}.npy").rename(tmp_path / f"{name.replace('a', 'b', 1)}.npy")
+    code, printed = run_script(finetune, tmp_path / "other", "--data", tmp_path / "b.npy", "--labels", 5, "--seeds", 1,
+                               "--probe")
+    assert code == 0 and "so test images may be among them" in printed, printed
+    (tmp_path / "b.npy").rename(tmp_path / "a.npy")
     code, printed = run_script(finetune, tmp_path / "run", "--features", tmp_path / "a.npy")
     assert (code == 2 and "that is the data" in printed.splitlines()[-1]
             and np.load(tmp_path / "a.npy").dtype == np.uint8)

@@ -106,6 +106,21 @@ def test_no_weight_depends_on_texts_that_are_held_out_or_for_the_test(corpus, tm
     assert_equal_states(*(files.load_checkpoint(tmp_path / run)["model"] for run in "ab"))
 
 
+@pytest.mark.parametrize("window", [32, 1200])
+def test_windows_are_as_long_as_asked_where_the_text_is_long_enough(window, tmp_path, run_script, monkeypatch):
+    (tmp_path / "long.txt").write_text(story("sea", 0, 1000).replace("\n", " "), encoding="utf-8")
+    found = []
+
+    def windows(*arguments, **more):
+        found.append(datasets.Windows(*arguments, **more))
+        raise UserError("enough")
+
+    monkeypatch.setattr(train_mlm, "Windows", windows)
+    run_script(train_mlm, "--data", tmp_path / "long.txt", "--data-dir", tmp_path, "--run", tmp_path / "run", *TINY,
+               "--window", window, "--batch-size", 1)
+    assert found[0].sizes.max() == window and found[0].texts.lengths.max() <= max(1024, 4 * window)
+
+
 def test_no_draw_of_a_run_is_used_twice(corpus, tmp_path, run_script, monkeypatch):
     made, generator = [], training.generator
     for module in (train_mlm, training, datasets):

@@ -80,7 +80,7 @@ def test_the_page_says_who_made_the_run_has_each_row_of_the_table_and_names_what
 def test_an_evaluation_is_made_in_evaluation_mode_and_its_time_does_not_count_in_the_rate(tmp_path):
     run = object.__new__(training.Run)
     run.settings, run.folder = SimpleNamespace(steps=9, evaluate_every=1, save_every=1e9), tmp_path
-    run.model, run.logged, run.saved, run.counted = torch.nn.Linear(1, 1), 5.0, 0.0, 0
+    run.model, run.logged, run.saved, run.losses, run.counted = torch.nn.Linear(1, 1), 5.0, 0.0, [torch.tensor(1.0)], 0
 
     def look(model):
         time.sleep(0.05)
