@@ -108,15 +108,18 @@ def table(settings, task):
     if not (len(task.train) and len(task.held_out) and len(task.test)):
         raise UserError("too few labelled examples to train on, to choose by and to test on: give 10 of each class")
     chance = 100 * float(torch.bincount(task.labels[task.test]).max()) / len(task.test)
-    least = int(torch.bincount(task.labels[task.train], minlength=len(task.classes)).min())
+    sizes = torch.bincount(task.labels[task.train], minlength=len(task.classes))
+    least, smallest = int(sizes.min()), task.classes[int(sizes.argmin())]
     print(f"{len(task.classes)} classes; labelled: {len(task.train):,} to draw from, {len(task.held_out):,} held out "
           f"for choices, {len(task.test):,} to test on, of which the commonest class is {chance:.1f} %")
     rows, results = settings.labels or task.rows, []
     too_large = [row for row in rows if row != "all" and int(row) > least]
     if too_large and settings.labels:
-        raise UserError(f"--labels {' '.join(too_large)}: too many, the smallest class has {least} to train on")
+        raise UserError(f"--labels {' '.join(too_large)}: too many, the smallest class, {smallest}, has {least} to "
+                        f"train on")
     if too_large:
-        print(f"left out: {' and '.join(too_large)} labels a class, for the smallest class has {least} to train on")
+        print(f"left out: {' and '.join(too_large)} labels a class, for the smallest class, {smallest}, has {least} to "
+              f"train on")
     columns = {"linear probe": task.probe} if settings.probe else task.columns()
     for row in [row for row in rows if row not in too_large]:
         try:
@@ -134,7 +137,7 @@ def write_results(settings, checkpoint, name, classes, results, chance):
     folder, (_, _, classifier) = Path(settings.run), results[-1]
     path = folder / ("probe.csv" if settings.probe else "finetune.csv")
     write_csv(path, [dict(labels_a_class=row, method=method, seed=n, test_accuracy=round(accuracy, 2),
-                          seconds=round(seconds, 1), data=name) for row, found, _ in results
+                          seconds=round(seconds, 1), data=name, step=checkpoint["step"]) for row, found, _ in results
                      for method, columns in found.items() for n, (accuracy, seconds) in enumerate(zip(*columns))])
     if not settings.probe:
         figure = figures.label_figure(path, xmlns="http://www.w3.org/2000/svg")
@@ -174,7 +177,8 @@ def main():
     else:
         data = load_images(name, data_dir, settings.limit, keep_all=bool(settings.features))
         runs.check_images(data, model, name)
-    now, same = fingerprint(data), name == trained["data"] and settings.limit == trained.get("limit", 0)
+    same = Path(name).resolve() == Path(trained["data"]).resolve() and settings.limit == trained.get("limit", 0)
+    now = fingerprint(data)
     if not settings.features and now not in checkpoint["data"] and (same or now.split("-")[0] in checkpoint["data"]):
         print(f"mind: the run has learned from these {kind} when other ones were the test set, so test {kind} may be "
               f"among them: there were no labels, or others, or other files; train another run with these")
@@ -187,6 +191,10 @@ def main():
     if len(data.classes) < 2:
         raise UserError(f"--data {name}: fine-tuning needs labels, of two classes at least: for texts a folder "
                         f"with a sub-folder per class, for images NAME.labels.npy beside NAME.npy")
+    if not writable(Path(settings.run)):
+        raise UserError(f"{settings.run}: one cannot write into it, and the table is kept there; copy the run")
+    for note in data.notes:
+        print(f"data: {note}")
     data = data.select(data.labels >= 0)
     task = TextTask(data, model, cast, device) if of_text else ImageTask(
         data, model, cast, device, precision, lambda seed: runs.new_model(checkpoint, seed),

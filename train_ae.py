@@ -141,7 +141,7 @@ def main():
         take_step(optimizers, settings.learning_rate * rate)
 
         run.after(step, stopping, look, dict(squared_error=chance, regularizer=None))
-    print(f"done: {run.folder / 'report.html'} shows what it learned; python finetune.py {run.folder} what it is worth")
+    run.done()
 
 
 if __name__ == "__main__":

@@ -167,7 +167,7 @@ def main():
             model.update_target(1 - (1 - settings.target_rate) * (1 + math.cos(math.pi * step / settings.steps)) / 2)
 
         run.after(step, stopping, look, dict(loss=2.0 if byol else math.log(V * B - 1)))
-    print(f"done: {run.folder / 'report.html'} shows what it learned; python finetune.py {run.folder} what it is worth")
+    run.done()
 
 
 if __name__ == "__main__":

@@ -167,7 +167,7 @@ def main():
         stopping = average_gradients(model.parameters(), run.stopping)
         take_step(optimizers, settings.learning_rate * rate, times=0.5 if step < settings.embedding_steps else None)
         run.after(step, stopping, look, chance, log_every=100)
-    print(f"done: {run.folder / 'report.html'} shows what it learned; python finetune.py {run.folder} what it is worth")
+    run.done()
 
 
 if __name__ == "__main__":

@@ -143,8 +143,10 @@ class Autoencoder(nn.Module):
 
     def maps(self, x):
         """The encoder's feature maps before the last: (B, 128, 2h, 2w), where h, w are an eighth of H, W."""
-        x = (x - self.mean) / self.deviation
         (H, W), (h, w) = x.shape[2:], self.grid
+        if (H, W) != self.size:
+            raise ValueError(f"images of {H} × {W}, where this model was made for {self.size[0]} × {self.size[1]}")
+        x = (x - self.mean) / self.deviation
         x = F.pad(x, (0, 8 * w - W, 0, 8 * h - H), mode="replicate")
         x = F.pixel_unshuffle(x, 2)                                           # (B, 4C, H/2, W/2)
         return self.to_second(x.contiguous(memory_format=torch.channels_last))

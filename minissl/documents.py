@@ -165,7 +165,8 @@ def _own_texts(path, whole=False):
     for file in sorted(path.rglob("*")):
         if any(part.startswith(".") for part in file.relative_to(path).parts):
             passed_over["hidden"] += file.is_file()
-        elif file.is_dir():
+        elif file.is_dir():                           # a link's files are not listed here
+            passed_over["links to folders"] += file.is_symlink()
             passed_over["empty folders"] += not any(file.iterdir())
         elif file.suffix != ".txt":
             passed_over["not .txt"] += 1
@@ -186,8 +187,8 @@ def _own_texts(path, whole=False):
 
 
 def _blank(path):
-    with open(path, "rb") as file:
-        return not any(block.strip() for block in iter(lambda: file.read(2**16), b""))
+    with open(path, encoding="utf-8-sig", errors="replace") as file:
+        return not any(block.strip() for block in iter(lambda: file.read(2**16), ""))
 
 
 def read_texts(path, least=0):
@@ -208,8 +209,9 @@ def read_texts(path, least=0):
                 line = file.readline(TEXT_BYTES)
             except UnicodeDecodeError as error:       # in error.object, the bytes that were read last
                 place = file.buffer.tell() - len(error.object) + error.start
-                raise UserError(f"{path} is not UTF-8: byte {place} cannot be decoded; "
-                                f"convert it first (iconv -f latin1 -t utf-8)") from None
+                guess = "utf-16" if start[:2] in (b"\xff\xfe", b"\xfe\xff") else "latin1"
+                raise UserError(f"{path} is not UTF-8: byte {place} cannot be decoded; convert it from its own "
+                                f"encoding, such as {guess}, first (iconv -f {guess} -t utf-8)") from None
             paragraph.append(line)
             size += len(line)
             if not line or size > max(TEXT_BYTES, least) or size >= least and not (by_paragraph and line.strip()):

@@ -121,10 +121,10 @@ def label_figure(path, width=640, height=300, **attributes):
     (_, *methods), *lines = label_table(path)
     values = [[tuple(map(float, cell.split(" ± "))) for cell in line[1:]]
               for line in lines]                                                # [labels][method]: (mean, spread)
-    high = math.ceil(max(mean + spread for line in values for mean, spread in line) / 10) * 10
+    high = min(100, math.ceil(max(mean + spread for line in values for mean, spread in line) / 10) * 10)
     low = min(high - 10, math.floor(min(mean - spread for line in values for mean, spread in line) / 10) * 10)
     x = lambda n: 50 + (width - 210) * (n + 0.5) / len(lines)
-    y = lambda value: 20 + (height - 60) * (high - value) / (high - low)
+    y = lambda value: 20 + (height - 60) * (high - min(value, high)) / (high - low)
     parts = [element("text", "test accuracy, %", x=50, y=12),
              element("text", "labels a class", x=x((len(lines) - 1) / 2), y=height - 5, text_anchor="middle")]
     for value in range(low, high + 1, 10):

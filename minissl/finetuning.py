@@ -13,6 +13,8 @@ An image encoder is fine-tuned whole. With few labels its batch norm stays as pr
 little about means and deviations (a prototype lost 3 points when they moved).
 """
 
+import shlex
+import sys
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
@@ -273,9 +275,10 @@ CLASSIFIER_FORMAT = "minissl classifier 2"
 def read_classifier(run, checkpoint, body):
     """classifier.pt of the run's folder -> (Classifier around `body`, names of its classes)."""
     saved = read_checkpoint(Path(run) / "classifier.pt", CLASSIFIER_FORMAT,
-                            f"run finetune.py {run} without --probe first: it is made with the table")
+                            f"run finetune.py {shlex.quote(str(run))} without --probe first: it is made with the table")
     if saved["step"] != checkpoint["step"]:
-        raise UserError(f"{run} has been trained further since its classifier was made: run finetune.py {run} again")
+        raise UserError(f"{run} has been trained further since its classifier was made: run finetune.py "
+                        f"{shlex.quote(str(run))} again")
     mean, classes = saved["model"]["mean"], saved["classes"]
     classifier = Classifier(body, mean, torch.ones_like(mean), torch.zeros(len(mean) + 1, len(classes)))
     classifier.load_state_dict(saved["model"])
@@ -304,6 +307,8 @@ def label_images(run, path, checkpoint, model, cast, device):
         raise UserError(f"--predict {path}: the run learned from images; give a .npy of them")
     images = own_images(Path(path), keep_all=True, flag="--predict")
     runs.check_images(images, model, path)
+    for note in images.notes:
+        print(f"mind: {note}", file=sys.stderr)
     classifier, classes = read_classifier(run, checkpoint, model)
     chances = evaluation.image_features(classifier.to(device).eval(), images, cast, device).softmax(1)
     for n, row in enumerate(chances):

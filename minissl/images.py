@@ -274,6 +274,8 @@ def own_images(path, keep_all=False, flag="--data"):
         raise UserError(f"{flag} {path}: a folder; minissl reads pictures as one array, {RECIPE}")
     if path.suffix != ".npy":
         raise UserError(f"{flag} {path}: give shapes, cifar10 or a .npy file of uint8 images (N, H, W, C) or (N, H, W)")
+    if not path.exists():
+        raise UserError(f"{flag} {path}: there is no such file; {flag} says where it lies")
     array = _load_array(path)
     found = f"{flag} {path}: {array.dtype} of shape {array.shape}"
     wanted = "expected uint8 (N, H, W, C) or (N, H, W), with 1 or 3 channels C"
@@ -286,13 +288,17 @@ def own_images(path, keep_all=False, flag="--data"):
             how = "(a - a.min()) / (a.max() - a.min()) * 255"
         elif array.dtype == np.uint16 and most > 255:
             how = "a / a.max() * 255"
+        elif array.dtype.kind == "f" and 1 < most < 16:
+            how = "np.nan_to_num(a) / np.nanmax(a) * 255"
         else:
             how = "np.nan_to_num(a) * 255.0" if most <= 1 else "np.nan_to_num(a)"
         raise UserError(f"{found}; {wanted}: convert it with ({how}).clip(0, 255).round().astype(np.uint8)")
     if array.ndim == 4 and array.shape[1] in (1, 3) and array.shape[3] not in (1, 3):
         raise UserError(f"{found}: the channels stand first; {wanted}: convert it with a.transpose(0, 2, 3, 1)")
-    if array.ndim not in (3, 4) or array.ndim == 4 and array.shape[3] not in (1, 3):
-        how = (": one image is a[None], flat ones are a.reshape(-1, height, width)" if array.ndim == 2 else
+    one = array.ndim == 3 and array.shape[2] in (1, 3, 4)           # one in colour, for nothing else is so narrow
+    if array.ndim not in (3, 4) or array.ndim == 4 and array.shape[3] not in (1, 3) or one:
+        how = (": one image is a[None]" if one else
+               ": one image is a[None], flat ones are a.reshape(-1, height, width)" if array.ndim == 2 else
                ": leave out what is no colour with a[..., :3]" if array.ndim == 4 and array.shape[3] == 4 else "")
         raise UserError(f"{found}; {wanted}{how}")
     if min(array.shape[1:3]) < SMALLEST:
@@ -321,8 +327,6 @@ def own_images(path, keep_all=False, flag="--data"):
 
 
 def _load_array(path):
-    if not path.exists():
-        raise UserError(f"{path}: there is no such file")
     try:
         return np.lib.format.open_memmap(path, mode="c")            # mapped: what is not asked for is not read
     except Exception as error:              # a damaged header can fail in any way: TokenError, OverflowError, ...

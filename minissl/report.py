@@ -55,7 +55,7 @@ def filled_in(passage, wanted, got):
 
 def write_page(folder):
     """Write folder/report.html from what lies in the folder. A file that is damaged is said to be, on the page."""
-    folder, body = Path(folder), [f"<h1>{html.escape(Path(folder).name)}</h1>"]
+    folder, body = Path(folder), [f"<h1>{html.escape(Path(folder).resolve().name)}</h1>"]
     for name, part in [("config.json", origin), ("finetune.csv", worth), ("sentences.json", sentences),
                        *((name, picture) for name in PICTURES), ("metrics.csv", curves)]:
         try:
@@ -63,7 +63,7 @@ def write_page(folder):
         except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError, csv.Error):
             body.append(f"<p>{name} cannot be read.</p>")
     page = ('<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width, '
-            f'initial-scale=1"><title>{html.escape(folder.name)}</title><style>{STYLE}</style>'
+            f'initial-scale=1"><title>{html.escape(folder.resolve().name)}</title><style>{STYLE}</style>'
             f'<body>{"".join(body)}</body></html>\n')
     write_atomically(folder / "report.html", page.encode("utf-8", "replace"))
 
@@ -80,8 +80,11 @@ def origin(path):
 def worth(path):
     """finetune.csv -> the table."""
     head, *lines = label_table(path)
+    with open(path, encoding="utf-8", newline="") as file:
+        first = next(csv.DictReader(file))
     cells = "".join("<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in line) + "</tr>" for line in lines)
-    return ("<h2>What it is worth</h2><p>Test accuracy in %, mean ± standard deviation over draws of labels.</p>"
+    return ("<h2>What it is worth</h2><p>Test accuracy in %, mean ± standard deviation over draws of labels: "
+            f"{html.escape(first['data'])}, after {int(first['step']):,} steps of pretraining.</p>"
             f'<div class="wide"><table><tr>{"".join(f"<th>{html.escape(c)}</th>" for c in head)}</tr>'
             f'{cells}</table></div>'
             f"<figure>{label_figure(path)}</figure>")
@@ -89,8 +92,9 @@ def worth(path):
 
 def sentences(path):
     found = json.loads(path.read_text(encoding="utf-8"))
-    return ("<h2>Filling in held-out text</h2><p>Of the tokens that were to be guessed, the model's guess; "
-            "where it differs, what stood there is struck through.</p>" + "".join(filled_in(*s) for s in found))
+    about = ("<h2>Filling in held-out text</h2><p>Of the tokens that were to be guessed, the model's guess; "
+             "where it differs, what stood there is struck through.</p>")
+    return about * bool(found) + "".join(filled_in(*s) for s in found)
 
 
 def picture(path):

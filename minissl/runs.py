@@ -48,9 +48,10 @@ def tokenizer_of(checkpoint):
 def check_images(images, model, name):
     """UserError unless the model can read images (N, C, H, W) of this size."""
     C, H, W = images.shape[1:]
-    channels, size = model.channels, getattr(model, "size", None)
+    channels, size = model.channels, tuple(getattr(model, "size", None) or ())
     if min(H, W) < SMALLEST:
-        raise UserError(f"{name}: images of {H} × {W}; at least {SMALLEST} × {SMALLEST} are needed: enlarge them")
+        raise UserError(f"{name}: images of {H} × {W}; at least {SMALLEST} × {SMALLEST} are needed: enlarge them, "
+                        f"or, if it is one image in colour, give a[None]")
     if C != channels or size and (H, W) != size:
         learned = f"{size[0]} × {size[1]} × {channels}" if size else f"{channels} channels"
         raise UserError(f"{name}: images of {H} × {W} × {C}; the run learned from {learned}: convert them")

@@ -267,8 +267,7 @@ class Run:
 
     @property
     def first_stage(self):
-        """Its steps: of train_mlm.py alone."""
-        return getattr(self.settings, "embedding_steps", 0)
+        return getattr(self.settings, "embedding_steps", 0)           # its steps, of train_mlm.py alone
 
     def begin(self, model, optimizers, peak, data, **more):
         """Open the folder; put the checkpoint's state, if there is one, into the model and the optimizers.
@@ -327,8 +326,8 @@ class Run:
         """What follows a step: now and then a row of the log, sometimes a look (model -> more columns) and the page;
         by the clock a checkpoint, which costs under 1 % of it; after a signal the end."""
         self.counted += 1
-        losses = processes.sum_over(torch.stack([total.float() for total in self.losses])) / processes.WORLD
-        self.losses = list(losses)                    # alike in all processes: the first one's go into the checkpoint
+        totals = torch.stack([total.float() for total in self.losses])
+        self.losses = list(processes.sum_over(totals) / processes.WORLD)    # alike in all: the first one's are saved
         done, last = step + 1, step + 1 == self.settings.steps
         time_to_look = last or done % self.settings.evaluate_every == 0 or done == self.first_stage
         if time_to_look or step == 0 or done % log_every == 0:
@@ -343,7 +342,12 @@ class Run:
             self.save(done)
         if stopping and not last:
             raise KeyboardInterrupt(f"stopped at step {done:,} and saved; python {Path(sys.argv[0]).name} "
-                                    f"--run {self.folder} --resume goes on")
+                                    f"--run {shlex.quote(str(self.folder))} --resume goes on")
+
+    def done(self):
+        """Say where to look, and what to do next."""
+        name = shlex.quote(str(self.folder))
+        print(f"done: {self.folder / 'report.html'} shows what it learned; python finetune.py {name} what it is worth")
 
     def log(self, step, chance, more):
         """Write a row of metrics.csv and a line on the terminal: the losses since the last row, each beside its chance
@@ -361,11 +365,11 @@ class Run:
         shown = [f"{name.replace('_', ' ')} {value:.4g}" + (f" (chance {chance[name]:.4g})" if chance[name] else "")
                  for name, value in losses.items() if value != ""]
         shown += [f"{name.replace('_', ' ')} {value:,}" for name, value in more.items() if value != ""]
-        end, of_what = (self.settings.steps, "")      # the first stage's steps say nothing about the later ones' time
-        if step <= self.first_stage:
-            end, of_what = self.first_stage, " of the first stage"
+        early = step <= self.first_stage              # its steps say nothing about the later ones' time
+        end = self.first_stage if early else self.settings.steps
         left = seconds / max(step - self.logged_step, 1) * (end - step) / 60
-        print(f"step {step:,}/{self.settings.steps:,}", *shown, f"{left:.1f} min left{of_what}", sep="  ", flush=True)
+        shown.append(f"{left:.1f} min left" + " of the first stage" * early)
+        print(f"step {step:,}/{self.settings.steps:,}", *shown, sep="  ", flush=True)
         self.items, self.flops, self.counted, self.losses = 0, 0, 0, []
         self.logged, self.logged_step = time.perf_counter(), step
 

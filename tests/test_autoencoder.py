@@ -194,8 +194,15 @@ def test_features_are_means_over_the_quadrants_of_the_map_before_the_last():
 
 def test_an_image_of_another_size_is_padded_with_its_own_border():
     model = Autoencoder((9, 12), torch.zeros(1), torch.ones(1), 4, width=8).eval()
-    x = torch.rand(2, 1, 9, 12)
-    torch.testing.assert_close(model.maps(x), model.maps(F.pad(x, (0, 4, 0, 7), mode="replicate")))
+    x, whole = torch.rand(2, 1, 9, 12), Autoencoder((16, 16), torch.zeros(1), torch.ones(1), 4, width=8).eval()
+    whole.load_state_dict(model.state_dict())
+    torch.testing.assert_close(model.maps(x), whole.maps(F.pad(x, (0, 4, 0, 7), mode="replicate")))
+
+
+def test_an_image_of_another_size_than_the_models_is_refused():
+    model = Autoencoder((32, 32), [0.5], [0.2], code=8, width=8)
+    with pytest.raises(ValueError, match="images of 64 × 64, where this model was made for 32 × 32"):
+        model.encode(torch.rand(2, 1, 64, 64))
 
 
 def test_no_weight_makes_the_numbers_of_a_code_larger_or_smaller():

@@ -67,12 +67,14 @@ def test_a_twin_is_dropped_from_the_less_precious_split_and_test_texts_all_stay(
 
 def test_hidden_and_empty_files_are_passed_over_and_counted(tmp_path, capsys):
     files = {"one.txt": "some words here", "two.txt": "some more words", ".hidden.txt": "no", ".git/x.txt": "no",
-             "empty.txt": "", "blank.txt": 70_000 * " " + "\n", "notes.md": "no"}
+             "empty.txt": "", "blank.txt": 70_000 * " " + "\n", "mark.txt": b"\xef\xbb\xbf",
+             "wide.txt": "\u3000", "notes.md": "no"}
     (tmp_path / "nothing").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path, target_is_directory=True)
     texts = load_texts(folder_of(tmp_path, files), tmp_path.parent / "d1", 300)
     assert strings(texts) == ["some words here", "some more words"]
     said = capsys.readouterr().err
-    assert all(part in said for part in ("2 hidden", "2 empty", "1 not .txt", "1 empty folders"))
+    assert all(part in said for part in ("2 hidden", "4 empty", "1 not .txt", "1 empty folders", "1 links"))
 
 
 def test_a_file_is_its_paragraphs_or_without_blank_lines_its_lines(tmp_path):
@@ -117,7 +119,8 @@ def test_pairs_are_counted_as_a_loop_does_however_often_they_are_put_together(co
 @pytest.mark.parametrize("name, content, sentence", [
     ("a.txt", b"", "the file is empty"), ("a.txt", b" \n \n", "no text at all"),
     ("a.txt", b"good\nbad \xff here", "not UTF-8: byte 9"), ("a.txt", b"\xef\xbb\xbfgood \xff", "not UTF-8: byte 8"),
-    ("a.txt", gzip.compress(b"text"), "gzip"), ("a.txt", b"cut off \xe2\x82", "not UTF-8: byte 8"),
+    ("a.txt", "text".encode("utf-16"), "iconv -f utf-16"), ("a.txt", gzip.compress(b"text"), "gzip"),
+    ("a.txt", b"cut off \xe2\x82", "not UTF-8: byte 8"),
     ("a.csv", b"x", "must end in .txt")])
 def test_an_odd_file_gets_a_sentence_and_leaves_nothing_behind(name, content, sentence, tmp_path):
     path = tmp_path / name

@@ -71,6 +71,23 @@ def test_ctrl_c_keeps_the_rows_that_are_finished(trained, run_script, few_option
     assert code == 0 and "stopped: the rows before" in printed and (trained / "classifier.pt").exists()
     with open(trained / "finetune.csv", encoding="utf-8", newline="") as file:
         assert {row["labels_a_class"] for row in csv.DictReader(file)} == {"2"}
+    page = (trained / "report.html").read_text(encoding="utf-8")
+    data = files.load_checkpoint(trained)["settings"]["data"]
+    assert f"draws of labels: {data}, after 90 steps of pretraining" in page
+
+
+def test_a_table_is_not_begun_where_it_cannot_be_kept(trained, run_script, monkeypatch):
+    monkeypatch.setattr(finetune, "writable", lambda folder: False)
+    code, printed = run_script(finetune, trained, "--labels", 2, "--data-dir", trained.parent / "data")
+    assert code == 2 and "one cannot write into it" in printed.splitlines()[-1] and "draw 1" not in printed
+
+
+def test_a_class_that_lost_its_doubled_texts_is_named_with_the_reason(trained, corpus, run_script, tmp_path):
+    for name, source in dict(sea="sea", city="city", backup="city").items():
+        shutil.copytree(corpus / source, tmp_path / "texts" / name)
+    code, printed = run_script(finetune, trained, "--data", tmp_path / "texts", "--data-dir", tmp_path, "--probe")
+    assert code == 0 and "texts dropped that stand elsewhere in the data, too" in printed, printed
+    assert "the smallest class, city, has 0 to train on" in printed or "the smallest class, backup, has 0" in printed
 
 
 def test_permuting_the_test_labels_changes_no_choice_and_no_weight(trained, run_script, few_options, monkeypatch):

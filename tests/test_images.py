@@ -256,6 +256,8 @@ def test_an_own_array_stays_on_the_disk_and_only_what_a_batch_takes_is_in_memory
     (np.array(["a.png"] * 20), "<U5 of shape.*Pillow"), (np.array(1.0), r"float64 of shape \(\).*Pillow"),
     (np.ones((20, 8, 8), bool), r"bool.*\* 255.0\).*astype\(np.uint8\)"),
     (np.random.default_rng(0).random((20, 8, 8, 3)), r"float64.*\* 255.0\)"),
+    (np.full((20, 8, 8), 1.4), r"float64.*\(np.nan_to_num\(a\) / np.nanmax\(a\) \* 255\)"),
+    (np.zeros((28, 28, 3), np.uint8), r"shape \(28, 28, 3\).*: one image is a\[None\]"),
     (np.full((20, 8, 8), -1.0), r"float64.*a - a.min"), (np.ones((20, 8, 8), np.int64), r"int64.*\* 255"),
     (np.full((20, 8, 8), np.nan, np.float32), "float32.*nan_to_num"),
     (np.zeros((20, 3, 32, 32), np.uint8), "channels stand first.*transpose"),
@@ -294,7 +296,7 @@ def test_files_that_are_no_arrays_are_refused(tmp_path):
         (tmp_path / name).write_bytes(data)
         with pytest.raises(UserError, match=sentence):
             images.load_images(str(tmp_path / name))
-    for name, sentence in (("not_there.npy", "there is no such file"), ("folder", "np.stack")):
+    for name, sentence in (("not_there.npy", "no such file; --data says where it lies"), ("folder", "np.stack")):
         with pytest.raises(UserError, match=sentence):
             images.load_images(str(tmp_path / name))
 
@@ -383,3 +385,10 @@ def test_a_bar_of_the_figure_reaches_one_deviation_up_and_down_and_no_name_cover
     assert low - at == pytest.approx(at - high, abs=0.2) == pytest.approx(7.1 / 25 * (at - heights[2]), abs=0.2)
     names = [float(y) for y in re.findall(r'y="([\d.]+)" style="fill', figure)]
     assert len(names) == 2 and names[1] - names[0] >= 12
+
+
+def test_no_accuracy_is_above_100(tmp_path):
+    (tmp_path / "finetune.csv").write_text("labels_a_class,method,seed,test_accuracy,seconds,data\n"
+                                           "10,pixels,0,100,1,x\n10,pixels,1,95,1,x\n", encoding="utf-8")
+    figure = figures.label_figure(tmp_path / "finetune.csv")       # 97.5 ± 3.5
+    assert ">100<" in figure and ">90<" in figure and ">110<" not in figure and 'y2="20.0"' in figure

@@ -131,7 +131,7 @@ def test_of_few_images_there_are_fewer_principal_components_than_numbers_in_a_co
     data = images.Images(torch.from_numpy(pixels.clip(0, 255).astype(np.uint8)), torch.arange(200), labels,
                          np.repeat(np.uint8([0, 1, 2]), [100, 20, 80]), ["dark", "light"])
     task = image_task(runs / "ae", data, code=128)
-    column = task.columns()["pixel PCA"]         # 100 images span 99 directions: of the last nothing but rounding is left
+    column = task.columns()["pixel PCA"]         # 100 images span 99 directions: the next is of rounding
     assert evaluation.accuracy(column.answers(column.fit(task.train), task.test), task.labels[task.test]) > 85
 
 
@@ -403,6 +403,9 @@ def test_predictions_and_features_of_new_images(runs, run_script, tmp_path, brie
     np.save(tmp_path / "one.npy", array[:1])
     code, one = run_script(finetune, runs / "ae", "--predict", tmp_path / "one.npy")
     assert code == 0 and "\t".join(lines[0][:1]) in one and one.count("\t") == 2
+    np.save(tmp_path / "dark.npy", array // 128)
+    code, printed = run_script(finetune, runs / "ae", "--predict", tmp_path / "dark.npy")
+    assert code == 0 and "mind: all of it is nearly black" in printed, printed
     np.save(tmp_path / "grey.npy", array[..., 0])
     code, printed = run_script(finetune, runs / "ae", "--features", tmp_path / "out.npy",
                                "--data", tmp_path / "grey.npy")

@@ -67,13 +67,14 @@ def test_what_a_text_holds_of_html_is_shown_and_not_obeyed():
 def test_the_page_says_who_made_the_run_has_each_row_of_the_table_and_names_what_cannot_be_read(tmp_path):
     (tmp_path / "config.json").write_text('{"command": "python x.py", "started": "today", "python": "3.99", '
                                           '"torch": "2.88", "settings": {}}', encoding="utf-8")
-    (tmp_path / "finetune.csv").write_text("labels_a_class,method,seed,test_accuracy,seconds,data\n"
-                                           "10,pixels,0,20,1,x\nall,pixels,0,40,1,x\n", encoding="utf-8")
+    (tmp_path / "finetune.csv").write_text("labels_a_class,method,seed,test_accuracy,seconds,data,step\n"
+                                           "10,pixels,0,20,1,<x>,30\nall,pixels,0,40,1,<x>,30\n", encoding="utf-8")
     (tmp_path / "metrics.csv").write_text("step,seconds,loss\n1,1,x\n", encoding="utf-8")
     report.write_page(tmp_path)
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert "python x.py</code><br>last started today, Python 3.99, torch 2.88" in page
     assert page.count("<td>10</td><td>20.0 ± 0.0</td>") == page.count("<td>all</td><td>40.0 ± 0.0</td>") == 1
+    assert "draws of labels: &lt;x&gt;, after 30 steps" in page
     assert page.count("cannot be read") == page.count("metrics.csv cannot be read") == 1
 
 
