@@ -29,7 +29,6 @@ import numpy as np
 import torch
 
 from minissl import UserError, evaluation, figures, report, runs
-from minissl.datasets import fingerprint
 from minissl.documents import load_texts
 from minissl.files import progress, writable, write_atomically, write_checkpoint, write_csv
 from minissl.finetuning import CLASSIFIER_FORMAT, ImageTask, TextTask, label_images, label_texts
@@ -109,17 +108,16 @@ def table(settings, task):
         raise UserError("too few labelled examples to train on, to choose by and to test on: give 10 of each class")
     chance = 100 * float(torch.bincount(task.labels[task.test]).max()) / len(task.test)
     sizes = torch.bincount(task.labels[task.train], minlength=len(task.classes))
-    least, smallest = int(sizes.min()), task.classes[int(sizes.argmin())]
+    least = int(sizes.min())
+    reason = f"the smallest class, {task.classes[int(sizes.argmin())]}, has {least} to train on"
     print(f"{len(task.classes)} classes; labelled: {len(task.train):,} to draw from, {len(task.held_out):,} held out "
           f"for choices, {len(task.test):,} to test on, of which the commonest class is {chance:.1f} %")
     rows, results = settings.labels or task.rows, []
     too_large = [row for row in rows if row != "all" and int(row) > least]
     if too_large and settings.labels:
-        raise UserError(f"--labels {' '.join(too_large)}: too many, the smallest class, {smallest}, has {least} to "
-                        f"train on")
+        raise UserError(f"--labels {' '.join(too_large)}: too many, {reason}")
     if too_large:
-        print(f"left out: {' and '.join(too_large)} labels a class, for the smallest class, {smallest}, has {least} to "
-              f"train on")
+        print(f"left out: {' and '.join(too_large)} labels a class, for {reason}")
     columns = {"linear probe": task.probe} if settings.probe else task.columns()
     for row in [row for row in rows if row not in too_large]:
         try:
@@ -177,17 +175,13 @@ def main():
     else:
         data = load_images(name, data_dir, settings.limit, keep_all=bool(settings.features))
         runs.check_images(data, model, name)
-    same = Path(name).resolve() == Path(trained["data"]).resolve() and settings.limit == trained.get("limit", 0)
-    now = fingerprint(data)
-    if not settings.features and now not in checkpoint["data"] and (same or now.split("-")[0] in checkpoint["data"]):
-        print(f"mind: the run has learned from these {kind} when other ones were the test set, so test {kind} may be "
-              f"among them: there were no labels, or others, or other files; train another run with these")
     if settings.features:
         model.to(device)
         features = (evaluation.text_features(model, data, cast, device, progress) if of_text else
                     evaluation.image_features(model.encode, data, cast, device, progress))
         np.save(settings.features, features.numpy())
         return print("; ".join([f"{settings.features}: {len(features):,} × {features.shape[1]} features", *data.notes]))
+    runs.check_split(data, checkpoint, name, settings.limit, kind)
     if len(data.classes) < 2:
         raise UserError(f"--data {name}: fine-tuning needs labels, of two classes at least: for texts a folder "
                         f"with a sub-folder per class, for images NAME.labels.npy beside NAME.npy")

@@ -5,6 +5,7 @@
 """
 
 from contextlib import nullcontext
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -12,7 +13,7 @@ import torch
 from minissl import UserError
 from minissl.autoencoder import Autoencoder
 from minissl.contrastive import ContrastiveModel
-from minissl.datasets import texts_of
+from minissl.datasets import fingerprint, texts_of
 from minissl.evaluation import image_features, text_features
 from minissl.files import load_checkpoint, taken_from
 from minissl.images import SMALLEST
@@ -55,6 +56,15 @@ def check_images(images, model, name):
     if C != channels or size and (H, W) != size:
         learned = f"{size[0]} × {size[1]} × {channels}" if size else f"{channels} channels"
         raise UserError(f"{name}: images of {H} × {W} × {C}; the run learned from {learned}: convert them")
+
+
+def check_split(data, checkpoint, name, limit, kind):
+    """Say it if a run has learned from these data, read as `name` with this `limit`, when other ones were the test."""
+    learned, settings, now = checkpoint["data"], checkpoint["settings"], fingerprint(data)
+    same = Path(name).resolve() == Path(settings["data"]).resolve() and limit == settings.get("limit", 0)
+    if now not in learned and (same or now.split("-")[0] in learned):
+        print(f"mind: the run has learned from these {kind} when other ones were the test set, so test {kind} may be "
+              f"among them: there were no labels, or others, or other files; train another run with these")
 
 
 def load_encoder(run):

@@ -252,6 +252,7 @@ class Run:
         """Look, and touch nothing yet: a mistake in the settings or the data must not leave a folder behind."""
         self.folder, self.settings, self.checkpoint = Path(settings.run), settings, None
         self.stopping, self.rows = False, []
+        self.first_stage = getattr(settings, "embedding_steps", 0)    # its steps, of train_mlm.py alone
         place = next(path for path in (self.folder, *self.folder.absolute().parents) if path.exists())
         if settings.resume:
             self.checkpoint = load_checkpoint(self.folder)
@@ -264,10 +265,6 @@ class Run:
         elif (self.folder.exists() and not (self.folder / "config.json").exists()
               and {path.name for path in self.folder.iterdir()} - {"lock", "config.json.tmp"}):  # left by an early kill
             raise UserError(f"{self.folder} holds something that is no run: give --run another name")
-
-    @property
-    def first_stage(self):
-        return getattr(self.settings, "embedding_steps", 0)           # its steps, of train_mlm.py alone
 
     def begin(self, model, optimizers, peak, data, **more):
         """Open the folder; put the checkpoint's state, if there is one, into the model and the optimizers.

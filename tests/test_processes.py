@@ -160,6 +160,7 @@ def test_the_first_process_of_each_machine_says_what_is_wrong(local, run_script,
 def test_the_losses_that_a_checkpoint_keeps_are_those_of_all_processes(monkeypatch):
     """Of the first process alone, they would be in the log of a resumed run what all of them had."""
     run = training.Run.__new__(training.Run)
+    run.first_stage = 0
     run.settings = SimpleNamespace(steps=100, evaluate_every=100, save_every=1e9)
     run.counted, run.losses, run.items, run.flops, run.saved = 0, [], 0, 0, time.perf_counter()
     monkeypatch.setattr(processes, "WORLD", 2)

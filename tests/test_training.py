@@ -80,6 +80,7 @@ def test_the_page_says_who_made_the_run_has_each_row_of_the_table_and_names_what
 
 def test_an_evaluation_is_made_in_evaluation_mode_and_its_time_does_not_count_in_the_rate(tmp_path):
     run = object.__new__(training.Run)
+    run.first_stage = 0
     run.settings, run.folder = SimpleNamespace(steps=9, evaluate_every=1, save_every=1e9), tmp_path
     run.model, run.logged, run.saved, run.losses, run.counted = torch.nn.Linear(1, 1), 5.0, 0.0, [torch.tensor(1.0)], 0
 
@@ -94,6 +95,7 @@ def test_an_evaluation_is_made_in_evaluation_mode_and_its_time_does_not_count_in
 
 def test_a_row_of_the_log_is_about_the_steps_since_the_row_before(tmp_path, monkeypatch, capsys):
     clock, run = [100.0], object.__new__(training.Run)
+    run.first_stage = 0
     monkeypatch.setattr(training, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
     run.folder, run.settings, run.rows, run.logged_step = tmp_path, SimpleNamespace(steps=200), [], 20
     run.peak = 1e9
