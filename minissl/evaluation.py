@@ -224,8 +224,9 @@ class Neighbours:
             raise diverged("features are", "at a look at held-out images", folder)
         queries, others = (F.normalize(part - known.mean(0), dim=1) for part in (asked, known))
         nearest = (queries[:10] @ others.T).topk(min(8, len(others))).indices                               # (10, 8)
-        figures.write_png(folder / "neighbours.png", figures.grid([
-            torch.cat([image[None], self.known[row]]) for image, row in zip(self.asked[:10], nearest)]))
+        rows = [torch.cat([image[None], self.known[row]]) for image, row in zip(self.asked[:10], nearest)]
+        labels = [np.append(label, self.known.labels[row]) for label, row in zip(self.asked.labels, nearest.numpy())]
+        figures.write_png(folder / "neighbours.png", figures.grid(rows, labels))
         points = queries @ torch.linalg.svd(queries, full_matrices=False)[2][:2].T                          # (Q, 2)
         figures.write_png(folder / "map.png", figures.scatter(points.numpy(), self.asked.labels))
         if min(self.known.labels.min(), self.asked.labels.min()) < 0:

@@ -30,31 +30,42 @@ def write_png(path, image):
         for kind, data in chunks))
 
 
-def grid(rows, gap=2):
+COLOURS = np.uint8([[31, 119, 180], [255, 127, 14], [44, 160, 44], [214, 39, 40], [148, 103, 189], [140, 86, 75],
+                    [227, 119, 194], [20, 20, 20], [188, 189, 34], [23, 190, 207]])                  # one a class
+
+
+def colours(labels):
+    """labels (N,) int -> (N, 3) uint8; -1, none, is light grey, and the eleventh class looks like the first."""
+    return np.where(labels[:, None] >= 0, COLOURS[labels % len(COLOURS)], np.uint8(200))
+
+
+def grid(rows, labels=None, gap=2, frame=4):
     """rows: a list of equally long image batches, each a tensor (N, C, H, W), uint8 or floats in [0, 1], C 1 or 3 ->
-    (H', W', 3) uint8: a row a batch, small images enlarged to about 64 pixels."""
+    (H', W', 3) uint8: a row a batch, small images enlarged to about 64 pixels. labels, a list of (N,) int, frames each
+    image in the colour of its class."""
     lines = []
-    for batch in rows:
+    for n, batch in enumerate(rows):
         pixels = np.asarray((batch.clamp(0, 1) * 255).round().byte() if batch.dtype.is_floating_point else batch)
         pixels = np.repeat(pixels, 3 // pixels.shape[1], axis=1).transpose(0, 2, 3, 1)              # (N, H, W, 3)
         times = max(1, 64 // max(pixels.shape[1:3]))
         pixels = pixels.repeat(times, axis=1).repeat(times, axis=2)
+        if labels is not None:
+            inside = pixels
+            pixels = np.pad(inside, ((0, 0), (frame, frame), (frame, frame), (0, 0)))
+            pixels[:] = colours(labels[n])[:, None, None]
+            pixels[:, frame:-frame, frame:-frame] = inside
         pixels = np.pad(pixels, ((0, 0), (0, gap), (0, gap), (0, 0)), constant_values=128)
         lines.append(np.concatenate(list(pixels), axis=1))
     return np.concatenate(lines)[:-gap, :-gap]
 
 
-COLOURS = np.uint8([[31, 119, 180], [255, 127, 14], [44, 160, 44], [214, 39, 40], [148, 103, 189], [140, 86, 75],
-                    [227, 119, 194], [127, 127, 127], [188, 189, 34], [23, 190, 207]])               # one a class
-
-
 def scatter(points, labels, size=480):
-    """points (N, 2), labels (N,) int -> (size, size, 3) uint8: a dot each, coloured by label; -1, none, is grey."""
+    """points (N, 2), labels (N,) int -> (size, size, 3) uint8: a dot each, in the colour of its class."""
     canvas = np.full((size, size, 3), 250, np.uint8)
     low, high = np.percentile(points, [1, 99], axis=0)
     place = ((points - low) / (high - low + 1e-9)).clip(0, 1) * (size - 12) + 6
-    for (x, y), label in zip(place.astype(int), labels):
-        canvas[y - 2:y + 3, x - 2:x + 3] = COLOURS[label % len(COLOURS)] if label >= 0 else 200
+    for (x, y), colour in zip(place.astype(int), colours(labels)):
+        canvas[y - 2:y + 3, x - 2:x + 3] = colour
     return canvas
 
 

@@ -141,7 +141,7 @@ def writable(path):
 
 def write_atomically(path, data):
     """To a temporary file, flushed, renamed: after a crash the path holds the old bytes or the new, never a part."""
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = Path(f"{path}.tmp")
     try:
         with open(temporary, "wb") as file:
             file.write(data)

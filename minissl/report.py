@@ -18,8 +18,9 @@ PICTURES = {            # file name -> what it shows
     "views.png": "One batch as the model sees it: a column an image, its views one below the other.",
     "reconstructions.png": "Held-out images, what the encoder was given if that differs, what the decoder rebuilt.",
     "walks.png": "What the decoder makes of the way from one image's code to another's: the ends are real codes.",
-    "neighbours.png": "First column: held-out images. Beside each the training images nearest to it in feature space.",
-    "map.png": "Held-out features, their first two principal components, coloured by class where there are labels.",
+    "neighbours.png": "First column: held-out images. Beside each the training images nearest to it in feature space. "
+                      "A frame's colour is the class; light grey: no label.",
+    "map.png": "Held-out features, their first two principal components, in the colours of those frames.",
 }
 
 STYLE = """

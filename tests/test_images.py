@@ -321,7 +321,7 @@ def read_png(data):
 
 def test_a_png_holds_the_pixels_it_was_given(tmp_path):
     image = np.random.default_rng(0).integers(0, 256, (5, 7, 3)).astype(np.uint8)
-    figures.write_png(tmp_path / "a.png", image)
+    figures.write_png(str(tmp_path / "a.png"), image)
     assert (read_png((tmp_path / "a.png").read_bytes()) == image).all()
 
 
@@ -336,6 +336,19 @@ def test_a_grid_shows_floats_from_0_to_1_cuts_off_what_lies_beyond_and_does_not_
     row = torch.tensor([-0.3, 0.0, 0.5, 1.0, 1.3]).view(5, 1, 1, 1).expand(5, 1, 70, 70)
     picture = figures.grid([row], gap=2)
     assert picture.shape == (70, 5 * 70 + 4 * 2, 3) and picture[9, 9::72, 1].tolist() == [0, 0, 128, 255, 255]
+
+
+def test_a_frame_has_the_colour_of_its_class_and_covers_nothing():
+    rows = torch.randint(0, 256, (2, 3, 3, 32, 32), dtype=torch.uint8)
+    picture = figures.grid(list(rows), [np.array([1, 12, -1]), np.array([9, 0, 1])], gap=2, frame=4)
+    assert picture.shape == (2 * 72 + 2, 3 * 72 + 2 * 2, 3)
+    wanted = [[figures.COLOURS[1], figures.COLOURS[2], np.uint8([200] * 3)], figures.COLOURS[[9, 0, 1]]]
+    for y, x in np.ndindex(2, 3):
+        image = picture[y * 74:, x * 74:][:72, :72]
+        assert (image[4:-4:2, 4:-4:2] == rows[y, x].permute(1, 2, 0).numpy()).all()
+        outside = np.ones((72, 72), bool)
+        outside[4:-4, 4:-4] = False
+        assert (image[outside] == wanted[y][x]).all()
 
 
 def test_a_point_of_the_map_stands_right_as_its_first_number_and_down_as_its_second_in_the_colour_of_its_class():

@@ -333,14 +333,18 @@ def test_what_must_not_be_mirrored_is_not_mirrored_while_fine_tuning_either(runs
 
 def test_beside_each_held_out_image_stands_the_training_image_that_is_nearest(tmp_path, monkeypatch):
     pixels = torch.randint(0, 256, (36, 1, 8, 8), generator=training.generator(0, "test", 0)).byte()
-    pixels[12:24] = pixels[:12]    # the held-out images are copies of training images
-    data = images.Images(pixels, torch.arange(36), np.arange(36) % 3, np.repeat(np.uint8([0, 1, 2]), 12), list("abc"))
-    shown, dots, grid, scatter = [], [], figures.grid, figures.scatter
-    monkeypatch.setattr(figures, "grid", lambda rows: shown.extend(rows) or grid(rows))
+    labels = np.arange(36) % 3
+    pixels[12:24], labels[12:24] = pixels[:12].flip(0), labels[11::-1]    # held-out images: training images, reversed
+    data = images.Images(pixels, torch.arange(36), labels, np.repeat(np.uint8([0, 1, 2]), 12), list("abc"))
+    shown, frames, dots, grid, scatter = [], [], [], figures.grid, figures.scatter
+    monkeypatch.setattr(figures, "grid",
+                        lambda rows, labels: shown.extend(rows) or frames.extend(labels) or grid(rows, labels))
     monkeypatch.setattr(figures, "scatter",
                         lambda points, labels: dots.append((points, labels)) or scatter(points, labels))
     assert evaluation.Neighbours(data, "cpu")(lambda x: x.flatten(1).float(), nullcontext(), tmp_path) == 100
     assert len(shown) == 10 and all(torch.equal(row[0], row[1]) and not torch.equal(row[0], row[2]) for row in shown)
+    label_of = {image.numpy().tobytes(): label for image, label in zip(pixels[:24], data.labels)}
+    assert all([label_of[image.numpy().tobytes()] for image in row] == list(frame) for row, frame in zip(shown, frames))
     assert dots[0][0].shape == (12, 2) and dots[0][1].tolist() == data.labels[12:24].tolist()
 
 
