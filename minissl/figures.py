@@ -6,7 +6,6 @@
     label_figure("runs/x/finetune.csv")       what a run is worth, over labels a class
 """
 
-import csv
 import html
 import math
 import struct
@@ -14,7 +13,7 @@ import zlib
 
 import numpy as np
 
-from minissl.files import write_atomically
+from minissl.files import read_csv, write_atomically
 
 
 # ---------------------------------------------------------------- pictures
@@ -50,10 +49,10 @@ def grid(rows, labels=None, gap=2, frame=4):
         times = max(1, 64 // max(pixels.shape[1:3]))
         pixels = pixels.repeat(times, axis=1).repeat(times, axis=2)
         if labels is not None:
-            inside = pixels
-            pixels = np.pad(inside, ((0, 0), (frame, frame), (frame, frame), (0, 0)))
-            pixels[:] = colours(labels[n])[:, None, None]
-            pixels[:, frame:-frame, frame:-frame] = inside
+            H, W = pixels.shape[1:3]
+            framed = colours(labels[n])[:, None, None].repeat(H + 2 * frame, axis=1).repeat(W + 2 * frame, axis=2)
+            framed[:, frame:-frame, frame:-frame] = pixels
+            pixels = framed
         pixels = np.pad(pixels, ((0, 0), (0, gap), (0, gap), (0, 0)), constant_values=128)
         lines.append(np.concatenate(list(pixels), axis=1))
     return np.concatenate(lines)[:-gap, :-gap]
@@ -112,9 +111,8 @@ def curve(steps, values, width=300, height=140):
 def label_table(path):
     """finetune.csv -> rows of strings: labels a class, then mean ± deviation of each method."""
     cells = {}
-    with open(path, encoding="utf-8", newline="") as file:
-        for row in csv.DictReader(file):
-            cells.setdefault((row["labels_a_class"], row["method"]), []).append(float(row["test_accuracy"]))
+    for row in read_csv(path):
+        cells.setdefault((row["labels_a_class"], row["method"]), []).append(float(row["test_accuracy"]))
     labels, methods = (list(dict.fromkeys(names)) for names in zip(*cells))
     return [["labels a class", *methods]] + [
         [label, *(f"{np.mean(cells[label, m]):.1f} ± {np.std(cells[label, m], ddof=len(cells[label, m]) > 1):.1f}"

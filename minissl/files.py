@@ -162,6 +162,12 @@ def write_csv(path, rows):
     write_atomically(path, text.getvalue().encode("utf-8", "replace"))
 
 
+def read_csv(path):
+    """-> a list of dicts of strings, a row an entry. What is missing in a line is None, what is too much at None."""
+    with open(path, encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
 def write_checkpoint(path, state):
     """state: a dict of tensors, numbers, strings, lists and dicts, with its "format"; see read_checkpoint."""
     data = io.BytesIO()

@@ -274,11 +274,11 @@ CLASSIFIER_FORMAT = "minissl classifier 2"
 
 def read_classifier(run, checkpoint, body):
     """classifier.pt of the run's folder -> (Classifier around `body`, names of its classes)."""
+    command = f"finetune.py {shlex.quote(str(run))}"
     saved = read_checkpoint(Path(run) / "classifier.pt", CLASSIFIER_FORMAT,
-                            f"run finetune.py {shlex.quote(str(run))} without --probe first: it is made with the table")
+                            f"run {command} without --probe first: it is made with the table")
     if saved["step"] != checkpoint["step"]:
-        raise UserError(f"{run} has been trained further since its classifier was made: run finetune.py "
-                        f"{shlex.quote(str(run))} again")
+        raise UserError(f"{run} has been trained further since its classifier was made: run {command} again")
     mean, classes = saved["model"]["mean"], saved["classes"]
     classifier = Classifier(body, mean, torch.ones_like(mean), torch.zeros(len(mean) + 1, len(classes)))
     classifier.load_state_dict(saved["model"])

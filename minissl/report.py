@@ -12,7 +12,7 @@ import json
 from pathlib import Path
 
 from minissl.figures import curve, label_figure, label_table, short
-from minissl.files import write_atomically
+from minissl.files import read_csv, write_atomically
 
 PICTURES = {            # file name -> what it shows
     "views.png": "One batch as the model sees it: a column an image, its views one below the other.",
@@ -56,7 +56,8 @@ def filled_in(passage, wanted, got):
 
 def write_page(folder):
     """Write folder/report.html from what lies in the folder. A file that is damaged is said to be, on the page."""
-    folder, body = Path(folder), [f"<h1>{html.escape(Path(folder).resolve().name)}</h1>"]
+    folder, title = Path(folder), html.escape(Path(folder).resolve().name)
+    body = [f"<h1>{title}</h1>"]
     for name, part in [("config.json", origin), ("finetune.csv", worth), ("sentences.json", sentences),
                        *((name, picture) for name in PICTURES), ("metrics.csv", curves)]:
         try:
@@ -64,7 +65,7 @@ def write_page(folder):
         except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError, csv.Error):
             body.append(f"<p>{name} cannot be read.</p>")
     page = ('<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width, '
-            f'initial-scale=1"><title>{html.escape(folder.resolve().name)}</title><style>{STYLE}</style>'
+            f'initial-scale=1"><title>{title}</title><style>{STYLE}</style>'
             f'<body>{"".join(body)}</body></html>\n')
     write_atomically(folder / "report.html", page.encode("utf-8", "replace"))
 
@@ -81,8 +82,7 @@ def origin(path):
 def worth(path):
     """finetune.csv -> the table."""
     head, *lines = label_table(path)
-    with open(path, encoding="utf-8", newline="") as file:
-        first = next(csv.DictReader(file))
+    first = read_csv(path)[0]
     cells = "".join("<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in line) + "</tr>" for line in lines)
     return ("<h2>What it is worth</h2><p>Test accuracy in %, mean ± standard deviation over draws of labels: "
             f"{html.escape(first['data'])}, after {int(first['step']):,} steps of pretraining.</p>"
@@ -106,8 +106,7 @@ def picture(path):
 
 def curves(path):
     """metrics.csv -> a curve for each of its columns."""
-    with open(path, encoding="utf-8", newline="") as file:
-        rows, figures = list(csv.DictReader(file)), []
+    rows, figures = read_csv(path), []
     for name in rows[0]:
         points = [(int(row["step"]), float(row[name])) for row in rows if row[name] not in ("", None)]
         if name not in ("step", "seconds") and points:

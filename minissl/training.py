@@ -28,7 +28,7 @@ import numpy as np
 import torch
 
 from minissl import UserError, processes, report
-from minissl.files import (CHECKPOINT_FORMAT, load_checkpoint, lock, taken_from, writable, write_atomically,
+from minissl.files import (CHECKPOINT_FORMAT, load_checkpoint, lock, read_csv, taken_from, writable, write_atomically,
                            write_checkpoint, write_csv)
 
 
@@ -376,8 +376,7 @@ class Run:
         if not path.exists():
             return []
         try:
-            with open(path, encoding="utf-8", newline="") as file:
-                rows = list(csv.DictReader(file))
+            rows = read_csv(path)
             steps, seconds = [int(row["step"]) for row in rows], [float(row["seconds"]) for row in rows]
             torn = any(None in (*row, *row.values()) for row in rows)
             if torn or steps != sorted(set(steps)) or seconds != sorted(seconds):
