@@ -1,199 +1,515 @@
-"""What was the pretraining worth? Any run + a few labels -> test accuracy, against the same model from scratch.
+"""Measure whether pretraining helped: a run and a few labels -> a table of test accuracies.
 
-    python finetune.py runs/mlm                                 the table, on the data that the run learned from
-    python finetune.py runs/imdb --labels 10 100 --seeds 10     some rows, more draws
-    python finetune.py runs/cifar --probe                       the linear probe alone: minutes instead of half an hour
-    python finetune.py runs/mlm --data my_classes/              your own texts: a folder with a sub-folder per class
-    python finetune.py runs/ae --data my_images.npy             your own images, labels in my_images.labels.npy
-    python finetune.py runs/imdb --predict new.txt              label new text, or images, by the table's last model
-    python finetune.py runs/imdb --features out.npy --data my_texts/         (N, d) float32, a row a text or an image
+    python finetune.py runs/mlm                             the table, on the run's own data
+    python finetune.py runs/imdb --labels 10 100 --seeds 10     two rows, more draws of labels
+    python finetune.py runs/cifar --probe                   the linear probe alone: minutes
+    python finetune.py runs/mlm --data my_classes/          your texts: a sub-folder per class
+    python finetune.py runs/ae --data my_images.npy         your images and my_images.labels.npy
+    python finetune.py runs/imdb --predict new.txt          label new texts, or images of a .npy
+    python finetune.py runs/imdb --features out.npy --data my_texts/    (N, d) float32
 
-The columns share the draws of labels. Strengths are chosen by cross-validation, the rest on held-out examples:
+"Labels a class" says how many labelled examples of each class a row may use. They are drawn
+several times, and all columns get the same draws. Everything else is chosen on held-out examples
+or by cross-validation. The test set is used for the figures alone. Without --labels the rows are
+10, 100, 500 and all for texts, and 10, 50, 500 and all for images.
 
-    tf-idf        texts, what one would do instead: logistic regression on one- and two-word features of the same tokens
-    pixels        images, what one would do instead: logistic regression; after train_ae.py also on principal components
-    untrained     images: a probe of the encoder with random weights, for many a feature is good before any learning
-    from scratch  the same model, not pretrained (texts: the blocks stay zero); rate, epochs (texts), crops (images)
-    linear probe  logistic regression on the frozen features
-    fine-tuned    starts at the probe, moves the encoder (texts: its embeddings alone), too; rate (or 0), epochs (texts)
+    tf-idf        texts: logistic regression on counts of words and word pairs, without any
+                  pretraining
+    pixels        images: logistic regression on pixels, without any pretraining; after
+                  train_ae.py also on principal components
+    untrained     images: a linear probe of the same encoder with random weights
+    from scratch  the same model, trained on the labels alone
+    linear probe  logistic regression on the features of the pretrained encoder
+    fine-tuned    the probe and the encoder trained further on the labels (for texts, the
+                  encoder's embeddings)
+
+The table goes into finetune.csv and onto the page report.html of the run's folder. New rows
+replace old rows that were measured with the same labels, data, limit and pretraining steps. All
+other rows stay. The fine-tuned model of the last row goes into classifier.pt, for --predict. It
+does not replace a model of more labels of the same data, and a trial with --limit replaces
+neither the model nor the figure finetune.svg of a whole table.
 """
 
 import contextlib
+import csv
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
 
-from minissl import UserError, evaluation, figures, report, runs
-from minissl.documents import load_texts
-from minissl.files import progress, writable, write_atomically, write_checkpoint, write_csv
-from minissl.finetuning import CLASSIFIER_FORMAT, ImageTask, TextTask, label_images, label_texts
-from minissl.images import load_images
-from minissl.training import at_least, choose_machine, read_settings, run_script
+from minissl import UserError
+from minissl.data.images import load_images, own_images
+from minissl.data.splits import HELD_OUT, incomplete_classes
+from minissl.data.text_sources import load_texts, read_texts
+from minissl.data.texts import encode_texts
+from minissl.evaluation import load, probes
+from minissl.evaluation.features import image_features, text_features
+from minissl.evaluation.table import (Documents, Embeddings, ImageTask, TextTask, build_classifier,
+                                      read_classifier, write_classifier)
+from minissl.training import distributed, report
+from minissl.training.files import (is_writable, progress, read_csv, write_atomically, write_csv,
+                                    write_npy)
+from minissl.training.machine import choose_machine, move_to_device
+from minissl.training.settings import read_settings, require_at_least, run_script
 
 
-# ---------------------------------------------------------------- Settings
+# ---------------------------------------------------------------- 1. settings
 
 @dataclass
 class Settings:
     run: str  # the folder of a run
-    labels: list[str] = field(default_factory=list)  # a class, a row each; default 10 100 500 all, images 10 50 500 all
+    labels: list[str] = field(default_factory=list)  # labels a class, a row each; or all
     seeds: int = 5  # draws of labels; "all" is one draw, trained in two orders
     data: str = ""  # other data than the run's, by name or path
-    data_dir: str = ""  # where archives and caches lie; as for the run, unless given
+    data_dir: str = ""  # where archives and caches lie, if not where the run had them
     limit: int = 0  # take this many examples of each split only, for a trial; 0: all
     probe: bool = False  # the linear probe's column alone, into probe.csv
-    features: str = ""  # instead of the table: write the features to this .npy
-    predict: str = ""  # instead of the table: label the texts of this file, or the images of this .npy
-    no_flip: bool = False  # for pictures whose mirror image means something else; as for the run, unless given
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # for the encoder; the rest is small
+    features: str = ""  # instead of the table: write the features to this .npy, a new file
+    overwrite: bool = False  # allow --features to replace a file
+    predict: str = ""  # instead of the table: label the texts or images of this file
+    no_flip: bool = False  # never mirror images (default: as in the pretraining)
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # for the encoder
     precision: Literal["auto", "float32", "bfloat16"] = "auto"  # of the encoder
 
     def __post_init__(self):
-        at_least(self, 1, "seeds")
-        at_least(self, 0, "limit")
+        require_at_least(self, 1, "seeds")
+        require_at_least(self, 0, "limit")
         if self.features and self.predict:
-            raise UserError("--features and --predict: give one of them")
-        if self.features and (Path(self.features).suffix != ".npy" or not writable(Path(self.features).parent)):
-            raise UserError(f"--features {self.features}: give a new .npy in a folder that one can write into")
-        if not all(rows == "all" or rows.isdecimal() and int(rows) > 0 for rows in self.labels):
-            raise UserError(f"--labels {' '.join(self.labels)}: must be whole numbers above 0, or all")
+            raise UserError("--features and --predict exclude each other: give one of them")
+        if self.features:
+            check_output(Path(self.features), self.overwrite)
+        for row in self.labels:
+            if row != "all" and not (row.isdecimal() and int(row) > 0):
+                raise UserError(f"--labels {row}: must be a whole number above 0, or all")
 
 
-# ---------------------------------------------------------------- The table
+def check_output(path, overwrite):
+    """Raise UserError unless --features may write to this path."""
+    if path.suffix != ".npy":
+        raise UserError(f"--features {path}: must end in .npy")
+    if not is_writable(path.parent):
+        raise UserError(f"--features {path}: {path.parent} is not a writable folder; give another")
+    if path.exists() and not overwrite:
+        raise UserError(f"--features {path}: this file exists; give a new name, or --overwrite "
+                        f"to replace it")
 
-def choose(column, task, size):
-    """The option with which the column, on a few draws of labels, is best on held-out examples."""
-    draws = [task.train[evaluation.draw_labels(task.labels[task.train], size, 1000 + seed)]
-             for seed in range(1 if size is None else task.trials)]
+
+# ---------------------------------------------------------------- 2. data
+
+def load_data(settings, checkpoint, limit, keep_all=False):
+    """The Texts or Images that the settings name, or else those of the run.
+
+    keep_all: every example in its order, for features; see load_images and load_texts.
+    """
+    trained = checkpoint["settings"]
+    name = settings.data or trained["data"]
+    data_dir = settings.data_dir or trained["data_dir"]
+    if checkpoint["method"] == "mlm":
+        if name in ("shapes", "cifar10") or name.endswith(".npy"):
+            raise UserError(f"--data {name}: the run was trained on texts; give texts")
+        tokenizer = load.tokenizer_of(checkpoint)
+        return load_texts(name, data_dir, trained["vocabulary_size"], limit, tokenizer,
+                          keep_all=keep_all)
+    if name in ("pydocs", "imdb") or name.endswith(".txt"):
+        raise UserError(f"--data {name}: the run was trained on images; give images")
+    return load_images(name, data_dir, limit, keep_all=keep_all)
+
+
+def warn_of_another_split(settings, checkpoint, data):
+    """See load.check_split. The comparison is made at the --limit of the pretraining."""
+    trained = checkpoint["settings"]
+    name = settings.data or trained["data"]
+    limit = trained.get("limit", 0)
+    if limit != settings.limit:
+        if name == "shapes":                    # our own drawings are always split the same
+            return
+        data = load_data(settings, checkpoint, limit)
+    kind = "texts" if checkpoint["method"] == "mlm" else "images"
+    load.check_split(data, checkpoint, name, kind)
+
+
+def keep_complete_classes(data, name):
+    """The labelled examples of the classes that can be trained and tested.
+
+    Prints the names of the other classes. Raises UserError if fewer than two are left, or if
+    no labelled example is held out for the choices.
+    """
+    if len(data.classes) < 2:
+        raise UserError(f"--data {name}: found no labels of two classes; for texts give a folder "
+                        f"with a sub-folder per class, for images NAME.labels.npy beside NAME.npy")
+    labelled = data.select(data.labels >= 0)
+    left_out = incomplete_classes(labelled.split, labelled.labels, labelled.classes)
+    kept = [label for label, c in enumerate(data.classes) if c not in left_out]
+    if len(kept) < 2 or HELD_OUT not in labelled.split:
+        raise UserError(f"--data {name}: found {len(kept)} classes with an example to train on "
+                        f"and one to test on, and {np.sum(labelled.split == HELD_OUT)} examples "
+                        f"to choose by; give at least two classes with 10 examples each, and a "
+                        f"larger --limit if there is one")
+    if left_out:
+        print(f"left out, without an example to train on or without one to test on: "
+              f"{listing(left_out)}")
+    selected = labelled.select(np.isin(labelled.labels, kept))
+    return replace(selected, labels=np.searchsorted(kept, selected.labels),
+                   classes=[data.classes[label] for label in kept])
+
+
+def listing(names, most=10):
+    """The names as a phrase, shortened if there are many.
+
+    >>> listing(["sea", "city"]), listing(["a", "b", "c"], most=2)
+    ('sea, city', 'a, b and 1 more')
+    """
+    if len(names) <= most:
+        return ", ".join(names)
+    return ", ".join(names[:most]) + f" and {len(names) - most} more"
+
+
+# ---------------------------------------------------------------- 3. the table
+
+def choose(column, task, per_class):
+    """The column's option that is best on held-out examples, on a few draws of labels."""
+    draws = []
+    for seed in range(1 if per_class is None else task.choice_draws):
+        drawn = probes.draw_labels(task.labels[task.train], per_class, 1000 + seed)
+        draws.append(task.train[drawn])
     options = column.options(len(draws[0]))
     if len(options) == 1:
         return options[0]
     scores = []
     for option in options:
-        found = [column.answers(column.fit(which, option, seed), task.held_out) for seed, which in enumerate(draws)]
-        scores.append(np.mean([evaluation.accuracy(answers, task.labels[task.held_out]) for answers in found]))
+        accuracies = []
+        for seed, indices in enumerate(draws):
+            model = column.fit(indices, option, seed)
+            predictions = column.predict(model, task.held_out)
+            accuracies.append(probes.accuracy(predictions, task.labels[task.held_out]))
+        scores.append(np.mean(accuracies))
     return options[int(np.argmax(scores))]
 
 
-def one_row(settings, task, columns, row):
-    """-> {column: (accuracies, seconds)}, a draw of labels an entry, and the last fitted model of the last column."""
-    size, chosen, found = None if row == "all" else int(row), {}, {name: ([], []) for name in columns}
-    print(f"{row} labels a class", flush=True)
+def measure_row(settings, task, columns, labels_a_class):
+    """One row of the table: (measurements, the last column's last model, its number of labels).
+
+    A measurement is a dict of labels_a_class, method, seed, test_accuracy and seconds.
+    """
+    print(f"{labels_a_class} labels a class", flush=True)
+    per_class = None if labels_a_class == "all" else int(labels_a_class)
+    chosen = {}
     for name, column in columns.items():
-        progress(f"{row} labels a class, {name}: choosing on held-out examples")
-        chosen[name] = choose(column, task, size)
+        progress(f"{labels_a_class} labels a class, {name}: choosing on held-out examples")
+        chosen[name] = choose(column, task, per_class)
         if chosen[name]:
             print(f"  {name}: chose {chosen[name]}", flush=True)
-    pool = task.train if size else np.concatenate([task.train, task.held_out])     # all means all: the choices are made
-    for seed in range(settings.seeds if size else min(settings.seeds, 2)):
-        which = pool[evaluation.draw_labels(task.labels[pool], size, seed)]
-        for name, (accuracies, seconds) in found.items():
-            progress(f"{row} labels a class, draw {seed + 1}: {name}")
+
+    pool = task.train
+    draws = settings.seeds
+    if per_class is None:
+        # The choices are made, so "all" includes the held-out examples.
+        pool = np.concatenate([task.train, task.held_out])
+        draws = min(draws, 2)
+    measurements = []
+    for seed in range(draws):
+        indices = pool[probes.draw_labels(task.labels[pool], per_class, seed)]
+        shown = []
+        for name, column in columns.items():
+            progress(f"{labels_a_class} labels a class, draw {seed + 1}: {name}")
             begin = time.perf_counter()
-            fitted = columns[name].fit(which, chosen[name], seed)
-            seconds.append(time.perf_counter() - begin)
-            accuracies.append(evaluation.accuracy(columns[name].answers(fitted, task.test), task.labels[task.test]))
-        print(f"  draw {seed + 1}: " + ", ".join(f"{name} {a[-1]:.1f}" for name, (a, _) in found.items()), flush=True)
-    return found, fitted
+            model = column.fit(indices, chosen[name], seed)
+            seconds = time.perf_counter() - begin
+            predictions = column.predict(model, task.test)
+            accuracy = probes.accuracy(predictions, task.labels[task.test])
+            shown.append(f"{name} {accuracy:.1f}")
+            measurements.append(dict(
+                labels_a_class=labels_a_class, method=name, seed=seed,
+                test_accuracy=round(accuracy, 2), seconds=round(seconds, 1)))
+        print(f"  draw {seed + 1}: {', '.join(shown)}", flush=True)
+    return measurements, model, len(indices)
 
 
-def table(settings, task):
-    """-> [(labels a class, {column: (accuracies, seconds)}, last fitted classifier)], a row an entry, and chance."""
-    if not (len(task.train) and len(task.held_out) and len(task.test)):
-        raise UserError("too few labelled examples to train on, to choose by and to test on: give 10 of each class")
+def measure_table(settings, task):
+    """All rows: (measurements, last model, its number of labels, chance).
+
+    chance: the share of the commonest class in the test set, in percent. Ctrl-C ends the table
+    after the last complete row.
+    """
     chance = 100 * float(torch.bincount(task.labels[task.test]).max()) / len(task.test)
-    sizes = torch.bincount(task.labels[task.train], minlength=len(task.classes))
-    least = int(sizes.min())
-    reason = f"the smallest class, {task.classes[int(sizes.argmin())]}, has {least} to train on"
-    print(f"{len(task.classes)} classes; labelled: {len(task.train):,} to draw from, {len(task.held_out):,} held out "
-          f"for choices, {len(task.test):,} to test on, of which the commonest class is {chance:.1f} %")
-    rows, results = settings.labels or task.rows, []
-    too_large = [row for row in rows if row != "all" and int(row) > least]
-    if too_large and settings.labels:
-        raise UserError(f"--labels {' '.join(too_large)}: too many, {reason}")
-    if too_large:
-        print(f"left out: {' and '.join(too_large)} labels a class, for {reason}")
-    columns = {"linear probe": task.probe} if settings.probe else task.columns()
-    for row in [row for row in rows if row not in too_large]:
+    print(f"the table has {len(task.classes)} classes: {listing(task.classes)}")
+    print(f"labelled: {len(task.train):,} to draw from, {len(task.held_out):,} held out for "
+          f"choices, {len(task.test):,} to test on (the commonest class: {chance:.1f} %)")
+    rows = possible_rows(settings, task)
+    if settings.probe:
+        columns = {"linear probe": task.probe}
+    else:
+        columns = task.columns()
+    measurements = []
+    for row in rows:
         try:
-            results.append((row, *one_row(settings, task, columns, row)))
+            measured, model, labels = measure_row(settings, task, columns, row)
         except KeyboardInterrupt:
-            if not results:
+            if not measurements:
                 raise
             print("stopped: the rows before this one are kept", flush=True)
             break
-    return results, chance
+        measurements += measured
+        last = model, labels
+    return measurements, *last, chance
 
 
-def write_results(settings, checkpoint, name, classes, results, chance):
-    """Print the table; in the run's folder finetune.csv, .svg (or probe.csv), classifier.pt, page. name: the data's."""
-    folder, (_, _, classifier) = Path(settings.run), results[-1]
-    path = folder / ("probe.csv" if settings.probe else "finetune.csv")
-    write_csv(path, [dict(labels_a_class=row, method=method, seed=n, test_accuracy=round(accuracy, 2),
-                          seconds=round(seconds, 1), data=name, step=checkpoint["step"]) for row, found, _ in results
-                     for method, columns in found.items() for n, (accuracy, seconds) in enumerate(zip(*columns))])
-    if not settings.probe:
-        figure = figures.label_figure(path, xmlns="http://www.w3.org/2000/svg")
-        write_atomically(folder / "finetune.svg", figure.encode())
-        write_checkpoint(folder / "classifier.pt", dict(format=CLASSIFIER_FORMAT, step=checkpoint["step"],
-                                                        classes=classes, model=classifier.state_dict()))
-    print(f"\ntest accuracy in %, mean ± standard deviation over draws (chance {chance:.1f}); "
+def possible_rows(settings, task):
+    """The rows for which every class has enough labels. Raises UserError if --labels has others."""
+    sizes = torch.bincount(task.labels[task.train], minlength=len(task.classes))
+    least = int(sizes.min())
+    smallest = task.classes[int(sizes.argmin())]
+    rows = settings.labels or task.default_labels
+    too_large = [row for row in rows if row != "all" and int(row) > least]
+    if too_large and settings.labels:
+        raise UserError(f"--labels {' '.join(too_large)}: too many, because the smallest class, "
+                        f"{smallest}, has {least} examples to train on; give at most {least}")
+    if too_large:
+        print(f"left out: {' and '.join(too_large)} labels a class, because the smallest class, "
+              f"{smallest}, has {least} examples to train on")
+    return [row for row in rows if row not in too_large]
+
+
+# ---------------------------------------------------------------- 4. results
+
+def print_table(measurements, chance):
+    """Print the mean and the standard deviation over draws, and the mean seconds of a draw."""
+    print(f"\ntest accuracy in %, mean ± std over draws of labels (chance {chance:.1f}); "
           f"in brackets seconds a draw")
-    lines = figures.label_table(path)
-    for line, (_, found, _) in zip(lines[1:], results):
-        line[1:] = [f"{cell} ({np.mean(seconds):.0f})" for cell, (_, seconds) in zip(line[1:], found.values())]
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    print("\n".join("  ".join(cell.rjust(width) for cell, width in zip(line, widths)) for line in lines))
+    methods = list(dict.fromkeys(m["method"] for m in measurements))
+    lines = [["labels a class", *methods]]
+    for row in dict.fromkeys(m["labels_a_class"] for m in measurements):
+        line = [row]
+        for method in methods:
+            draws = [m for m in measurements
+                     if m["labels_a_class"] == row and m["method"] == method]
+            accuracies = [draw["test_accuracy"] for draw in draws]
+            seconds = np.mean([draw["seconds"] for draw in draws])
+            std = np.std(accuracies, ddof=1) if len(accuracies) > 1 else 0
+            line.append(f"{np.mean(accuracies):.1f} ± {std:.1f} ({seconds:.0f})")
+        lines.append(line)
+    widths = [max(len(cell) for cell in column) for column in zip(*lines)]
+    for line in lines:
+        cells = [cell.rjust(width) for cell, width in zip(line, widths)]
+        print("  ".join(cells), flush=True)
+
+
+SAME_CONDITION = ("data", "limit", "step")
+SAME_MEASUREMENT = ("labels_a_class", "method", *SAME_CONDITION)
+
+
+def merge_measurements(old, new):
+    """`old` without what `new` measured again, and `new`, as one list of dicts.
+
+    A measurement is replaced if it agrees in all of SAME_MEASUREMENT. The rows of the condition
+    of `new` stand at the end, sorted by labels a class.
+    """
+    measured_again = [values_of(row, SAME_MEASUREMENT) for row in new]
+    condition = values_of(new[0], SAME_CONDITION)
+    others, same = [], []
+    for row in old:
+        if values_of(row, SAME_CONDITION) != condition:
+            others.append(row)
+        elif values_of(row, SAME_MEASUREMENT) not in measured_again:
+            same.append(row)
+    return others + sorted(same + new, key=labels_a_class)
+
+
+def values_of(row, names):
+    """The values of a row as strings, because a .csv holds nothing else."""
+    return [str(row[name]) for name in names]
+
+
+def labels_a_class(row):
+    if row["labels_a_class"] == "all":
+        return float("inf")
+    return int(row["labels_a_class"])
+
+
+def read_measurements(path):
+    """The rows of finetune.csv or probe.csv; none if there is no such file."""
+    if not path.exists():
+        return []
+    try:
+        rows = read_csv(path)
+        for row in rows:
+            values_of(row, SAME_MEASUREMENT)
+            labels_a_class(row)
+        return rows
+    except (ValueError, KeyError, TypeError, csv.Error):
+        raise UserError(f"{path} is damaged: move it away, and start again") from None
+
+
+def keep_classifier(run, model, conditions):
+    """Write classifier.pt, or print why the one that is there stays.
+
+    A trial with --limit replaces only a trial, and a model of fewer labels does not replace one
+    of more labels of the same data. conditions: see write_classifier.
+    """
+    try:
+        old = read_classifier(run)
+    except UserError:                           # there is none, or it is damaged
+        old = None
+    reason = None
+    if old is not None and old["step"] == conditions["step"]:
+        same_data = old["data"] == conditions["data"]
+        if conditions["limit"] and not old["limit"]:
+            reason = "this table is a trial with --limit"
+        elif same_data and old["labels"] > conditions["labels"]:
+            reason = (f"it was trained on {old['labels']:,} labels, and the new one on "
+                      f"{conditions['labels']:,}")
+    if reason:
+        print(f"classifier.pt stays as it was, because {reason}")
+    else:
+        write_classifier(run, model, conditions)
+
+
+def make_table(settings, model, checkpoint, machine):
+    """Measure the table, print it, and write finetune.csv (or probe.csv), .svg, classifier.pt."""
+    device, precision, autocast = machine
+    trained = checkpoint["settings"]
+    folder = Path(settings.run)
+    path = folder / ("probe.csv" if settings.probe else "finetune.csv")
+    if not is_writable(folder):
+        raise UserError(f"{folder} is read-only; copy the run to a writable folder")
+    old = read_measurements(path)
+
+    name = settings.data or trained["data"]
+    data = load_data(settings, checkpoint, settings.limit)
+    is_text = checkpoint["method"] == "mlm"
+    if not is_text:
+        load.check_images(data, model, name)
+    warn_of_another_split(settings, checkpoint, data)
+    for note in data.notes:
+        print(f"data: {note}")
+    data = keep_complete_classes(data, name)
+    if is_text:
+        task = TextTask(data, model, autocast, device)
+    else:
+        flip = not (settings.no_flip or trained.get("no_flip"))
+        task = ImageTask(data, model, autocast, device, precision,
+                         partial(load.new_model, checkpoint), flip, trained.get("code"))
+    new, classifier, labels, chance = measure_table(settings, task)
+
+    # Printed first: what was measured must not be lost if the disk is full.
+    print_table(new, chance)
+    source = dict(data=name, limit=settings.limit, step=checkpoint["step"])
+    for measurement in new:
+        measurement.update(source)
+    write_csv(path, merge_measurements(old, new))
+    if not settings.probe:
+        shape = None if is_text else list(data.shape[1:])
+        keep_classifier(folder, classifier,
+                        dict(source, classes=data.classes, shape=shape, labels=labels))
+        picture = folder / "finetune.svg"
+        if not settings.limit or not picture.exists():
+            figure = report.label_figure(path, xmlns="http://www.w3.org/2000/svg")
+            write_atomically(picture, figure.encode())
     report.write_page(folder)
 
 
-# ---------------------------------------------------------------- From the command line
+# ---------------------------------------------------------------- 5. features and predictions
+
+def write_features(settings, model, checkpoint, machine):
+    """Write the features of every example, a row each, to the .npy that --features names."""
+    device, _, autocast = machine
+    name = settings.data or checkpoint["settings"]["data"]
+    path = Path(settings.features)
+    if path.resolve() == Path(name).resolve():
+        raise UserError(f"--features {path}: this is the data; give another name")
+    data = load_data(settings, checkpoint, settings.limit, keep_all=True)
+    if checkpoint["method"] == "mlm":
+        features = text_features(model.to(device), data, autocast, device, progress)
+    else:
+        load.check_images(data, model, name)
+        features = image_features(model.to(device).encode, data, autocast, device, progress)
+    write_npy(path, features.numpy())
+    N, D = features.shape
+    print("; ".join([f"{path}: {N:,} × {D} features", *data.notes]))
+
+
+def predict_texts(settings, model, checkpoint, machine):
+    """Print class, probability and text for each text of the file that --predict names."""
+    device, _, autocast = machine
+    path = Path(settings.predict)
+    if not path.is_file() or path.suffix == ".npy":
+        found = "file not found"
+        if path.exists():
+            found = "the run was trained on texts"
+        raise UserError(f"--predict {path}: {found}; give a .txt, a text a line or a paragraph")
+    strings = list(read_texts(path))
+    if not strings:
+        raise UserError(f"--predict {path}: the file contains no text; give one with some")
+    saved = read_classifier(settings.run)
+    body = Embeddings(model.term_table().detach())
+    classifier = build_classifier(saved, body, checkpoint["step"], settings.run)
+    texts = encode_texts(strings, load.tokenizer_of(checkpoint))
+    documents = Documents(texts, model, autocast, device)
+    with torch.no_grad():
+        logits = classifier(*documents.inputs(np.arange(len(texts))))
+    print_predictions(logits, saved, [" ".join(text.split()) for text in strings])
+
+
+def predict_images(settings, model, checkpoint, machine):
+    """Print class, probability and index for each image of the .npy that --predict names."""
+    device, _, autocast = machine
+    path = Path(settings.predict)
+    images = own_images(path, keep_all=True, flag="--predict")
+    saved = read_classifier(settings.run)
+    load.check_images(images, model, f"--predict {path}")
+    check_shape(images.shape[1:], saved["shape"], path)
+    for note in images.notes:
+        print(f"warning: {note}", file=sys.stderr)
+    classifier = build_classifier(saved, model, checkpoint["step"], settings.run)
+    logits = image_features(classifier.to(device), images, autocast, device)
+    print_predictions(logits, saved, range(len(images)))
+
+
+def check_shape(given, trained, path):
+    """Raise UserError unless new images have the shape (C, H, W) that the classifier learned."""
+    if tuple(given) != tuple(trained):
+        C, H, W = given
+        channels, height, width = trained
+        raise UserError(f"--predict {path}: found images of {H} × {W} × {C}; the classifier was "
+                        f"trained on {height} × {width} × {channels}: convert them")
+
+
+def print_predictions(logits, saved, names):
+    """A line for each example: class, probability, name, with tabs between them."""
+    limit = f" (--limit {saved['limit']})" if saved["limit"] else ""
+    print(f"classifier: trained on {saved['labels']:,} labels of {saved['data']}{limit}; "
+          f"classes {listing(saved['classes'])}", file=sys.stderr)
+    for name, row in zip(names, logits.softmax(1)):
+        print(f"{saved['classes'][int(row.argmax())]}\t{float(row.max()):.2f}\t{name}")
+
+
+# ---------------------------------------------------------------- 6. from the command line
 
 def main():
     settings = read_settings(Settings, __doc__)
-    model, checkpoint = runs.load_run(settings.run)
-    trained, of_text = checkpoint["settings"], checkpoint["method"] == "mlm"
-    with contextlib.redirect_stdout(sys.stderr if settings.predict else sys.stdout):   # its stdout: answers alone
-        device, precision, cast, _ = choose_machine(settings)
+    if distributed.WORLD_SIZE > 1:
+        raise UserError(f"this script is one process, but WORLD_SIZE is {distributed.WORLD_SIZE}: "
+                        f"start it without torchrun")
+    model, checkpoint = load.load_run(settings.run)
+    output = sys.stdout
     if settings.predict:
-        label = label_texts if of_text else label_images
-        return label(settings.run, settings.predict, checkpoint, model, cast, device)
-    name, data_dir = settings.data or trained["data"], settings.data_dir or trained["data_dir"]
-    kind, others, end = ("texts", ("shapes", "cifar10"), ".npy") if of_text else ("images", ("pydocs", "imdb"), ".txt")
-    if name in others or name.endswith(end):
-        raise UserError(f"--data {name}: the run in {settings.run} learned from {kind}; give it such data")
-    if settings.features and Path(settings.features).resolve() == Path(name).resolve():
-        raise UserError(f"--features {settings.features}: that is the data; give another name")
-    if of_text:
-        data = load_texts(name, data_dir, trained["vocabulary_size"], settings.limit, runs.tokenizer_of(checkpoint),
-                          keep_all=bool(settings.features))
-    else:
-        data = load_images(name, data_dir, settings.limit, keep_all=bool(settings.features))
-        runs.check_images(data, model, name)
+        output = sys.stderr                     # stdout is for the predictions alone
+    with contextlib.redirect_stdout(output):
+        machine = choose_machine(settings)
+    model = move_to_device(model, machine[0])
     if settings.features:
-        model.to(device)
-        features = (evaluation.text_features(model, data, cast, device, progress) if of_text else
-                    evaluation.image_features(model.encode, data, cast, device, progress))
-        np.save(settings.features, features.numpy())
-        return print("; ".join([f"{settings.features}: {len(features):,} × {features.shape[1]} features", *data.notes]))
-    runs.check_split(data, checkpoint, name, settings.limit, kind)
-    if len(data.classes) < 2:
-        raise UserError(f"--data {name}: fine-tuning needs labels, of two classes at least: for texts a folder "
-                        f"with a sub-folder per class, for images NAME.labels.npy beside NAME.npy")
-    if not writable(Path(settings.run)):
-        raise UserError(f"{settings.run}: one cannot write into it, and the table is kept there; copy the run")
-    for note in data.notes:
-        print(f"data: {note}")
-    data = data.select(data.labels >= 0)
-    task = TextTask(data, model, cast, device) if of_text else ImageTask(
-        data, model, cast, device, precision, lambda seed: runs.new_model(checkpoint, seed),
-        not (settings.no_flip or trained.get("no_flip")), trained.get("code"))
-    write_results(settings, checkpoint, name, data.classes, *table(settings, task))
+        write_features(settings, model, checkpoint, machine)
+    elif not settings.predict:
+        make_table(settings, model, checkpoint, machine)
+    elif checkpoint["method"] == "mlm":
+        predict_texts(settings, model, checkpoint, machine)
+    else:
+        predict_images(settings, model, checkpoint, machine)
 
 
 if __name__ == "__main__":

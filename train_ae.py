@@ -1,15 +1,19 @@
-"""Pretrain an image encoder without labels: rebuild images from a code of 128 numbers (an autoencoder).
+"""Pretrain an image encoder without labels.
 
-    python train_ae.py                                          shapes that our own code draws, a few minutes
-    python train_ae.py --data cifar10 --run runs/ae-cifar --width 64 --steps 600
-    python train_ae.py --masked 0.6 --run runs/ae-masked        with patches cut out
-    python train_ae.py --data my_images.npy --run runs/mine     your own: uint8 (N, H, W, C) or (N, H, W)
-    python train_ae.py --steps 200 --run runs/quick             a slow laptop: a third of the time
-    torchrun --nproc-per-node 2 -- train_ae.py                  several processes that make the step of one
-    python train_ae.py --run runs/mine --resume                 go on where Ctrl-C stopped
-    python finetune.py runs/ae                                  what was it worth? a table
+The method is an autoencoder: it rebuilds each image from a code of 128 numbers.
+minissl/autoencoder.py explains the loss and the model.
 
-Read it beside its sibling: `diff train_ae.py train_contrastive.py` prints the method and little else.
+    python train_ae.py                                        drawn shapes, a few minutes
+    python train_ae.py --data cifar10 --run runs/ae-cifar     photographs
+    python train_ae.py --masked 0.6 --run runs/ae-masked      with patches cut out
+    python train_ae.py --data my_images.npy --run runs/mine
+                                           your own: uint8 (N, H, W, C) or (N, H, W)
+    python train_ae.py --steps 200 --run runs/quick           on a slow laptop
+    torchrun --nproc-per-node 2 -- train_ae.py                several processes
+    python train_ae.py --run runs/mine --resume               continue a run
+    python finetune.py RUN                                    measure whether it helped
+
+`diff train_ae.py train_contrastive.py` shows how the two methods differ.
 """
 
 from dataclasses import dataclass
@@ -17,13 +21,22 @@ from typing import Literal
 
 import torch
 
-from minissl import UserError, autoencoder, evaluation, figures
-from minissl.datasets import HELD_OUT, TRAIN
-from minissl.images import describe, load_images, mean_and_deviation
-from minissl.muon import Muon
-from minissl.processes import average_gradients, first_alone, gather, share, share_batch_norm
-from minissl.training import (Batches, Run, at_least, choose_machine, count_flops, generator, rate_at, read_settings,
-                              run_script, take_step)
+from minissl import UserError, autoencoder
+from minissl.data.batches import Batches, generator
+from minissl.data.images import describe, load_images, mean_and_std
+from minissl.data.splits import TRAIN
+from minissl.evaluation import previews
+from minissl.optim import lr_schedule, muon_and_adam, step_optimizers
+from minissl.training.distributed import (
+    all_gather,
+    average_gradients,
+    main_process_first,
+    shard,
+    sync_batch_norm,
+)
+from minissl.training.machine import choose_machine, move_to_device
+from minissl.training.run import Run
+from minissl.training.settings import read_settings, require_at_least, run_script
 
 
 # ---------------------------------------------------------------- Settings
@@ -31,117 +44,144 @@ from minissl.training import (Batches, Run, at_least, choose_machine, count_flop
 @dataclass
 class Settings:
     data: str = "shapes"  # shapes, cifar10, or a .npy of uint8 images (N, H, W, C) or (N, H, W)
-    data_dir: str = "data"  # where archives lie
-    limit: int = 0  # take this many images of each split only, for a trial; 0: all
-    run: str = "runs/ae"  # the run's folder
-    resume: bool = False  # go on with the run in --run
+    data_dir: str = "data"  # the folder for downloads
+    limit: int = 0  # use only this many images of each split, for a trial; 0: all
+    run: str = "runs/ae"  # the folder of the run
+    resume: bool = False  # continue the run in --run
     steps: int = 600  # optimizer steps
-    batch_size: int = 256  # images a step; no gradient accumulation: batch norm would not see the rest
-    learning_rate: float = 0.02  # Muon's, on matrices and kernels; Adam's on vectors is a tenth
-    width: int = 32  # of the encoder's first feature map, doubled twice; 64 sees more, in nearly four times the time
-    seed: int = 0  # of everything random
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: the best there is
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 where it is measurably faster
-    compile: bool = False  # torch.compile the model: a minute first; meant for a GPU, not measured
-    code: int = 128  # numbers in z
-    beta: float = 0.0  # weight of the regularizer, such as 0.01: both or neither
+    batch_size: int = 256  # images in a step
+    learning_rate: float = 0.02  # of Muon, on matrices and kernels; of Adam a tenth
+    width: int = 32  # of the first feature map; 64 is better, in nearly four times the time
+    seed: int = 0  # of all random numbers
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: the best that torch finds
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: the faster one, measured
+    compile: bool = False  # torch.compile the model; it takes a minute at the start
+    code: int = 128  # numbers in the code z
+    beta: float = 0.0  # weight of the regularizer, for example 0.01
     regularizer: Literal["none", "sparse", "decorrelated"] = "none"  # what R(z) asks for
-    noise: float = 0.0  # deviation of Gaussian noise on the input, in units of white: a denoising autoencoder
-    masked: float = 0.0  # share of 8 × 8 patches cut out of the input
-    evaluate_every: int = 200  # steps
-    save_every: float = 30  # seconds; a run that is killed loses no more
+    noise: float = 0.0  # standard deviation of noise on the input, where white is 1
+    masked: float = 0.0  # share of the 8 × 8 patches that are cut out of the input
+    evaluate_every: int = 200  # steps between two previews
+    save_every: float = 30  # seconds between two checkpoints
 
     def __post_init__(self):
-        at_least(self, 1, "steps", "width", "evaluate_every")
-        at_least(self, 2, "batch_size", "code")
-        at_least(self, 0, "limit", "beta", "noise", "masked")
-        at_least(self, 1e-9, "learning_rate")
+        require_at_least(self, 1, "steps", "width", "evaluate_every")
+        require_at_least(self, 2, "batch_size", "code")
+        require_at_least(self, 0, "limit", "beta", "noise", "masked")
+        require_at_least(self, 1e-9, "learning_rate")
         if self.masked > 0.95:
-            raise UserError(f"--masked {self.masked}: must be at most 0.95, or there is nothing to rebuild from")
-        if bool(self.beta) != (self.regularizer != "none"):
-            raise UserError(f"--beta {self.beta} with --regularizer {self.regularizer}: give both or neither")
+            raise UserError(
+                f"--masked {self.masked}: must be at most 0.95, so that something is left "
+                f"to rebuild the image from"
+            )
+        has_regularizer = self.regularizer != "none"
+        if has_regularizer != (self.beta > 0):
+            raise UserError(
+                f"--beta {self.beta} and --regularizer {self.regularizer} do not fit: "
+                f"give both or neither"
+            )
 
 
-# ---------------------------------------------------------------- What it has learned so far
+# ---------------------------------------------------------------- The loss
 
-class Look:
-    """Called with the model: what the loss does not show, on held-out images; pictures of it in the run's folder."""
+def compute_loss(model, images, corrupted, settings):
+    """Rebuild the images from what the encoder gets of them."""
+    rebuilt, codes = model(corrupted)                                     # (B, C, H, W), (B, D)
+    codes = all_gather(codes)                                             # of all processes
+    loss, error, penalty = autoencoder.autoencoder_loss(
+        images, rebuilt, codes, settings.beta, settings.regularizer
+    )
+    terms = dict(squared_error=error)
+    if settings.beta > 0:
+        terms["regularizer"] = penalty
+    return loss, terms
 
-    def __init__(self, data, folder, corrupt, cast, device):
-        self.folder, self.cast = folder, cast
-        self.images = data.of(HELD_OUT, 512)[:].to(device).float() / 255                     # (B, C, H, W)
-        self.given = corrupt(self.images, "look")
-        self.neighbours = evaluation.Neighbours(data, device)
-
-    @torch.no_grad()
-    def __call__(self, model):
-        with self.cast:
-            rebuilt, z = model(self.given)
-            start, end = z[:8].float(), z.roll(1, 0)[:8].float()
-            walks = [model.decode(start.lerp(end, step / 7)) for step in range(8)]               # 8 × (8, C, H, W)
-        rows = [self.images[:12], rebuilt[:12]]
-        if not torch.equal(self.images, self.given):
-            rows.insert(1, self.given[:12])
-        figures.write_png(self.folder / "reconstructions.png", figures.grid([row.float().cpu() for row in rows]))
-        figures.write_png(self.folder / "walks.png", figures.grid(list(torch.stack(walks, 1).float().cpu())))
-        accuracy = self.neighbours(model.encode, self.cast, self.folder)
-        _, error, _ = autoencoder.autoencoder_loss(self.images, rebuilt, z)
-        return dict(held_out=round(float(error), 5), sparsity=round(float(autoencoder.sparsity(z.float())), 4),
-                    correlation=round(float(autoencoder.correlation(z.float())), 4), knn=accuracy)
-
-
-# ---------------------------------------------------------------- Training
 
 def main():
     settings = read_settings(Settings, __doc__)
     run = Run(settings)
-    device, precision, cast, peak = choose_machine(settings)
-    with first_alone():
+    device, precision, autocast = choose_machine(settings)
+
+    # ------------------------------------------------------------ Data
+
+    with main_process_first():                                            # one download for all
         data = load_images(settings.data, settings.data_dir, settings.limit)
-    pool = data.of(TRAIN).to(device)                                     # N images (C, H, W) uint8
-    B, (C, H, W) = settings.batch_size, pool.shape[1:]
-    print(f"data: {settings.data}, {len(pool):,} images of {H} × {W} × {C} to learn from"
-          + "".join(f"; {note}" for note in data.notes))
+    # Held-out images are for the previews and for choices. Test images are for finetune.py.
+    # The training images move to the GPU if they fit; otherwise each batch moves.
+    train_images = data.subset(TRAIN).to(device)                          # N images, uint8
+    N, C, H, W = train_images.shape
+    print(f"data: {settings.data}, {N:,} images of {H} × {W} × {C} to learn from")
+    for note in data.notes:
+        print(f"data: {note}")
     if settings.masked and max(H, W) <= 8:
-        raise UserError(f"--masked {settings.masked}: the images are one patch of 8 × 8; leave it out, or enlarge them")
-    batches = Batches(len(pool), B, settings.seed, "image order")
+        raise UserError(
+            f"--masked {settings.masked}: images of {H} × {W} have a single patch; leave out "
+            f"--masked, or enlarge the images"
+        )
+
+    B = settings.batch_size
+    batches = Batches(N, B, settings.seed, "image order")
 
     def corrupt(images, step):
-        return autoencoder.corrupt(images, settings.noise, settings.masked,
-                                   generator=generator(settings.seed, "corruption", step))
+        """The images as the encoder gets them: with noise, or patches cut out, or neither."""
+        draws = generator(settings.seed, "corruption", step)
+        return autoencoder.corrupt(images, settings.noise, settings.masked, generator=draws)
 
+    # ------------------------------------------------------------ Model
+
+    # The arguments of the model go into the checkpoint, so that finetune.py can build it.
     torch.manual_seed(settings.seed)
-    shape = dict(size=[H, W], code=settings.code, width=settings.width, **mean_and_deviation(pool))
-    model = autoencoder.Autoencoder(**shape).to(device, memory_format=torch.channels_last)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    matrices, vectors = [p for p in trained if p.ndim > 1], [p for p in trained if p.ndim == 1]
-    optimizers = [Muon(matrices, settings.learning_rate, weight_decay=0.02, precision=precision),
-                  torch.optim.Adam([dict(params=vectors, times=0.1)], fused=device.type != "mps")]
-    first = run.begin(share_batch_norm(model), optimizers, peak, describe(data),
-                      method="autoencoder", model_settings=shape)
-    look = Look(data, run.folder, corrupt, cast, device)
-    chance = float((look.images - look.images.mean(0)).square().mean())   # the error of the mean image
-    flops = count_flops(model, lambda: model(torch.zeros(1, C, H, W, device=device)))   # of an image, forward
+    model_settings = dict(
+        size=[H, W], code=settings.code, width=settings.width, **mean_and_std(train_images)
+    )
+    model = autoencoder.Autoencoder(**model_settings)
+    # Batch norm takes its statistics from the batches of all processes.
+    model = move_to_device(sync_batch_norm(model), device)
+    # Muon trains matrices and kernels, Adam trains vectors: see minissl/optim.py.
+    optimizers = muon_and_adam(
+        model, settings.learning_rate, weight_decay=0.02, precision=precision
+    )
+
+    def learning_rate(step):
+        """It rises for a twentieth of the steps, then falls linearly to 0."""
+        warmup = settings.steps // 20
+        return settings.learning_rate * lr_schedule(step, settings.steps, warmup, decay=1)
+
+    # ------------------------------------------------------------ Run
+
+    # From here on the run has a folder. A resumed run loads its checkpoint here.
+    preview = previews.AutoencoderPreview(
+        data, corrupt, run.folder, autocast, device
+    )
+    chance = dict(squared_error=preview.error_of_the_mean_image(), regularizer=None)
+    first_step = run.begin(
+        model,
+        optimizers,
+        data=describe(data),
+        method="autoencoder",
+        model_settings=model_settings,
+        chance=chance,
+        preview=preview,
+    )
     if settings.compile:
         model.compile()
-    print(f"model: {sum(p.numel() for p in trained):,} parameters, {flops / 2e6:,.0f} million multiply-adds an image")
+    parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    print(f"model: {parameters:,} parameters")
 
-    for step in range(first, settings.steps):
-        images = pool[batches(step)].to(device).float() / 255            # (B, C, H, W)
-        images, given = share(images), share(corrupt(images, step))      # of several processes, a slice each
-        with cast:
-            rebuilt, z = model(given)                                    # (B, C, H, W), (B, D)
-            loss, error, penalty = autoencoder.autoencoder_loss(images, rebuilt, gather(z),
-                                                                settings.beta, settings.regularizer)
+    # ------------------------------------------------------------ Training
+
+    # Everything random in a step is a function of the seed and the step. Of each batch,
+    # every process takes its share; a single process takes all of it.
+    for step in range(first_step, settings.steps):
+        images = train_images[batches(step)].to(device).float() / 255     # (B, C, H, W)
+        images, corrupted = shard(images, corrupt(images, step))          # this process's
+        with autocast:
+            loss, terms = compute_loss(model, images, corrupted, settings)
         loss.backward()
-        stopping = average_gradients(trained, run.stopping)
-        run.count(B, 3 * flops * B, error, penalty)
-
-        rate = rate_at(step, settings.steps, warmup=settings.steps // 20, decay=1)
-        take_step(optimizers, settings.learning_rate * rate)
-
-        run.after(step, stopping, look, dict(squared_error=chance, regularizer=None))
-    run.done()
+        average_gradients(model)
+        step_optimizers(optimizers, learning_rate(step))
+        run.end_step(step, terms, items=len(images))
+    run.finish()
 
 
 if __name__ == "__main__":

@@ -1,15 +1,20 @@
-"""Pretrain an image encoder without labels: recognise two views of one image (SimCLR, or BYOL).
+"""Pretrain an image encoder without labels.
 
-    python train_contrastive.py                                 shapes that our own code draws, a few minutes
+The method is SimCLR: it recognises two views of one image. BYOL is `--method byol`.
+minissl/contrastive.py explains the losses and the models.
+
+    python train_contrastive.py                               drawn shapes, a few minutes
     python train_contrastive.py --data cifar10 --run runs/cifar --width 64 --steps 2750
+                                                              photographs, 10 minutes
     python train_contrastive.py --method byol --run runs/byol
-    python train_contrastive.py --data my_images.npy --run runs/mine         your own: uint8 (N, H, W, C) or (N, H, W)
-    python train_contrastive.py --steps 200 --run runs/quick    a slow laptop: a third of the time
-    torchrun --nproc-per-node 2 -- train_contrastive.py         several processes that make the step of one
-    python train_contrastive.py --run runs/mine --resume        go on where Ctrl-C stopped
-    python finetune.py runs/contrastive                         what was it worth? a table
+    python train_contrastive.py --data my_images.npy --run runs/mine
+                                           your own: uint8 (N, H, W, C) or (N, H, W)
+    python train_contrastive.py --steps 200 --run runs/quick  on a slow laptop
+    torchrun --nproc-per-node 2 -- train_contrastive.py       several processes
+    python train_contrastive.py --run runs/mine --resume      continue a run
+    python finetune.py RUN                                    measure whether it helped
 
-Read it beside its sibling: `diff train_ae.py train_contrastive.py` prints the method and little else.
+`diff train_ae.py train_contrastive.py` shows how the two methods differ.
 """
 
 import math
@@ -18,156 +23,193 @@ from typing import Literal
 
 import torch
 
-from minissl import UserError, contrastive, evaluation, figures
-from minissl.datasets import HELD_OUT, TRAIN
-from minissl.images import describe, load_images, mean_and_deviation
-from minissl.muon import Muon
-from minissl.processes import RANK, average_gradients, first_alone, gather, share, share_batch_norm
-from minissl.training import (Batches, Run, at_least, choose_machine, count_flops, generator, rate_at, read_settings,
-                              run_script, take_step)
+from minissl import UserError, contrastive
+from minissl.data.batches import Batches, generator
+from minissl.data.images import describe, load_images, mean_and_std
+from minissl.data.splits import TRAIN
+from minissl.evaluation import previews
+from minissl.optim import lr_schedule, muon_and_adam, step_optimizers
+from minissl.training.distributed import (
+    all_gather,
+    average_gradients,
+    main_process_first,
+    shard,
+    sync_batch_norm,
+)
+from minissl.training.machine import choose_machine, move_to_device
+from minissl.training.run import Run
+from minissl.training.settings import read_settings, require_at_least, run_script
 
 
 # ---------------------------------------------------------------- Settings
 
-# The views say what does not matter. In shapes colour does not, and a small crop holds no shape: with the photographs'
-# views the encoder recognises the colours, and the loss falls all the same (EXPERIMENTS.md).
-USUAL = {"shapes": dict(crop=0.5, jitter=0.8, hue=0.5, grey=0.4),
-         "photographs": dict(crop=0.2, jitter=0.4, hue=0.1, grey=0.2)}
-
-
 @dataclass
 class Settings:
     data: str = "shapes"  # shapes, cifar10, or a .npy of uint8 images (N, H, W, C) or (N, H, W)
-    data_dir: str = "data"  # where archives lie
-    limit: int = 0  # take this many images of each split only, for a trial; 0: all
-    run: str = "runs/contrastive"  # the run's folder
-    resume: bool = False  # go on with the run in --run
+    data_dir: str = "data"  # the folder for downloads
+    limit: int = 0  # use only this many images of each split, for a trial; 0: all
+    run: str = "runs/contrastive"  # the folder of the run
+    resume: bool = False  # continue the run in --run
     steps: int = 600  # optimizer steps
-    batch_size: int = 256  # images a step; no gradient accumulation: negatives and batch norm would not see the rest
-    learning_rate: float = 0.02  # Muon's, on matrices and kernels; Adam's on vectors is a tenth
-    width: int = 32  # of the encoder's first feature map, doubled twice; 64 sees more, in nearly four times the time
-    seed: int = 0  # of everything random
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: the best there is
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 where it is measurably faster
-    compile: bool = False  # torch.compile the encoder: a minute first; meant for a GPU, not measured
-    method: Literal["simclr", "byol"] = "simclr"  # with negatives, or with a slow second network
-    views: int = 2  # of each image; 4 gave no more at equal time (a prototype, as the next two)
-    view_size: int = 0  # height of a view in pixels, even; 0: three quarters of the image's, +2 points at equal time
-    temperature: float = 0.15  # of SimCLR's softmax; 0.1 to 0.4 were alike
-    similarity: Literal["cosine", "dot"] = "cosine"  # of two projections
+    batch_size: int = 256  # images in a step
+    learning_rate: float = 0.02  # of Muon, on matrices and kernels; of Adam a tenth
+    width: int = 32  # of the first feature map; 64 is better, in nearly four times the time
+    seed: int = 0  # of all random numbers
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: the best that torch finds
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: the faster one, measured
+    compile: bool = False  # torch.compile the model; it takes a minute at the start
+    method: Literal["simclr", "byol"] = "simclr"  # with negatives, or with a second network
+    views: int = 2  # of each image
+    view_size: int = 0  # height of a view in pixels, even; 0: three quarters of the image
+    temperature: float = 0.15  # of SimCLR's softmax
+    similarity: Literal["cosine", "dot"] = "cosine"  # of two projections, in SimCLR
     target_rate: float = 0.98  # of BYOL's moving average at the start; it rises to 1
-    crop: float = -1  # least share of the image's area in a view; below 0: as usual for the data (so the next three)
-    jitter: float = -1  # strength of brightness, contrast and saturation
-    hue: float = -1  # turns
-    grey: float = -1  # share of views without colour
-    no_flip: bool = False  # for pictures whose mirror image means something else: digits, letters
-    evaluate_every: int = 200  # steps
-    save_every: float = 30  # seconds; a run that is killed loses no more
+    crop: float = -1  # smallest share of the area in a view; below 0: as suits the data
+    jitter: float = -1  # strength of brightness, contrast, saturation; below 0: as suits the data
+    hue: float = -1  # largest change of hue, in turns; below 0: as suits the data
+    grey: float = -1  # share of views without colour; below 0: as suits the data
+    no_flip: bool = False  # no mirror images: for digits, letters and the like
+    evaluate_every: int = 200  # steps between two previews
+    save_every: float = 30  # seconds between two checkpoints
 
     def __post_init__(self):
-        at_least(self, 1, "steps", "width", "evaluate_every")
-        at_least(self, 2, "batch_size", "views")
-        for name, value in USUAL.get(self.data, USUAL["photographs"]).items():
+        is_drawn = self.data == "shapes"
+        usual = contrastive.VIEWS_OF_SHAPES if is_drawn else contrastive.VIEWS_OF_PHOTOGRAPHS
+        for name, value in usual.items():
             if getattr(self, name) < 0:
                 setattr(self, name, value)
-        at_least(self, 0, "limit", "jitter", "hue", "grey", "target_rate")
-        at_least(self, 1e-9, "learning_rate", "temperature", "crop")
+        require_at_least(self, 1, "steps", "width", "evaluate_every")
+        require_at_least(self, 2, "batch_size", "views")
+        require_at_least(self, 0, "limit", "view_size", "jitter", "hue", "grey", "target_rate")
+        require_at_least(self, 1e-9, "learning_rate", "temperature", "crop")
         for name in ("crop", "jitter", "grey", "target_rate"):
-            if getattr(self, name) > 1:
-                raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be at most 1")
-        if self.method == "byol" and (self.temperature, self.similarity) != (Settings.temperature, Settings.similarity):
-            raise UserError("--method byol has neither --temperature nor --similarity: leave them out")
-        if self.view_size and self.view_size < 8:
-            raise UserError(f"--view-size {self.view_size}: the encoder needs at least 8 pixels")
+            value = getattr(self, name)
+            if value > 1:
+                raise UserError(f"--{name.replace('_', '-')} {value}: must be at most 1")
+        if 0 < self.view_size < 8:
+            raise UserError(f"--view-size {self.view_size}: must be at least 8")
+        if self.method == "byol":
+            for name in ("temperature", "similarity"):
+                if getattr(self, name) != getattr(Settings, name):
+                    raise UserError(f"--{name}: leave it out, --method byol has none")
 
 
-# ---------------------------------------------------------------- What it has learned so far
+# ---------------------------------------------------------------- The loss
 
-class Look:
-    """Called with the model: what the loss does not show, on held-out images; pictures of it in the run's folder."""
-
-    def __init__(self, data, folder, draw, view, cast, device):
-        self.folder, self.cast, self.device = folder, cast, device
-        held_out = data.of(HELD_OUT, 512)
-        self.pair = torch.stack([view(held_out[:], draw(len(held_out), "look", n))
-                                 for n in range(2)])                                             # (2, B, C, h, w)
-        self.neighbours = evaluation.Neighbours(data, device)
-
-    @torch.no_grad()
-    def __call__(self, model):
-        with self.cast:
-            z = model.project(self.pair.to(self.device)).float().cpu()                           # (2, B, D)
-        accuracy = self.neighbours(model.encode, self.cast, self.folder)
-        return dict(alignment=round(float(contrastive.alignment(z)), 4),
-                    uniformity=round(float(contrastive.uniformity(z[0])), 4),
-                    effective_rank=round(float(contrastive.effective_rank(z[0])), 2), knn=accuracy)
+def simclr_loss(model, views, settings):
+    """SimCLR: find the other views of an image among all views of all processes."""
+    projections = all_gather(model(views), dim=1)                         # (V, B, D)
+    loss = contrastive.info_nce(projections, settings.temperature, settings.similarity)
+    return loss, dict(loss=loss)
 
 
-# ---------------------------------------------------------------- Training
+def byol_loss(model, views, settings):
+    """BYOL: predict what the target network makes of another view of the same image."""
+    predictions, targets = model(views)                                   # (V, B, D) each
+    loss = contrastive.byol_loss(predictions.flatten(0, 1), targets.flatten(0, 1))
+    return loss, dict(loss=loss)
+
 
 def main():
     settings = read_settings(Settings, __doc__)
     run = Run(settings)
-    device, precision, cast, peak = choose_machine(settings)
-    with first_alone():
+    device, precision, autocast = choose_machine(settings)
+
+    # ------------------------------------------------------------ Data
+
+    with main_process_first():                                            # one download for all
         data = load_images(settings.data, settings.data_dir, settings.limit)
-    pool = data.of(TRAIN).to(device)                                     # N images (C, H, W) uint8
-    V, B, (C, H, W) = settings.views, settings.batch_size, pool.shape[1:]
-    print(f"data: {settings.data}, {len(pool):,} images of {H} × {W} × {C} to learn from"
-          + "".join(f"; {note}" for note in data.notes))
-    batches = Batches(len(pool), B, settings.seed, "image order")
-    height = settings.view_size or 0.75 * H
-    size = [max(8, 2 * round(side * height / H / 2)) for side in (H, W)]  # even, in the proportions of the image
+    # Held-out images are for the previews and for choices. Test images are for finetune.py.
+    # The training images move to the GPU if they fit; otherwise each batch moves.
+    train_images = data.subset(TRAIN).to(device)                          # N images, uint8
+    N, C, H, W = train_images.shape
+    print(f"data: {settings.data}, {N:,} images of {H} × {W} × {C} to learn from")
+    for note in data.notes:
+        print(f"data: {note}")
 
-    def draw(n, purpose, step):
-        return torch.rand(n, 12, generator=generator(settings.seed, purpose, step))
+    B = settings.batch_size
+    batches = Batches(N, B, settings.seed, "image order")
 
-    def view(images, numbers):
-        return contrastive.augment(images, size, numbers.to(images.device), settings.crop, settings.jitter,
-                                   settings.hue, settings.grey, not settings.no_flip)
+    V = settings.views
+    scale = settings.view_size / H if settings.view_size else 0.75
+    size = [max(8, 2 * round(side * scale / 2)) for side in (H, W)]       # of a view, even
 
+    def random_numbers(count, purpose, step):
+        """Uniform numbers (count, V, 12). They decide how the views of each image look."""
+        draws = [generator(settings.seed, f"{purpose} {v}", step) for v in range(V)]
+        return torch.stack([torch.rand(count, 12, generator=each) for each in draws], dim=1)
+
+    def make_views(images, numbers):
+        """Views (V, B, C, h, w) in [0, 1] of images (B, C, H, W) uint8."""
+        numbers = numbers.to(images.device).unbind(1)
+        strengths = settings.crop, settings.jitter, settings.hue, settings.grey
+        flip = not settings.no_flip
+        return torch.stack(
+            [contrastive.augment(images, size, each, *strengths, flip) for each in numbers]
+        )
+
+    # ------------------------------------------------------------ Model
+
+    # The arguments of the model go into the checkpoint, so that finetune.py can build it.
     torch.manual_seed(settings.seed)
-    byol = settings.method == "byol"
-    shape = dict(byol=byol, width=settings.width, **mean_and_deviation(pool))
-    model = contrastive.ContrastiveModel(**shape).to(device, memory_format=torch.channels_last)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    matrices, vectors = [p for p in trained if p.ndim > 1], [p for p in trained if p.ndim == 1]
-    optimizers = [Muon(matrices, settings.learning_rate, weight_decay=0.02, precision=precision),    # decay 0.1: alike
-                  torch.optim.Adam([dict(params=vectors, times=0.1)], fused=device.type != "mps")]
-    first = run.begin(share_batch_norm(model), optimizers, peak, describe(data),
-                      method="contrastive", model_settings=shape)
-    look = Look(data, run.folder, draw, view, cast, device)
-    flops = count_flops(model, lambda: model.project(torch.zeros(V, 1, C, *size, device=device)))  # an image's, forward
+    model_settings = dict(width=settings.width, **mean_and_std(train_images))
+    if settings.method == "byol":
+        model = contrastive.BYOL(**model_settings)
+        compute_loss, chance = byol_loss, dict(loss=2.0)
+    else:
+        model = contrastive.SimCLR(**model_settings)
+        compute_loss, chance = simclr_loss, dict(loss=math.log(V * B - 1))
+    # Batch norm takes its statistics from the batches of all processes.
+    model = move_to_device(sync_batch_norm(model), device)
+    # Muon trains matrices and kernels, Adam trains vectors: see minissl/optim.py.
+    optimizers = muon_and_adam(
+        model, settings.learning_rate, weight_decay=0.02, precision=precision
+    )
+
+    def learning_rate(step):
+        """It rises for a twentieth of the steps, then falls linearly to 0."""
+        warmup = settings.steps // 20
+        return settings.learning_rate * lr_schedule(step, settings.steps, warmup, decay=1)
+
+    # ------------------------------------------------------------ Run
+
+    # From here on the run has a folder. A resumed run loads its checkpoint here.
+    preview = previews.ContrastivePreview(
+        data, random_numbers, make_views, run.folder, autocast, device
+    )
+    first_step = run.begin(
+        model,
+        optimizers,
+        data=describe(data),
+        method=settings.method,
+        model_settings=model_settings,
+        chance=chance,
+        preview=preview,
+    )
+    preview.write_views()
     if settings.compile:
-        model.encoder.compile()
-    print(f"views: crops of at least {settings.crop} of the area, colour jitter {settings.jitter}, hue {settings.hue}, "
-          f"grey {settings.grey} (usual for {'this data' if settings.data in USUAL else 'photographs'}, unless given)")
-    print(f"model: {sum(p.numel() for p in trained):,} parameters; views of {size[0]} × {size[1]}, "
-          f"{flops / 2e6:,.0f} million multiply-adds an image")
+        model.compile()
+    parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    print(f"model: {parameters:,} parameters")
 
-    for step in range(first, settings.steps):
-        images = pool[share(batches(step))].to(device)                   # (B, C, H, W): of several processes, a slice
-        views = torch.stack([view(images, share(draw(B, f"view {n}", step))) for n in range(V)])       # (V, B, C, h, w)
-        if step == 0 and not RANK:
-            figures.write_png(run.folder / "views.png", figures.grid([v[:12].cpu() for v in views]))
-        with cast:
-            projections = model.project(views)                           # (V, B, D)
-            if byol:                                                     # each view predicts the projection before it
-                targets = model.project_by_target(views).roll(1, 0)
-                loss = contrastive.byol_loss(model.predict(projections).flatten(0, 1), targets.flatten(0, 1))
-            else:
-                loss = contrastive.info_nce(gather(projections, 1), settings.temperature, settings.similarity)
+    # ------------------------------------------------------------ Training
+
+    # Everything random in a step is a function of the seed and the step. Of each batch,
+    # every process takes its share; a single process takes all of it.
+    for step in range(first_step, settings.steps):
+        numbers = random_numbers(B, "view", step)
+        indices, numbers = shard(batches(step), numbers)                  # this process's
+        images = train_images[indices].to(device)                         # (B, C, H, W)
+        views = make_views(images, numbers)                               # (V, B, C, h, w)
+        with autocast:
+            loss, terms = compute_loss(model, views, settings)
         loss.backward()
-        stopping = average_gradients(trained, run.stopping)
-        run.count(B, (4 if byol else 3) * flops * B, loss)               # BYOL: the target's forward pass, too
-
-        rate = rate_at(step, settings.steps, warmup=settings.steps // 20, decay=1)
-        take_step(optimizers, settings.learning_rate * rate)
-        if byol:
-            model.update_target(1 - (1 - settings.target_rate) * (1 + math.cos(math.pi * step / settings.steps)) / 2)
-
-        run.after(step, stopping, look, dict(loss=2.0 if byol else math.log(V * B - 1)))
-    run.done()
+        average_gradients(model)
+        step_optimizers(optimizers, learning_rate(step))
+        if settings.method == "byol":
+            model.update_target(contrastive.target_rate(step, settings.steps, settings.target_rate))
+        run.end_step(step, terms, items=len(images))
+    run.finish()
 
 
 if __name__ == "__main__":

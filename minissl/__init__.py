@@ -1,38 +1,63 @@
 """minissl: self-supervised learning from scratch, in plain PyTorch.
 
-A model that learns from unlabelled data needs few labels afterwards. Here is the map, in the order to read it:
+A model that learns from unlabelled data needs few labels afterwards.
+This is the map of the package, in the order to read it.
 
-    transformer.py   a tiny transformer encoder, masking, the masked loss, the document term     <- train_mlm.py
-    autoencoder.py   a convolutional encoder and decoder, ‖x − x̂‖² + β R(z)                      <- train_ae.py
-    contrastive.py   a convolutional encoder, two views of an image, InfoNCE; BYOL               <- train_contrastive.py
-    tokenizer.py     the subwords that the transformer reads, learned from the text
-    datasets.py      texts as one array of tokens: splits, a cache, batches
-    documents.py     where they come from: docstrings of this machine, downloads, the reader's own files
-    images.py        images: drawn ones, downloads, the reader's own arrays; batches
-    evaluation.py    what features are worth: nearest neighbours, probes, label draws, baselines
-    finetuning.py    the columns of the table: from scratch, linear probe, fine-tuned, ...        <- finetune.py
-    runs.py          a run opened again: its encoder, its answers
-    muon.py          the optimizer of matrices and kernels
-    training.py      plumbing: settings, device, randomness, the run's folder
-    files.py         plumbing: archives, downloads, checkpoints, writing that is whole or not at all
-    processes.py     plumbing: several processes that make the step of one
-    figures.py       plumbing: pictures and curves
-    report.py        plumbing: the run's page
+The lecture. Each of these files can be read, copied and used alone:
 
-The three model files need torch alone: each can be copied out and used on its own. The scripts at the top level hold
-their training loops whole. Arrows run one way: scripts -> minissl, and nothing here imports a script.
+    transformer.py    a small transformer, masked words, the rest of the document
+    autoencoder.py    rebuild an image from a code: ‖x − x̂‖² + β R(z)
+    contrastive.py    recognise two views of one image: InfoNCE, BYOL
+    tokenizer.py      from text to numbers: byte-pair encoding
+    optim.py          Muon, the learning-rate schedule, one step of all optimizers
 
-The letters of the shapes, everywhere:
+Beside them stand the scripts train_mlm.py, train_ae.py and train_contrastive.py,
+one for each method, and finetune.py, which measures what a run has learned.
 
-    B   batch: sequences, documents, images  V   entries of the vocabulary; views of an image
-    T   tokens of a sequence                 P   word pairs with an embedding
-    D   width of a token vector, of          M   masked positions
-        features, of a code                  N   all texts or images of a data set
-    d   columns of the document vector       C   classes; channels of an image, where there is an H and a W
-    b m n   a part of B, M, N                H   attention heads; height of an image, and W its width
+What the scripts need, in three folders:
+
+    evaluation/
+        features.py      what an encoder says about whole texts and images
+        probes.py        nearest neighbours, logistic regression, tf-idf
+        previews.py      what training shows while it runs
+        load.py          a finished run, opened again
+        table.py         the columns of finetune.py's table
+    data/
+        batches.py       random numbers and batches, as functions of the step
+        splits.py        training, held-out and test examples; duplicates
+        texts.py         texts as one array of tokens
+        text_sources.py  docstrings, IMDb, your own files
+        images.py        CIFAR-10, your own arrays
+        shapes.py        images that our own code draws
+    training/
+        settings.py      a dataclass becomes the command line
+        machine.py       device, precision, and what makes a CPU faster
+        run.py           the folder of a run: log, checkpoints, resuming
+        distributed.py   several processes
+        files.py         downloads, archives, writing files safely
+        report.py        the page of a run, and its pictures
+
+To add a method, copy examples/rotation.py. It holds in one file what a fork divides into
+a lecture file, a script, and a line in MODELS of evaluation/load.py.
+
+Imports run in one direction: scripts -> evaluation -> data -> training -> the lecture.
 """
 
 
 class UserError(Exception):
-    """Something the user can mend: the message is one sentence that says what was given, what was expected and
-    what to do. The scripts print it and exit with code 2."""
+    """A mistake that the user can correct.
+
+    The message is one sentence: what is wrong, then what to do. The scripts print it and
+    exit with code 2.
+    """
+
+
+def __getattr__(name):
+    """`minissl.load_encoder`, imported when it is first used.
+
+    So importing one lecture file stays as light as the file itself.
+    """
+    if name == "load_encoder":
+        from minissl.evaluation.load import load_encoder
+        return load_encoder
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,28 +1,41 @@
-"""A convolutional autoencoder: learn from images without labels by rebuilding them from a few numbers.
+"""A convolutional autoencoder: learn from images by rebuilding them from a few numbers.
 
-The encoder turns an image x into a code z of D numbers, the decoder turns the code back into an image x̂, and both
-learn to lose as little as possible on the way,
+The encoder turns an image x into a code z of D numbers. The decoder turns the code back
+into an image x̂. Both learn to lose as little as possible on the way:
 
     L = ‖x − x̂‖² + β R(z)            z = f(x̃),  x̂ = g(z)
 
-x̃ is x itself, or x corrupted: with noise added (a denoising autoencoder) or with patches cut out (as in a masked
-autoencoder). What is to be rebuilt is the clean x always. R asks the code for a property that rebuilding alone does
-not: `sparse`, each number far from 0 for few images; `decorrelated`, no two that say the same.
+x̃ is the image x itself or a corrupted copy: with noise added (a denoising autoencoder)
+or with patches cut out (as in a masked autoencoder). The image to rebuild is always the
+clean x. R asks for a property of the code that rebuilding alone does not ask for:
+
+    sparse          each number is near 0 for most images
+    decorrelated    no two numbers are correlated
 
     Hinton and Salakhutdinov 2006, "Reducing the Dimensionality of Data with Neural Networks"
-    Vincent et al. 2008, "Extracting and Composing Robust Features with Denoising Autoencoders"
+    Vincent et al. 2008, "Extracting and Composing Robust Features with Denoising
+    Autoencoders"
     He et al. 2021, "Masked Autoencoders Are Scalable Vision Learners", arXiv 2111.06377
-    Bardes et al. 2021, "VICReg", arXiv 2105.04906, equation 4     the covariance term
+    Bardes et al. 2021, "VICReg", arXiv 2105.04906, equation 4: the covariance term
 
 Differences from the papers:
-- The code is batch-normalised without learned scale. Otherwise the decoder answers a penalty on z with larger weights,
-  z shrinks, and nothing has become sparse; so, too, the covariance is a correlation.
-- A masked autoencoder is a transformer that never sees the hidden patches. Here they are set to the mean colour: a
-  convolution needs its grid.
-- The loss is the mean over all pixels, the visible ones, too.
+- The code passes a batch norm without learned scale. Otherwise the encoder could satisfy
+  R by shrinking z, while the decoder undoes it with larger weights. The norm also turns
+  the covariance into a correlation.
+- A masked autoencoder is a transformer that never sees the hidden patches. A convolution
+  needs its grid, so here the hidden patches are set to the mean colour.
+- The loss is the mean over all pixels, the visible ones included.
 
-This file needs torch alone. Shapes: B images, C channels, H × W pixels, D columns of the code. Read next: train_ae.py.
+This file needs torch alone. Read next: train_ae.py.
+
+The letters of the shapes:
+
+    B  images                    D        numbers of a code
+    C, H, W  channels, height and width of an image
+    h, w     height and width of the smallest map: an eighth of H and W, rounded up
 """
+
+import math
 
 import torch
 import torch.nn.functional as F
@@ -32,86 +45,134 @@ from torch import nn
 # ---------------------------------------------------------------- the loss
 
 def autoencoder_loss(x, x_hat, z, beta=0.0, regularizer="none"):
-    """‖x − x̂‖² + β R(z), and its two terms.
+    """‖x − x̂‖² + β R(z), and both terms.
 
-    How each is averaged, so that β means the same at every size of images, batch and code:
+    They are averaged so that β means the same for every size of image, batch and code:
 
-        ‖x − x̂‖²         mean over the C · H · W numbers of an image, then over the B images
+        ‖x − x̂‖²         the mean over the C · H · W numbers of an image, and over B
         none             0
-        sparse           |z|: mean over the D numbers of a code, then over the B images
-        decorrelated     Σ_{i≠j} cov_ij² / D, with cov (D, D) the covariance of the batch's codes, divided by B − 1
+        sparse           the mean of |z| over the D numbers of a code, and over B
+        decorrelated     Σ_{i≠j} cov_ij² / D, where cov (D, D) is the covariance of the
+                         batch's codes, divided by B − 1
 
-    Arguments: x, x_hat (B, C, H, W); z (B, D); beta ≥ 0. Returns (loss, squared error, R), three scalars, float32 or
-    better. Raises ValueError for a negative beta, an unknown regularizer, or a covariance of fewer than 2 codes.
+    Arguments: x and x_hat (B, C, H, W); z (B, D); beta ≥ 0; regularizer, one of the three.
+    Returns three scalars, in float32 or better: the loss, the squared error, and R.
+    Raises ValueError for other arguments, and for a covariance of fewer than 2 codes.
     """
     if not beta >= 0:
-        raise ValueError(f"beta must be at least 0, found {beta}")
-    x, x_hat, z = (t if t.dtype == torch.float64 else t.float() for t in (x, x_hat, z))
+        raise ValueError(f"beta must be at least 0, but is {beta}")
+    if x.dtype != torch.float64:
+        x, x_hat, z = x.float(), x_hat.float(), z.float()
     error = (x - x_hat).square().mean((1, 2, 3)).mean()
     if regularizer == "none":
         penalty = torch.zeros_like(error)
     elif regularizer == "sparse":
         penalty = z.abs().mean(1).mean()
     elif regularizer == "decorrelated":
-        if len(z) < 2:
-            raise ValueError(f"a covariance needs at least 2 codes, found {len(z)}")
-        centred = z - z.mean(0)
-        with torch.autocast(z.device.type, enabled=False):
-            covariance = centred.T @ centred / (len(z) - 1)                   # (D, D)
-        penalty = (covariance.square().sum() - covariance.diagonal().square().sum()) / z.shape[1]
+        penalty = covariance_penalty(z)
     else:
-        raise ValueError(f"regularizer must be none, sparse or decorrelated, found {regularizer!r}")
+        raise ValueError(
+            f"regularizer must be none, sparse or decorrelated, but is {regularizer!r}"
+        )
     return error + beta * penalty, error, penalty
 
 
+def covariance_penalty(z):
+    """Σ_{i≠j} cov_ij² / D for codes z (B, D)."""
+    B, D = z.shape
+    if B < 2:
+        raise ValueError(f"a covariance needs at least 2 codes, but there is {B}")
+    centred = z - z.mean(0)
+    with torch.autocast(z.device.type, enabled=False):
+        covariance = centred.T @ centred / (B - 1)                        # (D, D)
+    everything = covariance.square().sum()
+    variances = covariance.diagonal().square().sum()
+    return (everything - variances) / D
+
+
+# ---------------------------------------------------------------- what the loss does not show
+
 def sparsity(z):
-    """1 − (mean |z|)² / mean z² over the batch, the mean over the columns of z (B, D): 0 if a number is equally far
-    from 0 for all images, 0.36 if normally distributed, 1 if it is 0 for all but a few. (Treves and Rolls 1991)"""
-    return (1 - z.abs().mean(0).square() / z.square().mean(0).clamp(min=1e-12)).mean()
+    """How rarely a number of the code is far from 0, the mean over the columns of z (B, D).
+
+    1 − (mean |z|)² / mean z² is 0 for a number that is equally far from 0 for all images,
+    0.36 for a normal distribution, and 1 for a number that is 0 for nearly all images.
+    Treves and Rolls 1991, "What determines the capacity of autoassociative memories".
+    """
+    power = z.square().mean(0).clamp(min=1e-12)
+    return (1 - z.abs().mean(0).square() / power).mean()
 
 
 def correlation(z):
-    """Root of the mean squared correlation of two different columns of z (B, D): 0 decorrelated, 1 all say the same."""
-    c = torch.corrcoef(z.T).nan_to_num()
-    return ((c.square().sum() - c.diagonal().square().sum()) / (len(c) * (len(c) - 1))).sqrt()
+    """The root mean square correlation of two different columns of z (B, D).
+
+    It is 0 if the columns are uncorrelated, and 1 if all are copies of one column.
+    """
+    c = torch.corrcoef(z.T).nan_to_num()                                  # (D, D)
+    D = len(c)
+    off_diagonal = c.square().sum() - c.diagonal().square().sum()
+    return (off_diagonal / (D * (D - 1))).sqrt()
 
 
 # ---------------------------------------------------------------- corruption
 
 def corrupt(x, noise=0.0, masked=0.0, patch=8, generator=None):
-    """x̃: x (B, C, H, W) in [0, 1] with Gaussian noise of deviation `noise`, and with the share `masked` of its
-    patch × patch squares set to the batch's mean colour: in each image the same number, at least one and never all,
-    drawn for each image anew.
+    """x̃: the images with noise added, or with patches cut out, or both.
 
-    generator: a CPU generator, so that the draw is the same on every device.
+    Arguments:
+        x: (B, C, H, W) in [0, 1]
+        noise: the standard deviation of Gaussian noise, where white is 1
+        masked: the share of the patch × patch squares that are set to the mean colour of
+            the batch (after the noise). Each image loses equally many of them, at least
+            one and never all: so none, if it is a single patch.
+        generator: a CPU generator, so that the draw is the same on every device
+    Returns (B, C, H, W).
     """
-    B, _, H, W = x.shape
     if noise:
         x = x + noise * torch.randn(x.shape, generator=generator).to(x.device)
     if masked:
-        h, w = -(-H // patch), -(-W // patch)
-        draw = torch.rand(B, h * w, generator=generator)
-        count = min(max(1, round(masked * h * w)), h * w - 1)
-        hidden = draw.argsort(1).argsort(1) < count                           # (B, h·w)
-        hidden = hidden.view(B, 1, h, w).repeat_interleave(patch, 2).repeat_interleave(patch, 3)
-        hidden = hidden[..., :H, :W].to(x.device)                             # (B, 1, H, W)
-        x = torch.where(hidden, x.mean((0, 2, 3), keepdim=True), x)
+        hidden = choose_patches(x.shape, masked, patch, generator).to(x.device)
+        mean_colour = x.mean((0, 2, 3), keepdim=True)
+        x = torch.where(hidden, mean_colour, x)
     return x
+
+
+def choose_patches(shape, masked, patch, generator):
+    """True at the pixels to hide: (B, 1, H, W) bool, for images of shape (B, C, H, W)."""
+    B, _, H, W = shape
+    rows, columns = math.ceil(H / patch), math.ceil(W / patch)
+    patches = rows * columns
+    count = round(masked * patches)
+    count = min(max(count, 1), patches - 1)
+    draw = torch.rand(B, patches, generator=generator)
+    rank = draw.argsort(1).argsort(1)
+    hidden = (rank < count).view(B, 1, rows, columns)
+    hidden = hidden.repeat_interleave(patch, 2).repeat_interleave(patch, 3)
+    return hidden[..., :H, :W]
 
 
 # ---------------------------------------------------------------- the model
 
-def convolution(d_in, d_out, stride=1):
-    return nn.Sequential(nn.Conv2d(d_in, d_out, 3, stride=stride, padding=1, bias=False), nn.BatchNorm2d(d_out),
-                         nn.ReLU())
+def conv_norm_relu(d_in, d_out, stride=1):
+    """3 × 3 convolution, batch norm, ReLU."""
+    return nn.Sequential(
+        nn.Conv2d(d_in, d_out, 3, stride=stride, padding=1, bias=False),
+        nn.BatchNorm2d(d_out),
+        nn.ReLU(),
+    )
 
 
 class ResidualBlock(nn.Module):
+    """(B, width, H, W) -> the same shape."""
+
     def __init__(self, width):
         super().__init__()
-        self.layers = nn.Sequential(convolution(width, width), nn.Conv2d(width, width, 3, padding=1, bias=False),
-                                    nn.BatchNorm2d(width))
-        nn.init.zeros_(self.layers[-1].weight)                                # at first the block does nothing
+        self.layers = nn.Sequential(
+            conv_norm_relu(width, width),
+            nn.Conv2d(width, width, 3, padding=1, bias=False),
+            nn.BatchNorm2d(width),
+        )
+        nn.init.zeros_(self.layers[-1].weight)                # at first the block adds nothing
 
     def forward(self, x):
         return F.relu(x + self.layers(x))
@@ -120,53 +181,93 @@ class ResidualBlock(nn.Module):
 class Autoencoder(nn.Module):
     """Images (B, C, H, W), floats in [0, 1] -> codes (B, D) -> images of the same size.
 
-    Arguments: size (H, W), each at least 8, any: the image is padded to multiples of 8 and the reconstruction cropped;
-    mean, deviation (C,) of the pixels that it learned from; code D; width, of the first feature map (the shapes below
-    are for 64), doubled twice.
+    Arguments:
+        size: (H, W), at least 8 each. Images are padded to multiples of 8 on the way in,
+            and cropped on the way out.
+        mean, std: (C,) of the training pixels in [0, 1]; they are stored with the weights
+        code: D
+        width: of the first feature map; the next two are twice and four times as wide.
+            The shapes below are for width 64.
     """
 
-    def __init__(self, size, mean, deviation, code=128, width=64):
+    def __init__(self, size, mean, std, code=128, width=64):
         super().__init__()
         self.channels, self.size = len(mean), tuple(size)
-        self.grid = tuple(-(-side // 8) for side in size)                     # h, w of the smallest map
-        self.register_buffer("mean", torch.as_tensor(mean).float().view(-1, 1, 1))
-        self.register_buffer("deviation", torch.as_tensor(deviation).float().view(-1, 1, 1))
-        C, (h, w), (first, second, last) = len(self.mean), self.grid, (width, 2 * width, 4 * width)
-        self.to_second = nn.Sequential(convolution(4 * C, first), convolution(first, second, stride=2),
-                                       ResidualBlock(second))
-        self.to_last = nn.Sequential(convolution(second, last, stride=2), ResidualBlock(last))
-        self.to_code = nn.Sequential(nn.Linear(last * h * w, code, bias=False), nn.BatchNorm1d(code, affine=False))
-        self.from_code = nn.Sequential(nn.Linear(code, last * h * w), nn.ReLU(), nn.Unflatten(1, (last, h, w)))
-        self.decoder = nn.Sequential(      # each shuffle: a quarter of the maps, twice the size
-            convolution(last, 4 * second), nn.PixelShuffle(2), convolution(second, 4 * first), nn.PixelShuffle(2),
-            nn.Conv2d(first, 4 * C, 3, padding=1), nn.PixelShuffle(2))
+        self.grid = tuple(math.ceil(side / 8) for side in size)           # (h, w)
+        mean, std = torch.as_tensor(mean).float(), torch.as_tensor(std).float()
+        self.register_buffer("mean", mean.view(-1, 1, 1))
+        self.register_buffer("std", std.view(-1, 1, 1))
+        C = self.channels
+        h, w = self.grid
+        first, second, last = width, 2 * width, 4 * width
+
+        self.to_second = nn.Sequential(                       # from (B, 4C, 4h, 4w)
+            conv_norm_relu(4 * C, first),                        # (B, 64, 4h, 4w)
+            conv_norm_relu(first, second, stride=2),             # (B, 128, 2h, 2w)
+            ResidualBlock(second),
+        )
+        self.to_last = nn.Sequential(
+            conv_norm_relu(second, last, stride=2),              # (B, 256, h, w)
+            ResidualBlock(last),
+        )
+        self.to_code = nn.Sequential(
+            nn.Linear(last * h * w, code, bias=False),
+            nn.BatchNorm1d(code, affine=False),               # (B, D)
+        )
+        self.from_code = nn.Sequential(
+            nn.Linear(code, last * h * w),
+            nn.ReLU(),
+            nn.Unflatten(1, (last, h, w)),                    # (B, 256, h, w)
+        )
+        self.decoder = nn.Sequential(                         # a shuffle doubles the size
+            conv_norm_relu(last, 4 * second),
+            nn.PixelShuffle(2),                               # (B, 128, 2h, 2w)
+            conv_norm_relu(second, 4 * first),
+            nn.PixelShuffle(2),                               # (B, 64, 4h, 4w)
+            nn.Conv2d(first, 4 * C, 3, padding=1),
+            nn.PixelShuffle(2),                               # (B, C, 8h, 8w)
+        )
 
     def maps(self, x):
-        """The encoder's feature maps before the last: (B, 128, 2h, 2w), where h, w are an eighth of H, W."""
-        (H, W), (h, w) = x.shape[2:], self.grid
+        """The feature maps before the last ones: (B, 128, 2h, 2w).
+
+        Raises ValueError for images of another size.
+        """
+        H, W = x.shape[2:]
+        h, w = self.grid
         if (H, W) != self.size:
-            raise ValueError(f"images of {H} × {W}, where this model was made for {self.size[0]} × {self.size[1]}")
-        x = (x - self.mean) / self.deviation
+            raise ValueError(
+                f"the images have {H} × {W} pixels, but this model was made for "
+                f"{self.size[0]} × {self.size[1]}"
+            )
+        x = (x - self.mean) / self.std
         x = F.pad(x, (0, 8 * w - W, 0, 8 * h - H), mode="replicate")
-        x = F.pixel_unshuffle(x, 2)                                           # (B, 4C, H/2, W/2)
-        return self.to_second(x.contiguous(memory_format=torch.channels_last))
+        x = F.pixel_unshuffle(x, 2)                           # (B, 4C, 4h, 4w)
+        return self.to_second(x)
 
     def decode(self, z):
-        """Codes (B, D) -> images (B, C, H, W), about in [0, 1]."""
-        x = self.from_code(z)                                                 # (B, 256, h, w)
-        x = self.decoder(x.contiguous(memory_format=torch.channels_last))     # (B, C, 8h, 8w)
-        return x[..., :self.size[0], :self.size[1]] * self.deviation + self.mean
+        """Codes (B, D) -> images (B, C, H, W), approximately in [0, 1]."""
+        x = self.from_code(z)                                 # (B, 256, h, w)
+        x = self.decoder(x)                                   # (B, C, 8h, 8w)
+        H, W = self.size
+        return x[..., :H, :W] * self.std + self.mean
 
     def encode(self, x):
-        """Images (B, C, H, W), floats in [0, 1] -> (B, 8 · width): the map before the last, averaged over quadrants.
-        Put the model in evaluation mode first, or batch norm moves.
+        """Images (B, C, H, W), floats in [0, 1] -> features (B, 8 · width).
 
-        Not the code: z keeps what rebuilding needs, where each blob is and its colour, all mixed in every column. The
-        maps on the way there say which patterns occur; averaged, without where. (A prototype's probe at 50 / 500
-        labels a class on CIFAR-10: z 32 / 41, this 36 / 48; but random weights give most of that, EXPERIMENTS.md.)
+        They are the maps before the last ones, averaged over each quadrant of the image.
+        The code itself serves worse: it keeps what rebuilding needs, which is the place
+        and colour of each blob, all mixed in every number. The maps say which patterns
+        occur. But look at the untrained encoder's results before you believe in the
+        training: random weights give most of this (RESULTS.md).
+
+        Put the model into evaluation mode first, or the batch norms will move.
         """
+        # The maps have even sizes, so the quadrants are equal (MPS takes no others).
         return F.adaptive_avg_pool2d(self.maps(x), 2).flatten(1)
 
     def forward(self, x):
-        z = self.to_code(self.to_last(self.maps(x)).flatten(1))               # (B, D)
+        """Images (B, C, H, W) -> (reconstructions (B, C, H, W), codes (B, D))."""
+        last = self.to_last(self.maps(x))                     # (B, 256, h, w)
+        z = self.to_code(last.flatten(1))                     # (B, D)
         return self.decode(z), z

@@ -1,27 +1,48 @@
+"""What several test files share: a corpus, a finished tiny run, a way to run a script."""
+
+import csv
 import os
 import random
+import signal
 import sys
 
 import pytest
 import torch
 
-# The models here are tiny: a second thread gains nothing, and beside another program the two wait for each other.
+
+# The models here are tiny, so a second thread gains nothing. Beside another program it would
+# only make both wait.
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"
 
-TOPICS = {"sea": ("ship harbour wave sailor anchor storm fish island", "sails drifts sinks floats waits turns"),
-          "city": ("street tower market tram bridge window crowd square", "rises opens closes shines sleeps grows")}
+
+# ---------------------------------------------------------------- a corpus
+
+NOUNS = {
+    "sea": "ship harbour wave sailor anchor storm fish island".split(),
+    "city": "street tower market tram bridge window crowd square".split(),
+}
+VERBS = {
+    "sea": "sails drifts sinks floats waits turns".split(),
+    "city": "rises opens closes shines sleeps grows".split(),
+}
 
 
 def story(topic, seed, sentences=None):
-    """8 to 16 sentences in which a noun fixes its verb, so that a masked word can be told from its neighbours."""
-    nouns, verbs = (words.split() for words in TOPICS[topic])
-    sentences = sentences or 8 + seed % 9
+    """A text of 8 to 16 sentences, or of as many as asked for.
+
+    A noun fixes its verb, so a masked word can be guessed from its neighbours.
+    """
+    nouns, verbs = NOUNS[topic], VERBS[topic]
+    if sentences is None:
+        sentences = 8 + seed % 9
     draw = random.Random(f"{topic} {seed}")
     lines = []
     for _ in range(sentences):
         n = draw.randrange(len(nouns))
-        lines.append(f"The {nouns[n]} {verbs[n % len(verbs)]} and the {nouns[n - 1]} {verbs[(n - 1) % len(verbs)]}.")
+        first = f"{nouns[n]} {verbs[n % len(verbs)]}"
+        second = f"{nouns[n - 1]} {verbs[(n - 1) % len(verbs)]}"
+        lines.append(f"The {first} and the {second}.")
     return " ".join(lines)
 
 
@@ -29,52 +50,101 @@ def story(topic, seed, sentences=None):
 def corpus(tmp_path_factory):
     """A folder with two classes of 100 short texts each, of many lengths."""
     folder = tmp_path_factory.mktemp("corpus")
-    for topic in TOPICS:
+    for topic in NOUNS:
         (folder / topic).mkdir()
         for n in range(100):
-            (folder / topic / f"{n:03}.txt").write_text(story(topic, n), encoding="utf-8")
+            path = folder / topic / f"{n:03}.txt"
+            path.write_text(story(topic, n), encoding="utf-8")
     return folder
 
 
-TINY = ("--steps 90 --embedding-steps 30 --batch-size 8 --window 32 --width 32 --heads 2 --layers 1 "
-        "--vocabulary-size 400 --pairs 100 --evaluate-every 30 --device cpu --precision float32").split()
+# ---------------------------------------------------------------- runs
+
+TINY = (
+    "--steps 90 --embedding-steps 30 --batch-size 8 --window 32 --width 32 --heads 2 "
+    "--layers 1 --vocabulary-size 400 --pairs 100 --evaluate-every 30 "
+    "--device cpu --precision float32"
+).split()
 
 
 @pytest.fixture(scope="session")
 def trained(corpus, tmp_path_factory):
-    """One finished tiny run, for the tests that look at it or fine-tune it."""
+    """The folder of one finished tiny run of train_mlm.py, for tests that only read it."""
     import train_mlm
     folder = tmp_path_factory.mktemp("runs")
+    command = ["train_mlm.py", "--data", corpus, "--data-dir", folder / "data"]
+    command += ["--run", folder / "mlm", *TINY]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sys.argv", ["train_mlm.py", "--data", str(corpus), "--data-dir", str(folder / "data"),
-                                   "--run", str(folder / "mlm"), *TINY])
+        patch.setattr(sys, "argv", [str(part) for part in command])
         train_mlm.main()
     return folder / "mlm"
 
 
 @pytest.fixture(scope="session", autouse=True)
-def a_hasty_stopwatch():
-    """Each run measures the machine for a third of a second; here, where a hundred are started, for one product."""
-    from minissl import training
-    rate = training.matrix_product_rate
+def measure_the_machine_quickly():
+    """A run measures the machine for a third of a second. Here one matrix product is enough."""
+    from minissl.training import machine
+    measure = machine.matrix_product_rate
+
+    def measure_once(device, dtype, n=64, seconds=0):
+        return measure(device, dtype, 64, 0)
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "matrix_product_rate", lambda device, dtype, *longer: rate(device, dtype, 64, 0))
+        patch.setattr(machine, "matrix_product_rate", measure_once)
         yield
+
+
+@pytest.fixture(autouse=True)
+def keep_signal_handlers():
+    """A run takes Ctrl-C and SIGTERM for itself. After each test pytest gets them back."""
+    handlers = {}
+    for number in (signal.SIGINT, signal.SIGTERM):
+        handlers[number] = signal.getsignal(number)
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture
 def run_script(monkeypatch, capsys):
-    """run_script(module, "--flag", value, ...) -> (exit code, what it printed), in this process."""
-    from minissl import training
+    """run_script(module, "--flag", value, ...) -> (exit code, what it printed).
+
+    The script runs in this process.
+    """
+    from minissl.training import settings
 
     def run(module, *arguments):
-        monkeypatch.setattr(sys, "argv", [module.__name__ + ".py", *map(str, arguments)])
+        command = [module.__name__ + ".py", *arguments]
+        monkeypatch.setattr(sys, "argv", [str(part) for part in command])
         code = 0
         try:
-            training.run_script(module.main)
+            settings.run_script(module.main)
         except SystemExit as stop:
             code = stop.code or 0
         printed = capsys.readouterr()
         return code, printed.out + printed.err
 
     return run
+
+
+# ---------------------------------------------------------------- what a run leaves behind
+
+def read_log(folder):
+    """The rows of a run's metrics.csv, each a dict of strings."""
+    with open(folder / "metrics.csv", encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def log_of(folder):
+    """The rows of a run's metrics.csv without what the clock says."""
+    rows = read_log(folder)
+    for row in rows:
+        del row["seconds"], row["rate_per_second"]
+    return rows
+
+
+def assert_equal_states(one, other):
+    """Fail unless both dicts hold the same tensors, bit for bit."""
+    assert one.keys() == other.keys()
+    for name in one:
+        assert torch.equal(one[name], other[name]), name

@@ -1,23 +1,37 @@
-"""A script in a process of its own, forked from one that has torch imported already: five seconds less for each."""
+"""A script in a process of its own, forked from one that has torch imported already.
+
+This saves five seconds for each process.
+"""
 
 import multiprocessing
 import os
 import runpy
 import sys
 
-CONTEXT = multiprocessing.get_context("forkserver" if sys.platform != "win32" else "spawn")
+
+METHOD = "forkserver" if sys.platform != "win32" else "spawn"
+CONTEXT = multiprocessing.get_context(METHOD)
 CONTEXT.set_forkserver_preload(["torch", "torch._dynamo"])
 
 
 def start(log, script, *arguments, before=None, **environment):
-    """-> the running multiprocessing.Process, which prints into the file `log`. before: is called there first."""
-    process = CONTEXT.Process(target=run, args=(str(log), [str(script), *map(str, arguments)], before, environment),
-                              daemon=True)              # one that hangs fails its test, and ends with the tests
+    """Start a script and return its multiprocessing.Process.
+
+    Arguments: log, the file that it prints into; before, a function that is called in the
+    new process first; environment, the variables that are set there.
+    """
+    command = [str(script), *map(str, arguments)]
+    process = CONTEXT.Process(
+        target=run,
+        args=(str(log), command, before, environment),
+        daemon=True,          # one that hangs fails its test, and ends with the tests
+    )
     process.start()
     return process
 
 
 def run(log, command, before, environment):
+    """Run the command in this process, printing into `log`."""
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)

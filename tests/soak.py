@@ -1,21 +1,24 @@
-"""Kill it, and feed it damaged files, many times; count what happens.
+"""Kill it, and feed it damaged files, many times, and count what happens.
 
-    python tests/soak.py                                        30 kills a script, 2,000 damaged files a kind
-    python tests/soak.py --kills 2 --damage 50                  a few minutes
-    python tests/soak.py --kills 3 --damage 100 --plant torn-save            with a defect planted: it must be found
+    python tests/soak.py                                 30 kills a script, 2,000 files a kind
+    python tests/soak.py --kills 2 --damage 50           a few minutes
+    python tests/soak.py --kills 3 --damage 100 --plant torn-save
+                                                         with a defect that must be found
 
-Kills: each training script runs once undisturbed; then again with SIGKILL at random moments and --resume after each,
-until it ends. The last checkpoint must be equal bit for bit, and metrics.csv the same, but for what the clock says.
+**Kills.** Each training script runs once undisturbed. Then it runs again, is killed by SIGKILL
+at random moments, and is resumed each time, until it ends. The last checkpoint must be equal bit
+for bit, and metrics.csv must be the same but for what the clock says.
 
-Damage: files of each kind are truncated, flipped in some bits, spliced from their own parts, or written with a crafted
-mistake, and then read by the function that the scripts use, under a limit of memory. Outcomes:
+**Damage.** Files of each kind are truncated, flipped in some bits, overwritten with their own
+parts, or written with a crafted mistake. Then the function that the scripts use reads them,
+under a limit of memory. The outcomes:
 
     refused     one sentence (UserError)
-    harmless    what was read is what the undamaged file holds, or a cache was made anew, or, for an array of pixels,
-                which carries no checksum, another array of uint8
+    harmless    what was read is what the undamaged file holds, or a cache was made anew. An
+                array of pixels has no checksum, so another array of uint8 is harmless too
     wrong       anything else: another exception, another result, more than 20 seconds
 
-Wrong must be 0. The seed is printed, and the exit code is 1 if anything was wrong.
+Wrong must be 0. The seed is printed. The exit code is 1 if anything was wrong.
 """
 
 import argparse
@@ -23,7 +26,6 @@ import contextlib
 import csv
 import io
 import json
-import pickle
 import random
 import resource
 import signal
@@ -33,311 +35,456 @@ import tarfile
 import tempfile
 import time
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Callable
 
 import numpy as np
 import torch
 
+
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from minissl import UserError, datasets, documents, files, images, report, runs, training
-from minissl.tokenizer import Tokenizer
+from minissl import UserError  # noqa: E402
+from minissl.data import batches, images, text_sources, texts  # noqa: E402
+from minissl.evaluation import load  # noqa: E402
+from minissl.tokenizer import Tokenizer, normalise  # noqa: E402
+from minissl.training import files, report  # noqa: E402
 
-TINY = "--device cpu --precision float32 --save-every 0.1".split()
-IMAGES = "--limit 300 --steps 150 --batch-size 32 --width 8 --evaluate-every 50".split()
-SCRIPTS = {"train_contrastive.py": ["--method", "byol", *IMAGES], "train_ae.py": ["--masked", "0.5", *IMAGES],
-           "train_mlm.py": ("--steps 300 --embedding-steps 100 --batch-size 8 --window 32 --width 64 --heads 2 "
-                            "--layers 1 --vocabulary-size 400 --pairs 100 --evaluate-every 100").split()}
+
+TINY = ["--device", "cpu", "--precision", "float32", "--save-every", "0.1"]
+IMAGES = ["--limit", "300", "--steps", "150", "--batch-size", "32", "--width", "8",
+          "--evaluate-every", "50"]
+TEXTS = ["--steps", "300", "--embedding-steps", "100", "--batch-size", "8", "--window", "32",
+         "--width", "64", "--heads", "2", "--layers", "1", "--vocabulary-size", "400",
+         "--pairs", "100", "--evaluate-every", "100"]
+VOCABULARY_SIZE = 400
 
 
 def write_texts(folder):
+    """Write two sub-folders of 100 texts of 60 invented words each."""
     draw = random.Random(0)
-    words = [a + b for a in ("sa", "to", "mi", "ka", "re") for b in ("lin", "dor", "ver", "nos")]
+    words = []
+    for begin in ("sa", "to", "mi", "ka", "re"):
+        for end in ("lin", "dor", "ver", "nos"):
+            words.append(begin + end)
     for name in ("one", "two"):
         (folder / name).mkdir(parents=True)
         for n in range(100):
-            (folder / name / f"{n:03}.txt").write_text(" ".join(draw.choices(words, k=60)), encoding="utf-8")
+            text = " ".join(draw.choices(words, k=60))
+            (folder / name / f"{n:03}.txt").write_text(text, encoding="utf-8")
 
 
 # ---------------------------------------------------------------- kills
 
-def kills(folder, count, draw, planted=""):
-    """-> Counter of how many runs ended equal, how many wrong, and the kills that met a running training."""
-    planting = (f"import runpy, sys; sys.path[:0] = {[str(ROOT / 'tests'), str(ROOT)]}; import soak; "
-                f"soak.plant({planted!r}); sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')")
-    python = [sys.executable, "-c", planting] if planted else [sys.executable]
+# Run a script with a defect in it. The arguments: two folders to import from, the defect, the
+# script and its flags.
+RUN_WITH_DEFECT = """
+import runpy
+import sys
+
+sys.path[:0] = sys.argv[1:3]
+import soak
+
+soak.plant(sys.argv[3])
+sys.argv = sys.argv[4:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def script_command(script, run, flags, defect):
+    """The command that starts a script into the folder `run`; defect as in `plant`, or ""."""
+    command = [sys.executable]
+    if defect:
+        command += ["-c", RUN_WITH_DEFECT, str(ROOT / "tests"), str(ROOT), defect]
+    return [*command, str(ROOT / script), "--run", str(run), *flags, *TINY]
+
+
+def kills(folder, count, draw, defect=""):
+    """Kill each script `count` times.
+
+    folder: has texts/ and receives the runs; draw: a random.Random; defect as in `plant`.
+    Returns a Counter: (script, "equal") and (script, "wrong") runs, and (script, "kills").
+    """
+    on_texts = ["--data", str(folder / "texts"), "--data-dir", str(folder), *TEXTS]
+    scripts = {
+        "train_contrastive.py": ["--method", "byol", *IMAGES],
+        "train_ae.py": ["--masked", "0.5", *IMAGES],
+        "train_mlm.py": on_texts,
+    }
     outcomes = Counter()
-    for script, flags in SCRIPTS.items():
-        flags = [*flags, *TINY] + (["--data", str(folder / "texts"), "--data-dir", str(folder)]
-                                   if "mlm" in script else [])
+    for script, flags in scripts.items():
+        whole = folder / script / "whole"
         start = time.time()
-        subprocess.run([*python, ROOT / script, "--run", folder / script / "whole", *flags], check=True,
-                       capture_output=True)
+        command = script_command(script, whole, flags, defect)
+        subprocess.run(command, check=True, capture_output=True)
         length = time.time() - start
-        done, attempt = 0, 0
-        while done < count:
+        attempt = 0
+        while outcomes[script, "kills"] < count:
             run = folder / script / f"killed {attempt}"
             attempt += 1
-            while True:
-                resume = ["--resume"] if (run / "checkpoint.pt").exists() else []
-                process = subprocess.Popen([*python, ROOT / script, "--run", run, *flags, *resume],
-                                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8")
-                try:
-                    printed = process.communicate(timeout=draw.uniform(0.3, 1) * length if done < count else None)[0]
-                    break                                              # it came to its end
-                except subprocess.TimeoutExpired:
-                    process.send_signal(signal.SIGKILL)
-                    process.communicate()
-                    done += 1
-            same = process.returncode == 0 and same_run(run, folder / script / "whole")
-            outcomes[script, "equal" if same else "wrong"] += 1
-            if not same:
+            left = count - outcomes[script, "kills"]
+            killed, code, printed = run_with_kills(script, run, flags, defect, left, length, draw)
+            outcomes[script, "kills"] += killed
+            if code == 0 and same_run(run, whole):
+                outcomes[script, "equal"] += 1
+            else:
+                outcomes[script, "wrong"] += 1
                 print(f"WRONG: {run}\n{printed}")
-        outcomes[script, "kills"] = done
     return outcomes
 
 
+def run_with_kills(script, run, flags, defect, most, length, draw):
+    """Start a run, kill it at most `most` times, and resume it until it ends.
+
+    length: the seconds of an undisturbed run.
+    Returns the number of kills, the exit code, and what the last process printed.
+    """
+    killed = 0
+    while True:
+        resume = []
+        if (run / "checkpoint.pt").exists():
+            resume = ["--resume"]
+        process = subprocess.Popen(
+            script_command(script, run, [*flags, *resume], defect),
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8",
+        )
+        seconds = None
+        if killed < most:
+            seconds = draw.uniform(0.3, 1) * length
+        try:
+            printed, _ = process.communicate(timeout=seconds)
+            return killed, process.returncode, printed
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+            process.communicate()
+            killed += 1
+
+
 def same_run(a, b):
-    one, other = (files.load_checkpoint(run) for run in (a, b))
-    return (log_of(a) == log_of(b) and equal(one["model"], other["model"])
-            and equal(one["optimizers"], other["optimizers"]))
+    """Whether two runs have ended with the same weights, optimizers and log."""
+    one, other = files.load_checkpoint(a), files.load_checkpoint(b)
+    return (
+        log_of(a) == log_of(b)
+        and equal(one["model"], other["model"])
+        and equal(one["optimizers"], other["optimizers"])
+    )
 
 
 def log_of(folder):
     """The rows of metrics.csv without what the clock says."""
     with open(folder / "metrics.csv", encoding="utf-8", newline="") as file:
-        return [{k: v for k, v in row.items() if k not in ("seconds", "rate_per_second", "share_of_peak")}
-                for row in csv.DictReader(file)]
+        rows = list(csv.DictReader(file))
+    for row in rows:
+        del row["seconds"], row["rate_per_second"]
+    return rows
 
 
 def equal(a, b):
+    """Whether two values are equal bit for bit: tensors, and dicts and lists of them."""
     if isinstance(a, torch.Tensor):
         return isinstance(b, torch.Tensor) and a.dtype == b.dtype and torch.equal(a, b)
     if isinstance(a, dict):
         return isinstance(b, dict) and a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a)
     if isinstance(a, (list, tuple)):
         return len(a) == len(b) and all(equal(x, y) for x, y in zip(a, b))
-    return a == b or a is b
+    return a is b or a == b
 
 
 # ---------------------------------------------------------------- damage
 
 def damaged(data, draw):
-    """One of the ways in which files break."""
-    data, kind = bytearray(data), draw.choice(["cut", "flip", "splice", "zeros", "insert"])
+    """The bytes, damaged in one of the ways in which files break."""
+    data = bytearray(data)
+    kind = draw.choice(["cut", "flip", "splice", "zeros", "insert"])
     place = draw.randrange(len(data))
     if kind == "cut":
         return bytes(data[:place])
     if kind == "flip":
         for _ in range(draw.choice([1, 1, 1, 8, 100])):
             data[draw.randrange(len(data))] ^= 1 << draw.randrange(8)
-    else:
-        size = draw.choice([1, 8, 100, 4096])
+        return bytes(data)
+    size = draw.choice([1, 8, 100, 4096])
+    if kind == "splice":
         other = draw.randrange(len(data))
-        part = {"splice": data[other:other + size], "zeros": bytes(size),
-                "insert": bytes(draw.randrange(256) for _ in range(min(size, 100)))}[kind]
-        data[place:place + (0 if kind == "insert" else len(part))] = part
+        part = data[other:other + size]
+    elif kind == "zeros":
+        part = bytes(size)
+    else:
+        part = draw.randbytes(min(size, 100))
+    end = place if kind == "insert" else place + len(part)
+    data[place:end] = part
     return bytes(data)
 
 
-def readers(folder):
-    """{kind: (a good file's path, read() -> what to compare, crafted bytes)}; folder: texts/ and two finished runs."""
-    ae, mlm = folder / "train_ae.py" / "whole", folder / "train_mlm.py" / "whole"
-    archive = folder / "imdb" / "aclImdb_v1.tar.gz"
-    archive.parent.mkdir(exist_ok=True)
-    with tarfile.open(archive, "w:gz") as tar:
-        for part, label in (("train", "pos"), ("train", "neg"), ("train", "unsup"), ("test", "pos"), ("test", "neg")):
-            for n in range(12):
-                member, text = (tarfile.TarInfo(f"aclImdb/{part}/{label}/{n}_1.txt"),
-                                f"{part} {label} {n} some words".encode())
-                member.size = len(text)
-                tar.addfile(member, io.BytesIO(text))
-    np.save(folder / "a.npy", np.random.default_rng(0).integers(0, 256, (40, 9, 11, 3)).astype(np.uint8))
-    documents.load_texts(str(folder / "texts"), folder / "caches", 400)
-    cache = next((folder / "caches" / "cache").iterdir())
+@dataclass
+class Kind:
+    """A kind of file that is damaged."""
+    path: Path              # of a good one
+    read: Callable          # () -> what must stay the same, or None if nothing must
+    crafted: list           # bytes that somebody could have written on purpose
+
+
+def kinds_of_files(folder):
+    """{name: Kind}. folder: has texts/, and whole runs of train_ae.py and train_mlm.py."""
+    ae = folder / "train_ae.py" / "whole"
+    mlm = folder / "train_mlm.py" / "whole"
+    text_folder, cache_folder = str(folder / "texts"), folder / "caches"
+    text_sources.load_texts(text_folder, cache_folder, VOCABULARY_SIZE)
+    cache = next((cache_folder / "cache").iterdir())
+    archive = write_archive(folder / "imdb" / "aclImdb_v1.tar.gz")
+    array = write_array(folder / "a.npy")
     tokenizer = folder / "tokenizer.json"
     tokenizer.write_text(files.load_checkpoint(mlm)["tokenizer"], encoding="utf-8")
 
-    def texts(data, data_dir):
-        t = documents.load_texts(data, data_dir, 400)
-        return [t[i].tolist() for i in range(len(t))], t.labels.tolist(), t.split.tolist(), t.tokenizer.to_json()
-
-    def archive_texts():
-        found = list(documents._read_imdb(archive))
-        return found
-
-    def pixels():
-        found = images.own_images(folder / "a.npy", keep_all=True)
-        assert found[:].dtype == torch.uint8 and found[:].shape[1] in (1, 3)
-        return None    # pixels carry no checksum: any are as good
-
-    def pickled():
-        try:
-            pixels, labels = images.read_cifar_pickle((folder / "data_batch_1").read_bytes())
-        except ValueError as error:                        # as documented; where it is used it becomes the sentence
-            raise UserError(str(error)) from None
-        assert pixels.dtype == np.uint8 and labels.shape == pixels.shape[:1] and not (folder / "ran").exists()
-        return None
-
-    def page():
-        report.write_page(ae)
-        return None
-
-    def state(run):
-        model, checkpoint = runs.load_run(run)
+    def read_checkpoint():
+        model, checkpoint = load.load_run(ae)
         return model.state_dict(), checkpoint["settings"], checkpoint["optimizers"]
 
-    class Evil:
-        def __reduce__(self):
-            return (open, (str(folder / "ran"), "w"))
+    def read_texts():
+        loaded = text_sources.load_texts(text_folder, cache_folder, VOCABULARY_SIZE)
+        tokens = [loaded[i].tolist() for i in range(len(loaded))]
+        split, labels = loaded.split.tolist(), loaded.labels.tolist()
+        return tokens, labels, split, loaded.tokenizer.to_json()
 
-    def batch(data):
-        return pickle.dumps({b"data": data, b"labels": [1] * 20, b"filenames": [b"a.png"] * 20}, protocol=2)
-    (folder / "data_batch_1").write_bytes(batch(np.random.default_rng(0).integers(0, 256, (20, 3072)).astype(np.uint8)))
+    def read_archive():
+        return list(text_sources.read_imdb(archive))
 
-    return {"checkpoint": (ae / "checkpoint.pt", lambda: state(ae), [b"", b"PK\x03\x04", b"\x80\x02}q\x00."]),
-            "tokenizer": (tokenizer, lambda: check_tokenizer(tokenizer),
-                          [b"", b"{}", b"[]", b"null", b'{"merges": [[9, 9]]}', b"[" * 100_000]),
-            "cache tokens": (cache / "tokens.bin", lambda: texts(str(folder / "texts"), folder / "caches"), [b""]),
-            "cache index": (cache / "index.npz", lambda: texts(str(folder / "texts"), folder / "caches"),
-                            [b"", b"PK\x05\x06" + bytes(18)]),
-            "archive": (archive, archive_texts, [b"", b"\x1f\x8b"]),
-            "npy": (folder / "a.npy", pixels, [b"", npy_header("(99999999999999, 9, 9)"), npy_header("(-1, 9, 9)"),
-                                               npy_header("(2, 9"), npy_header("(40, 9, 9)", "|O")]),
-            "pickle": (folder / "data_batch_1", pickled,
-                       [b"", batch(Evil()), batch(np.array([Evil()], object)), batch([1])]),
-            "config": (ae / "config.json", page, [
-                b"", b"{}", b"[]", b'{"settings": 3}', b"[" * 100_000, b"\xff\xfe",
-                b'{"command": "\\ud800", "started": 1, "python": 2, "torch": 3, "settings": {"data": "\\ud800"}}']),
-            "log": (ae / "metrics.csv", page, [b"", b"step\n", b"step,seconds\n1,nan\n2,inf\n",
-                                               b"step,a\n1,1e400\n2,-1e400\n"]),
-            "sentences": (mlm / "sentences.json", lambda: report.write_page(mlm),
-                          [b"", b"{}", b"[]", b"[[1, 2, 3]]", b'[["a", [1], [2]]]'])}
+    def read_array():
+        read = images.own_images(array, keep_all=True)
+        assert read[:].dtype == torch.uint8 and read[:].shape[1] in (1, 3)
+
+    def check_tokenizer():
+        check_round_trip(tokenizer)
+
+    def write_page_of_images():
+        report.write_page(ae)
+
+    def write_page_of_texts():
+        report.write_page(mlm)
+
+    deep = b"[" * 100_000
+    strange_config = dict(
+        command="\ud800", started=1, python=2, torch=3, settings=dict(data="\ud800")
+    )
+    return {
+        "checkpoint": Kind(ae / "checkpoint.pt", read_checkpoint, [
+            b"", b"PK\x03\x04", b"\x80\x02}q\x00.",
+        ]),
+        "tokenizer": Kind(tokenizer, check_tokenizer, [
+            b"", b"{}", b"[]", b"null", b'{"merges": [[9, 9]]}', deep,
+        ]),
+        "cache tokens": Kind(cache / "tokens.bin", read_texts, [b""]),
+        "cache index": Kind(cache / "index.npz", read_texts, [b"", b"PK\x05\x06" + bytes(18)]),
+        "archive": Kind(archive, read_archive, [b"", b"\x1f\x8b"]),
+        "npy": Kind(array, read_array, [
+            b"",
+            npy_header("(99999999999999, 9, 9)"),
+            npy_header("(-1, 9, 9)"),
+            npy_header("(2, 9"),
+            npy_header("(40, 9, 9)", "|O"),
+        ]),
+        "config": Kind(ae / "config.json", write_page_of_images, [
+            b"", b"{}", b"[]", b'{"settings": 3}', deep, b"\xff\xfe",
+            json.dumps(strange_config).encode(),
+        ]),
+        "log": Kind(ae / "metrics.csv", write_page_of_images, [
+            b"", b"step\n", b"step,seconds\n1,nan\n2,inf\n", b"step,a\n1,1e400\n2,-1e400\n",
+        ]),
+        "sentences": Kind(mlm / "sentences.json", write_page_of_texts, [
+            b"", b"{}", b"[]", b"[[1, 2, 3]]", b'[["a", [1], [2]]]',
+        ]),
+    }
 
 
-def check_tokenizer(path):
-    """A damaged tokenizer that is still one must still give back every text. (Inside a run a checksum guards it.)"""
+def write_archive(path):
+    """Write an archive like that of the IMDb reviews, with twelve texts of each class."""
+    path.parent.mkdir(exist_ok=True)
+    parts = ["train/pos", "train/neg", "train/unsup", "test/pos", "test/neg"]
+    with tarfile.open(path, "w:gz") as tar:
+        for part in parts:
+            for n in range(12):
+                text = f"{part.replace('/', ' ')} {n} some words".encode()
+                member = tarfile.TarInfo(f"aclImdb/{part}/{n}_1.txt")
+                member.size = len(text)
+                tar.addfile(member, io.BytesIO(text))
+    return path
+
+
+def write_array(path):
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 9, 11, 3))
+    np.save(path, pixels.astype(np.uint8))
+    return path
+
+
+def npy_header(shape, dtype="|u1"):
+    """The bytes of a .npy file whose header says this shape and dtype."""
+    header = f"{{'descr': '{dtype}', 'fortran_order': False, 'shape': {shape}, }}".encode()
+    header += b" " * (64 - (len(header) + 11) % 64) + b"\n"
+    size = len(header).to_bytes(2, "little")
+    return b"\x93NUMPY\x01\x00" + size + header + bytes(4000)
+
+
+def check_round_trip(path):
+    """A damaged tokenizer that is still one must give back every text.
+
+    (Inside a run's folder, a checksum protects it.)
+    """
     try:
         tokenizer = Tokenizer.from_json(path.read_text(encoding="utf-8", errors="replace"))
-    except ValueError as error:                        # as documented; where it is used it becomes the sentence
+    except ValueError as error:         # as documented; where it is used it becomes a sentence
         raise UserError(str(error)) from None
     for text in ("salin dorver", "", "Ünïcode \x00 [MASK]"):
-        plain = datasets_text(tokenizer, text)
-        assert plain == datasets_text(None, text), (plain, text)
-    return None
+        decoded = tokenizer.decode(tokenizer.encode(text).tolist())
+        wanted, got = normalise(text).split(), decoded.split()
+        assert got == wanted, (got, wanted)
 
 
-def datasets_text(tokenizer, text):
-    return (" ".join(text.lower().split()) if tokenizer is None
-            else " ".join(tokenizer.decode(tokenizer.encode(text).tolist()).split()))
+class TooLong(BaseException):
+    """Not an Exception, so that no code that is tested catches it."""
 
 
-def npy_header(shape, kind="|u1"):
-    header = f"{{'descr': '{kind}', 'fortran_order': False, 'shape': {shape}, }}".encode()
-    header += b" " * (64 - (len(header) + 11) % 64) + b"\n"
-    return b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header + bytes(4000)
-
-
-class TooLong(Exception):
-    pass
+def raise_too_long(number, frame):
+    raise TooLong("more than 20 seconds")
 
 
 def damage(folder, count, draw, only=None):
-    """-> Counter of (kind, outcome). only: the kinds, if not all."""
-    def alarm(*_):
-        raise TooLong("more than 20 seconds")
-    signal.signal(signal.SIGALRM, alarm)
+    """Damage `count` files of each kind, and read them.
+
+    folder as for kinds_of_files; draw: a random.Random; only: the kinds, if not all.
+    Returns a Counter of (kind, outcome).
+    """
+    signal.signal(signal.SIGALRM, raise_too_long)
     outcomes = Counter()
-    for kind, (path, read, crafted) in readers(folder).items():
-        if only and kind not in only:
+    for name, kind in kinds_of_files(folder).items():
+        if only and name not in only:
             continue
-        good, expected = path.read_bytes(), read()
+        good, expected = kind.path.read_bytes(), kind.read()
         for n in range(count):
-            path.write_bytes(crafted[n] if n < len(crafted) else damaged(good, draw))
-            signal.alarm(20)
-            try:
-                with contextlib.redirect_stderr(io.StringIO()):
-                    found = read()
-                outcome = "harmless" if expected is None or equal(found, expected) else "wrong"
-                reason = "another result"
-            except UserError:
-                outcome = "refused"
-            except BaseException as error:
-                if isinstance(error, KeyboardInterrupt):
-                    raise
-                outcome, reason = "wrong", f"{type(error).__name__}: {str(error)[:200]}"
-            signal.alarm(0)
-            outcomes[kind, outcome] += 1
+            if n < len(kind.crafted):
+                kind.path.write_bytes(kind.crafted[n])
+            else:
+                kind.path.write_bytes(damaged(good, draw))
+            outcome, reason = read_damaged(kind, expected)
+            outcomes[name, outcome] += 1
             if outcome == "wrong":
-                kept = folder / f"wrong {kind} {n}"
-                kept.write_bytes(path.read_bytes() if path.exists() else b"")
-                print(f"WRONG: {kind}, number {n}: {reason}; kept as {kept}")
-        path.parent.mkdir(exist_ok=True)
-        path.write_bytes(good)
+                kept = folder / f"wrong {name} {n}"
+                if kind.path.exists():
+                    kept.write_bytes(kind.path.read_bytes())
+                print(f"WRONG: {name}, number {n}: {reason}; kept as {kept}")
+        kind.path.parent.mkdir(exist_ok=True)
+        kind.path.write_bytes(good)
     return outcomes
+
+
+def read_damaged(kind, expected):
+    """The outcome of reading a damaged file, and the reason if it is wrong."""
+    signal.alarm(20)
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            read = kind.read()
+    except UserError:
+        return "refused", ""
+    except (Exception, SystemExit, TooLong) as error:
+        return "wrong", f"{type(error).__name__}: {str(error)[:200]}"
+    finally:
+        signal.alarm(0)
+    if expected is not None and not equal(read, expected):
+        return "wrong", "another result"
+    return "harmless", ""
 
 
 # ---------------------------------------------------------------- planted defects
 
+DEFECTS = ["trust-cache", "trust-checkpoint", "no-sentence", "torn-save", "forget-optimizer",
+           "running-stream"]
+
+
+def recorded_hash(path, algorithm="sha256"):
+    """The checksum that the index of a cache has for tokens.bin, instead of the real one."""
+    if path.name != "tokens.bin":
+        return files.file_hash(path, algorithm)
+    with np.load(path.with_name("index.npz")) as index:
+        return json.loads(bytes(index["meta"]))["sha256"]
+
+
+def find_no_damage(archive):
+    """Instead of ZipFile.testzip."""
+    return None
+
+
+def write_in_two_halves(path, data):
+    """Instead of write_atomically: into the file itself, with a pause in the middle."""
+    data = bytes(data)
+    half = len(data) // 2
+    with open(path, "wb") as file:
+        file.write(data[:half])
+        file.flush()
+        time.sleep(0.02)
+        file.write(data[half:])
+
+
+def load_no_state(optimizer, state):
+    """Instead of Optimizer.load_state_dict."""
+
+
 def plant(defect, patch=setattr):
-    """Make minissl wrong in one place."""
-    if defect == "trust-cache":                        # read as it lies, whatever its checksum
-        patch(datasets, "hash_of", lambda path, algorithm="sha256": (
-            json.loads(bytes(np.load(Path(path).with_name("index.npz"))["meta"]))["sha256"]
-            if Path(path).name == "tokens.bin" else files.hash_of(path, algorithm)))
-    elif defect == "trust-checkpoint":                 # as torch.load does
-        patch(files.zipfile.ZipFile, "testzip", lambda archive: None)
-    elif defect == "no-sentence":                      # whatever torch says of a damaged file comes through
+    """Put a defect into minissl. patch(object, name, value) sets an attribute."""
+    if defect == "trust-cache":
+        patch(texts, "file_hash", recorded_hash)
+    elif defect == "trust-checkpoint":
+        patch(files.zipfile.ZipFile, "testzip", find_no_damage)
+    elif defect == "no-sentence":
         patch(files, "UserError", ValueError)
-    elif defect == "trust-pickle":                     # anything may be called
-        def read(data):
-            batch = pickle.loads(data, encoding="bytes")
-            return batch[b"data"], np.array(batch[b"labels"])
-        patch(images, "read_cifar_pickle", read)
-    elif defect == "torn-save":                        # in place, half and half
-        def write(path, data):
-            data = bytes(data)
-            with open(path, "wb") as file:
-                file.write(data[:len(data) // 2])
-                file.flush()
-                time.sleep(0.02)
-                file.write(data[len(data) // 2:])
-        patch(files, "write_atomically", write)
-    elif defect == "forget-optimizer":                 # weights and step alone go on
-        patch(torch.optim.Optimizer, "load_state_dict", lambda self, state: None)
-    elif defect == "running-stream":                   # draws follow one another instead of the step
+    elif defect == "torn-save":
+        patch(files, "write_atomically", write_in_two_halves)
+    elif defect == "forget-optimizer":
+        patch(torch.optim.Optimizer, "load_state_dict", load_no_state)
+    elif defect == "running-stream":    # each draw follows the one before, whatever the step
         stream = torch.Generator().manual_seed(0)
-        patch(training, "generator", lambda seed, purpose, step: stream)
+
+        def generator(seed, purpose, step):
+            return stream
+        patch(batches, "generator", generator)
     elif defect:
-        raise SystemExit(f"--plant {defect}: {', '.join(DEFECTS)}")
+        raise SystemExit(f"--plant {defect}: there is no such defect; "
+                         f"there are {', '.join(DEFECTS)}")
 
 
-DEFECTS = "trust-cache trust-checkpoint no-sentence trust-pickle torn-save forget-optimizer running-stream".split()
+# ---------------------------------------------------------------- all of it
+
+def print_table(outcomes):
+    names = ["kills", "equal", "refused", "harmless", "wrong"]
+    print(" " * 22 + "".join(f"{name:>10}" for name in names))
+    rows = dict.fromkeys(row for row, _ in outcomes)          # each once, in their order
+    for row in rows:
+        cells = [outcomes[row, name] or "" for name in names]
+        print(f"{row:<22}" + "".join(f"{cell:>10}" for cell in cells))
 
 
-def main(o):
-    print(f"seed {o.seed}")
-    resource.setrlimit(resource.RLIMIT_AS, (16 * 2**30, 16 * 2**30))
-    draw, outcomes = random.Random(o.seed), Counter()
+def main(options):
+    print(f"seed {options.seed}")
+    limit = 16 * 2**30                  # bytes
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    draw = random.Random(options.seed)
     folder = Path(tempfile.mkdtemp(prefix="soak "))
     write_texts(folder / "texts")
     begin = time.time()
-    outcomes += kills(folder, o.kills, draw, o.plant)
-    plant(o.plant)
-    outcomes += damage(folder, o.damage, draw)
-    names = ["kills", "equal", "refused", "harmless", "wrong"]
-    print(f"{'':<22}" + "".join(f"{name:>10}" for name in names))
-    for row in dict.fromkeys(row for row, _ in outcomes):
-        print(f"{row:<22}" + "".join(f"{outcomes[row, name] or '':>10}" for name in names))
-    wrong = sum(n for (_, name), n in outcomes.items() if name == "wrong")
+    outcomes = kills(folder, options.kills, draw, options.plant)
+    plant(options.plant)
+    outcomes += damage(folder, options.damage, draw)
+    print_table(outcomes)
+    wrong = sum(count for (_, outcome), count in outcomes.items() if outcome == "wrong")
     print(f"wrong: {wrong}; {time.time() - begin:,.0f} s")
     return 1 if wrong else 0
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=30)
-    parser.add_argument("--damage", type=int, default=2000)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--kills", type=int, default=30, help="of each script")
+    parser.add_argument("--damage", type=int, default=2000, help="files of each kind")
     parser.add_argument("--seed", type=int, default=random.randrange(10**6))
-    parser.add_argument("--plant", default="", help=" or ".join(DEFECTS))
+    parser.add_argument("--plant", default="", help=f"one of: {', '.join(DEFECTS)}")
     sys.exit(main(parser.parse_args()))

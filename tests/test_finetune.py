@@ -1,361 +1,846 @@
-"""Fine-tuning, probes and the baseline: what they may see, and that they count everything."""
+"""finetune.py: what each column may see, what is chosen by what, and what happens to files.
+
+The runs here have random weights, so no test needs a training script.
+"""
 
 import csv
+import errno
 import shutil
 from contextlib import nullcontext
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
+from torch import nn
 
 import finetune
-from minissl import UserError, datasets, documents, evaluation, files, finetuning, runs
+from minissl import UserError, contrastive
+from minissl.autoencoder import Autoencoder
+from minissl.data import images, splits, text_sources, texts
+from minissl.evaluation import features, load, probes, table
+from minissl.evaluation.table import ImageTask, TextTask
+from minissl.optim import Muon
+from minissl.training import distributed, files
+from minissl.transformer import TextEncoder
+
+CPU = ["--device", "cpu", "--precision", "float32"]
+
+
+# ---------------------------------------------------------------- runs
+
+def write_run(folder, method, model, shape, data, settings, **more):
+    """The folder of a run at step 90 with this model."""
+    folder.mkdir(parents=True)
+    files.write_checkpoint(folder / "checkpoint.pt", dict(
+        format=files.CHECKPOINT_FORMAT, method=method, step=90, model=model.state_dict(),
+        model_settings=shape, settings=dict(run=str(folder), limit=0) | settings,
+        data=f"checksum {splits.fingerprint(data)}", **more))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def data_dir(tmp_path_factory):
+    return tmp_path_factory.mktemp("data")
+
+
+@pytest.fixture(scope="session")
+def text_run(corpus, data_dir, tmp_path_factory):
+    """A run on the corpus, of an encoder with random weights. Its blocks add a little."""
+    data = text_sources.load_texts(str(corpus), data_dir, 400)
+    torch.manual_seed(0)
+    shape = dict(vocabulary_size=len(data.tokenizer), width=32, layers=1, heads=2, window=32,
+                 pairs=texts.frequent_pairs(data, 100), document_columns=32)
+    model = TextEncoder(**shape)
+    nn.init.normal_(model.pair_embedding.weight[:-1], std=0.02)
+    for matrix in (model.blocks[0].attention.output.weight, model.blocks[0].down.weight):
+        nn.init.normal_(matrix, std=0.02)
+    settings = dict(data=str(corpus), data_dir=str(data_dir), vocabulary_size=400)
+    return write_run(tmp_path_factory.mktemp("runs") / "mlm", "mlm", model, shape, data, settings,
+                     tokenizer=data.tokenizer.to_json())
+
+
+def make_image_run(folder, method="simclr", name="shapes", limit=100):
+    """A run of an encoder with random weights, on the images with this name."""
+    data = images.load_images(name, limit=limit)
+    settings = dict(data=name, data_dir="data", limit=limit)
+    shape = dict(width=8, **images.mean_and_std(data))
+    cls = contrastive.SimCLR
+    if method == "autoencoder":
+        cls = Autoencoder
+        shape.update(size=list(data.shape[2:]), code=16)
+        settings["code"] = 16
+    torch.manual_seed(0)
+    return write_run(folder, method, cls(**shape), shape, data, settings)
+
+
+@pytest.fixture(scope="session")
+def image_runs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("image runs")
+    for method in ("simclr", "autoencoder"):
+        make_image_run(folder / method, method)
+    return folder
 
 
 @pytest.fixture
-def few_options(monkeypatch):
-    probe = evaluation.probe
-    monkeypatch.setattr(finetuning, "SCRATCH_RATES", (0.03, 0.3))
-    monkeypatch.setattr(finetuning, "TUNED_RATES", (0.0, 0.03))
-    monkeypatch.setattr(evaluation, "probe", lambda x, labels, classes, strengths: (
-        probe(x, labels, classes, strengths[1::3])))
+def run(text_run, tmp_path):
+    """A copy of the run on texts, for a test that writes into it."""
+    return shutil.copytree(text_run, tmp_path / "run")
 
 
-def test_the_table_has_every_row_and_column_and_lands_in_csv_and_page(trained, run_script, few_options):
-    code, printed = run_script(finetune, trained, "--labels", 10, "all", "--seeds", 2,
-                               "--data-dir", trained.parent / "data")
+@pytest.fixture
+def image_run(image_runs, tmp_path):
+    return shutil.copytree(image_runs / "simclr", tmp_path / "image run")
+
+
+@pytest.fixture
+def brief(monkeypatch):
+    """Few options and a few steps are enough to see what depends on what."""
+    probe, train = probes.probe, ImageTask.train_classifier
+
+    def probe_briefly(x, labels, classes, strengths):
+        return probe(x, labels, classes, strengths[1::3])
+
+    def train_briefly(*arguments, **options):
+        return train(*arguments, **options, images_seen=64)
+    monkeypatch.setattr(probes, "probe", probe_briefly)
+    monkeypatch.setattr(ImageTask, "train_classifier", train_briefly)
+    def two_options(self, n):
+        return [(0.0, 0.5), (0.002, 0.5)]
+    monkeypatch.setattr(table, "SCRATCH_RATES", (0.03, 0.3))
+    monkeypatch.setattr(table, "FINE_TUNING_RATES", (0.0, 0.03))
+    monkeypatch.setattr(TextTask, "choice_draws", 1)
+    monkeypatch.setattr(ImageTask, "scratch_options", two_options)
+    monkeypatch.setattr(ImageTask, "fine_tuning_options", two_options)
+
+
+def read_rows(path):
+    with open(path, encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def equal(a, b):
+    """Are two dicts of tensors equal?"""
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+# ---------------------------------------------------------------- the table
+
+def test_the_table_goes_into_csv_and_page(run, run_script, brief):
+    code, printed = run_script(finetune, run, *CPU, "--labels", 10, "all", "--seeds", 2)
     assert code == 0, printed
-    with open(trained / "finetune.csv", encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file))
-    assert {(r["labels_a_class"], r["method"]) for r in rows} == {
-        (labels, method) for labels in ("10", "all")
-        for method in ("tf-idf", "from scratch", "linear probe", "fine-tuned")}
-    best = [float(r["test_accuracy"]) for r in rows if r["labels_a_class"] == "10" and r["method"] == "linear probe"]
-    assert np.mean(best) > 90          # the two topics share almost no noun: a probe that fails here is broken
-    assert "fine-tuned" in (trained / "report.html").read_text(encoding="utf-8")
+    rows = read_rows(run / "finetune.csv")
+    methods = ["tf-idf", "from scratch", "linear probe", "fine-tuned"]
+    assert {(row["labels_a_class"], row["method"]) for row in rows} == {
+        (labels, method) for labels in ("10", "all") for method in methods}
+    assert list(rows[0]) == ["labels_a_class", "method", "seed", "test_accuracy", "seconds",
+                             "data", "limit", "step"]
+    assert {(row["limit"], row["step"]) for row in rows} == {("0", "90")}
+    accuracies = [float(row["test_accuracy"]) for row in rows if row["method"] == "linear probe"]
+    assert np.mean(accuracies) > 90     # the topics share almost no noun
+    assert "fine-tuned" in (run / "report.html").read_text(encoding="utf-8")
+    assert (run / "finetune.svg").read_text(encoding="utf-8").startswith("<svg")
+    assert "the table has 2 classes: city, sea" in printed
+    last = printed.splitlines()[-1]
+    assert last.split()[0] == "all" and last.count("±") == 4
 
-    (trained.parent / "new.txt").write_text("the ship sails\nthe tower opens\n", encoding="utf-8")
-    code, printed = run_script(finetune, trained, "--predict", trained.parent / "new.txt")
-    assert code == 0 and [line.split("\t")[0] for line in printed.splitlines()[:2]] == ["sea", "city"], printed
+
+def test_predict_labels_new_texts(run, run_script, brief, tmp_path):
+    assert run_script(finetune, run, *CPU, "--labels", 10, "--seeds", 1)[0] == 0
+    (tmp_path / "new.txt").write_text("the ship sails\nthe tower opens\n", encoding="utf-8")
+    code, printed = run_script(finetune, run, *CPU, "--predict", tmp_path / "new.txt")
+    lines = [line.split("\t") for line in printed.splitlines() if "\t" in line]
+    assert code == 0, printed
+    assert [line[0] for line in lines] == ["sea", "city"]
+    assert [line[2] for line in lines] == ["the ship sails", "the tower opens"]
+    assert "trained on 20 labels of" in printed and "classes city, sea" in printed
 
 
-def test_the_probe_can_be_had_alone_and_leaves_the_table_as_it_is(trained, run_script):
-    files = [trained / name for name in ("finetune.csv", "classifier.pt")]
-    before = [path.read_bytes() if path.exists() else None for path in files]
-    code, printed = run_script(finetune, trained, "--probe", "--labels", 2, 5, "--seeds", 2,
-                               "--data-dir", trained.parent / "data")
-    assert code == 0 and [path.read_bytes() if path.exists() else None for path in files] == before, printed
-    with open(trained / "probe.csv", encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file))
-    found = [(row["labels_a_class"], row["method"]) for row in rows]
+def test_the_probe_alone_leaves_the_table_as_it_is(run, run_script):
+    for name in ("finetune.csv", "classifier.pt", "finetune.svg"):
+        (run / name).write_text("as it was", encoding="utf-8")
+    code, printed = run_script(finetune, run, *CPU, "--probe", "--labels", 2, 5, "--seeds", 2)
+    assert code == 0, printed
+    for name in ("finetune.csv", "classifier.pt", "finetune.svg"):
+        assert (run / name).read_text(encoding="utf-8") == "as it was"
+    found = [(row["labels_a_class"], row["method"]) for row in read_rows(run / "probe.csv")]
     assert found == [("2", "linear probe")] * 2 + [("5", "linear probe")] * 2
 
 
-def test_ctrl_c_keeps_the_rows_that_are_finished(trained, run_script, few_options, monkeypatch):
-    one_row = finetune.one_row
+def test_ctrl_c_keeps_the_finished_rows(run, run_script, brief, monkeypatch):
+    measure_row = finetune.measure_row
 
     def interrupted(settings, task, columns, row):
         if row == stop:
             raise KeyboardInterrupt
-        return one_row(settings, task, columns, row)
-    monkeypatch.setattr(finetune, "one_row", interrupted)
-    flags = ["--labels", 2, 5, "--seeds", 1, "--data-dir", trained.parent / "data"]
-    for name in "finetune.csv", "classifier.pt":
-        (trained / name).unlink(missing_ok=True)
+        return measure_row(settings, task, columns, row)
+    monkeypatch.setattr(finetune, "measure_row", interrupted)
+    flags = [*CPU, "--labels", 2, 5, "--seeds", 1]
     stop = "2"
-    assert run_script(finetune, trained, *flags)[0] == 130 and not (trained / "finetune.csv").exists()
+    assert run_script(finetune, run, *flags)[0] == 130
+    assert not (run / "finetune.csv").exists()
     stop = "5"
-    code, printed = run_script(finetune, trained, *flags)
-    assert code == 0 and "stopped: the rows before" in printed and (trained / "classifier.pt").exists()
-    with open(trained / "finetune.csv", encoding="utf-8", newline="") as file:
-        assert {row["labels_a_class"] for row in csv.DictReader(file)} == {"2"}
-    page = (trained / "report.html").read_text(encoding="utf-8")
-    data = files.load_checkpoint(trained)["settings"]["data"]
-    assert f"draws of labels: {data}, after 90 steps of pretraining" in page
+    code, printed = run_script(finetune, run, *flags)
+    assert code == 0 and "stopped: the rows before" in printed
+    assert {row["labels_a_class"] for row in read_rows(run / "finetune.csv")} == {"2"}
+    assert (run / "classifier.pt").exists()
 
 
-def test_a_table_is_not_begun_where_it_cannot_be_kept(trained, run_script, monkeypatch):
-    monkeypatch.setattr(finetune, "writable", lambda folder: False)
-    code, printed = run_script(finetune, trained, "--labels", 2, "--data-dir", trained.parent / "data")
-    assert code == 2 and "one cannot write into it" in printed.splitlines()[-1] and "draw 1" not in printed
+def test_a_full_disk_does_not_hide_the_finished_table(run, run_script, monkeypatch):
+    def no_space(path, rows):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr(finetune, "write_csv", no_space)
+    code, printed = run_script(finetune, run, *CPU, "--probe", "--labels", 2, "--seeds", 1)
+    assert code == 1 and "No space left" in printed
+    assert "linear probe" in printed and "±" in printed
 
 
-def test_a_class_that_lost_its_doubled_texts_is_named_with_the_reason(trained, corpus, run_script, tmp_path):
-    for name, source in dict(sea="sea", city="city", backup="city").items():
-        shutil.copytree(corpus / source, tmp_path / "texts" / name)
-    code, printed = run_script(finetune, trained, "--data", tmp_path / "texts", "--data-dir", tmp_path, "--probe")
-    assert code == 0 and "texts dropped that stand elsewhere in the data, too" in printed, printed
-    assert "the smallest class, city, has 0 to train on" in printed or "the smallest class, backup, has 0" in printed
+def test_a_table_needs_a_writable_folder(run, run_script, monkeypatch):
+    monkeypatch.setattr(finetune, "is_writable", lambda folder: False)
+    code, printed = run_script(finetune, run, *CPU, "--labels", 2)
+    assert code == 2 and "is read-only; copy the run to a writable" in printed.splitlines()[-1]
+    assert "draw 1" not in printed
 
 
-def test_permuting_the_test_labels_changes_no_choice_and_no_weight(trained, run_script, few_options, monkeypatch):
-    made, load = [], documents.load_texts
+def test_all_means_all_but_the_test_set(run, run_script, monkeypatch):
+    asked, fit = [], table.LinearColumn.fit
 
-    def keep(settings, checkpoint, name, classes, results, chance):
-        made.append({k: v.clone() for k, v in results[-1][-1].state_dict().items()})
-    monkeypatch.setattr(finetune, "write_results", keep)
-    choose, accuracy, seen = finetune.choose, evaluation.accuracy, []
+    def watched(self, indices, *more):
+        asked.append(tuple(indices))
+        return fit(self, indices, *more)
+    monkeypatch.setattr(table.LinearColumn, "fit", watched)
+    code, printed = run_script(finetune, run, *CPU, "--probe", "--labels", 2, "all", "--seeds", 3)
+    assert code == 0, printed
+    assert [len(indices) for indices in asked] == [4] * 3 + [160] * 2
+    assert len(set(asked[:3])) == 3             # each draw is another
+    task = text_task(run)
+    assert set(sum(asked[:3], ())) <= set(task.train)
+    assert set(asked[3]) == set(task.train) | set(task.held_out)
 
-    def watched(*arguments):
-        with pytest.MonkeyPatch.context() as patch:                # what the choices rest on
-            patch.setattr(evaluation, "accuracy", lambda *a: seen.append(accuracy(*a)) or seen[-1])
-            return choose(*arguments)
-    monkeypatch.setattr(finetune, "choose", watched)
+
+def test_the_best_option_on_held_out_examples_is_chosen():
+    labels = torch.tensor([0, 1] * 30)
+    task = SimpleNamespace(labels=labels, train=np.arange(40), held_out=np.arange(40, 50),
+                           test=np.arange(50, 60), choice_draws=2)
+    right = dict(never=np.zeros(60, bool), held_out=np.arange(60) < 50, test=np.arange(60) >= 50)
+
+    def fit(indices, option, seed):
+        return option
+
+    def predict(option, indices):
+        is_right = torch.from_numpy(right[option][indices])
+        return torch.where(is_right, labels[indices], 1 - labels[indices])
+    column = table.Column(lambda n: ["never", "held_out", "test"], fit, predict)
+    assert finetune.choose(column, task, 3) == "held_out"
+    assert finetune.choose(column, task, None) == "held_out"
+
+
+def test_chance_is_the_share_of_the_commonest_test_class(capsys):
+    labels = torch.tensor([0, 1] * 10 + [0, 1, 1, 1] * 2)
+    column = table.Column(lambda n: [None], lambda indices, option, seed: None,
+                          lambda model, indices: torch.ones(len(indices)))
+    task = SimpleNamespace(labels=labels, train=np.arange(10), held_out=np.arange(10, 20),
+                           test=np.arange(20, 28), classes=["a", "b"], probe=column, choice_draws=1)
+    settings = SimpleNamespace(labels=["2"], seeds=2, probe=True)
+    rows, _, number, chance = finetune.measure_table(settings, task)
+    assert chance == 75 and number == 4
+    assert [row["test_accuracy"] for row in rows] == [75, 75]
+    assert "the commonest class: 75.0 %" in capsys.readouterr().out
+
+
+def test_the_printed_table_has_means_and_spreads(capsys):
+    rows = [dict(labels_a_class=labels, method=method, test_accuracy=accuracy, seconds=2.0)
+            for labels, method, accuracy in (("10", "pixels", 20), ("10", "pixels", 30),
+                                             ("10", "fine-tuned", 40), ("10", "fine-tuned", 40),
+                                             ("all", "pixels", 50), ("all", "fine-tuned", 60))]
+    finetune.print_table(rows, 25)
+    _, head, *lines = capsys.readouterr().out.strip().splitlines()
+    assert head.split() == ["labels", "a", "class", "pixels", "fine-tuned"]
+    assert lines[0].split() == "10 25.0 ± 7.1 (2) 40.0 ± 0.0 (2)".split()
+    assert lines[1].split() == "all 50.0 ± 0.0 (2) 60.0 ± 0.0 (2)".split()
+
+
+@pytest.mark.parametrize("kind", ["texts", "images"])
+def test_permuting_the_test_labels_changes_no_choice(
+        kind, run, image_run, run_script, brief, monkeypatch):
+    folder, name = (run, "load_texts") if kind == "texts" else (image_run, "load_images")
+    loader, measure, choose = getattr(finetune, name), finetune.measure_table, finetune.choose
+    accuracy = probes.accuracy
+    models, seen = [], []                       # seen: the accuracies that the choices rest on
 
     def permuted(*arguments, **options):
-        texts = load(*arguments, **options)
-        test = np.flatnonzero(texts.split == datasets.TEST)
-        texts.labels = texts.labels.copy()
-        texts.labels[test] = texts.labels[test][::-1]
-        return texts
-    for loader in (load, permuted):
-        monkeypatch.setattr(finetune, "load_texts", loader)
-        code, printed = run_script(finetune, trained, "--labels", 2, "--seeds", 1,
-                                   "--data-dir", trained.parent / "data")
+        data = loader(*arguments, **options)
+        test = np.flatnonzero(data.split == splits.TEST)
+        data.labels = data.labels.copy()
+        data.labels[test] = data.labels[test][::-1]
+        return data
+
+    def keep_model(*arguments):
+        result = measure(*arguments)
+        models.append(result[1].state_dict())
+        return result
+
+    def keep_accuracy(*arguments):
+        seen.append(accuracy(*arguments))
+        return seen[-1]
+
+    def choose_watched(*arguments):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(probes, "accuracy", keep_accuracy)
+            return choose(*arguments)
+    monkeypatch.setattr(finetune, "measure_table", keep_model)
+    monkeypatch.setattr(finetune, "choose", choose_watched)
+    for load_data in (loader, permuted):
+        monkeypatch.setattr(finetune, name, load_data)
+        code, printed = run_script(finetune, folder, *CPU, "--labels", 3, "--seeds", 1,
+                                   "--limit", 0 if kind == "texts" else 100)
         assert code == 0, printed
-    assert len(seen) > 10 and seen[:len(seen) // 2] == seen[len(seen) // 2:]
-    assert made[0].keys() == made[1].keys() and all(torch.equal(made[0][k], made[1][k]) for k in made[0])
+    half = len(seen) // 2
+    assert half >= 4 and seen[:half] == seen[half:]
+    assert equal(*models)
 
 
-def test_all_means_all_that_is_not_for_the_test_and_each_draw_is_another(trained, run_script, monkeypatch):
-    asked, fit = [], finetuning.Linear.fit
-    monkeypatch.setattr(finetuning.Linear, "fit",
-                        lambda self, which, *more: asked.append(tuple(which)) or fit(self, which, *more))
-    code, printed = run_script(finetune, trained, "--probe", "--labels", 2, "all", "--seeds", 3,
-                               "--data-dir", trained.parent / "data")
-    assert code == 0 and len(set(asked[:3])) == 3, printed
-    assert [len(which) for which in asked] == [4] * 3 + [160] * 2
+# ---------------------------------------------------------------- classes
+
+def test_a_class_without_a_test_image_is_left_out():
+    split = np.uint8([0, 0, 1, 2] * 3)
+    labels = np.repeat([0, 1, 2], 4)
+    labels[7] = -1                              # class 1 has no test image
+    data = images.Images(torch.zeros(12, 1, 8, 8, dtype=torch.uint8), torch.arange(12), labels,
+                         split, ["cat", "dog", "bird"])
+    kept = finetune.keep_complete_classes(data, "a.npy")
+    assert kept.classes == ["cat", "bird"]
+    assert kept.labels.tolist() == [0] * 4 + [1] * 4
+    assert kept.rows.tolist() == [0, 1, 2, 3, 8, 9, 10, 11]
 
 
-def test_the_option_is_chosen_that_is_best_on_held_out_examples():
-    labels = torch.tensor([0, 1] * 30)
-    task = SimpleNamespace(labels=labels, train=np.arange(40), held_out=np.arange(40, 50), test=np.arange(50, 60),
-                           trials=2)
-    right = {"a": np.zeros(60, bool), "b": np.arange(60) < 50, "c": np.arange(60) >= 50}         # c: on the test set
-    column = finetuning.Column(lambda which, option, seed: option, lambda option, which: torch.where(
-        torch.from_numpy(right[option][which]), labels[which], 1 - labels[which]), lambda n: ["a", "b", "c"])
-    assert finetune.choose(column, task, 3) == "b" and finetune.choose(column, task, None) == "b"
+def test_the_classes_left_out_are_printed(corpus, run, run_script, tmp_path):
+    for name, source in dict(sea="sea", city="city").items():
+        shutil.copytree(corpus / source, tmp_path / "texts" / name)
+    (tmp_path / "texts" / "desert").mkdir()
+    (tmp_path / "texts" / "desert" / "0.txt").write_text("A camel waits.", encoding="utf-8")
+    code, printed = run_script(finetune, run, *CPU, "--data", tmp_path / "texts", "--probe",
+                               "--data-dir", tmp_path, "--labels", 2, "--seeds", 1)
+    assert code == 0, printed
+    left_out = "left out, without an example to train on or without one to test on: desert"
+    assert left_out in printed and "the table has 2 classes: city, sea" in printed
 
 
-def test_chance_is_the_share_of_the_commonest_class_in_the_test_set(capsys):
-    labels = torch.tensor([0, 1] * 10 + [0, 1, 1, 1] * 2)
-    column = finetuning.Column(lambda which, option, seed: None, lambda fitted, which: torch.ones(len(which)),
-                               lambda n: [None])
-    task = SimpleNamespace(labels=labels, train=np.arange(10), held_out=np.arange(10, 20), test=np.arange(20, 28),
-                           classes=["a", "b"], probe=column, trials=1)
-    ((_, found, _),), chance = finetune.table(SimpleNamespace(labels=["2"], seeds=2, probe=True), task)
-    assert (chance == 75 and found["linear probe"][0] == [75, 75]
-            and "commonest class is 75.0 %" in capsys.readouterr().out)
+def test_fewer_than_two_whole_classes_are_refused(run, run_script, tmp_path):
+    for name in ("sea", "desert"):
+        (tmp_path / "texts" / name).mkdir(parents=True)
+        for n in range(2):
+            path = tmp_path / "texts" / name / f"{n}.txt"
+            path.write_text(f"The {name} number {n}.", encoding="utf-8")
+    code, printed = run_script(finetune, run, *CPU, "--data", tmp_path / "texts", "--probe",
+                               "--data-dir", tmp_path)
+    assert code == 2 and "found 0 classes with an example to train on" in printed
 
 
-def text_task(trained, change=lambda model: None):
-    model, checkpoint = runs.load_run(trained)
-    change(model)
-    settings = checkpoint["settings"]
-    texts = documents.load_texts(settings["data"], settings["data_dir"], settings["vocabulary_size"],
-                                 tokenizer=runs.tokenizer_of(checkpoint))
-    return finetuning.TextTask(texts, model, nullcontext(), torch.device("cpu"))
+def test_many_class_names_are_shortened():
+    names = [str(n) for n in range(100)]
+    assert finetune.listing(names) == "0, 1, 2, 3, 4, 5, 6, 7, 8, 9 and 90 more"
 
 
-def test_from_scratch_owes_nothing_to_the_pretrained_weights(trained):
-    def randomise(model):
-        for parameter in model.parameters():
-            torch.nn.init.normal_(parameter, std=0.1)
-    fitted = []
-    for change in (lambda model: None, randomise):
-        task = text_task(trained, change)
-        fitted.append(task.columns()["from scratch"].fit(task.train[::5], (0.03, 2), 0).state_dict())
-    assert all(torch.equal(fitted[0][name], fitted[1][name]) for name in fitted[0])
+# ---------------------------------------------------------------- a trial beside a result
+
+def measurement(labels="10", method="pixels", accuracy=50.0, data="a.npy", limit=0, step=90):
+    return dict(labels_a_class=labels, method=method, seed=0, test_accuracy=accuracy, seconds=1.0,
+                data=data, limit=limit, step=step)
 
 
-def test_fine_tuning_a_text_encoder_at_rate_0_is_the_probe(trained):
-    task = text_task(trained)
-    which = task.train[::10]
-    still = task.columns()["fine-tuned"].fit(which, (0.0, 2), 0)
-    with torch.no_grad():
-        found = still(evaluation.rows(task.counts, task.test), task.context[task.test], task.words[task.test])
-    wanted = evaluation.predict(task.z[task.test], task.probe.fit(which)[0])
-    assert wanted.abs().max() > 0.1 and task.context.abs().max() > 1e-3    # the blocks have a part in it
-    torch.testing.assert_close(found, wanted, atol=1e-3, rtol=1e-3)
+@pytest.mark.parametrize("change", [
+    dict(labels="50"), dict(method="fine-tuned"), dict(data="b.npy"), dict(limit=12),
+    dict(step=100)])
+def test_rows_of_other_measurements_stay(change, tmp_path):
+    path = tmp_path / "finetune.csv"
+    files.write_csv(path, [measurement(), measurement(**change)])
+    old = finetune.read_measurements(path)
+    merged = finetune.merge_measurements(old, [measurement(accuracy=60.0)])
+    found = {float(row["test_accuracy"]) for row in merged}
+    assert len(merged) == 2 and found == {50, 60}
 
 
-def test_rows_of_features_follow_the_texts_whatever_their_lengths(trained):
-    model, checkpoint = runs.load_run(trained)
-    strings = ["the ship waits", "the tower rises and the tram opens and the crowd sleeps " * 9, "a storm",
-               "the island drifts " * 30]
-    features = runs.load_encoder(trained)(strings)
-    for row, string in zip(features, strings):
-        tokens = torch.from_numpy(runs.tokenizer_of(checkpoint).encode(string).astype(np.int64))[None]
-        with torch.no_grad():
-            T, parts = tokens.shape[1], -(-tokens.shape[1] // model.window)
-            ends = [T * part // parts for part in range(1, parts)]
-            alone = sum(model.encode(part, torch.tensor([part.shape[1]]))[0] * part.shape[1] / T
-                        for part in tokens.tensor_split(ends, 1))
-        torch.testing.assert_close(row, alone, rtol=1e-4, atol=1e-5)
+def test_merged_rows_are_sorted_and_the_newest_condition_is_last():
+    old = [measurement("all"), measurement("10"), measurement("10", limit=12)]
+    merged = finetune.merge_measurements(old, [measurement("500")])
+    found = [(row["labels_a_class"], row["limit"]) for row in merged]
+    assert found == [("10", 12), ("10", 0), ("500", 0), ("all", 0)]
 
 
-def test_features_are_written_one_row_a_text(trained, corpus, run_script, tmp_path):
-    code, _ = run_script(finetune, trained, "--features", tmp_path / "out.npy", "--data", corpus,
-                         "--data-dir", tmp_path)
-    features = np.load(tmp_path / "out.npy")
-    assert code == 0 and features.shape == (200, 32) and features.dtype == np.float32
-    texts = [(corpus / "city" / f"{n:03}.txt").read_text(encoding="utf-8") for n in (0, 7)]
-    np.testing.assert_allclose(runs.load_encoder(trained)(texts), features[[0, 7]], atol=0.02 * np.abs(features).max())
+def test_a_trial_does_not_replace_a_result(run, run_script, brief):
+    assert run_script(finetune, run, *CPU, "--labels", 5, 10, "--seeds", 1)[0] == 0
+    result = read_rows(run / "finetune.csv")
+    classifier = (run / "classifier.pt").read_bytes()
+    figure = (run / "finetune.svg").read_bytes()
+    code, printed = run_script(finetune, run, *CPU, "--labels", 5, "--seeds", 1, "--limit", 40)
+    assert code == 0, printed
+    rows = read_rows(run / "finetune.csv")
+    assert [row for row in rows if row["limit"] == "0"] == result
+    assert {row["labels_a_class"] for row in rows if row["limit"] == "40"} == {"5"}
+    assert (run / "classifier.pt").read_bytes() == classifier
+    assert (run / "finetune.svg").read_bytes() == figure
+    assert "classifier.pt stays as it was, because this table is a trial" in printed
+    assert "--limit 40" in (run / "report.html").read_text(encoding="utf-8")
 
 
-def test_files_that_came_after_the_pretraining_are_warned_of(trained, corpus, run_script, tmp_path):
+CONDITIONS = dict(step=90, classes=["a", "b"], shape=None, data="a.txt", limit=0, labels=100)
+
+
+@pytest.mark.parametrize("change, replaced", [
+    (dict(), True), (dict(labels=200), True), (dict(labels=20), False),
+    (dict(labels=20, data="b.txt"), True), (dict(labels=20, step=100), True),
+    (dict(labels=200, limit=12), False), (dict(labels=200, limit=12, step=100), True)])
+def test_the_classifier_of_most_labels_is_kept(change, replaced, tmp_path):
+    finetune.keep_classifier(tmp_path, nn.Linear(1, 1), CONDITIONS)
+    before = files.file_hash(tmp_path / "classifier.pt")
+    finetune.keep_classifier(tmp_path, nn.Linear(1, 1), CONDITIONS | change)
+    assert (files.file_hash(tmp_path / "classifier.pt") != before) == replaced
+
+
+def test_a_trial_replaces_a_trial(tmp_path):
+    finetune.keep_classifier(tmp_path, nn.Linear(1, 1), CONDITIONS | dict(limit=12))
+    finetune.keep_classifier(tmp_path, nn.Linear(1, 1), CONDITIONS | dict(limit=40, labels=101))
+    assert table.read_classifier(tmp_path)["limit"] == 40
+
+
+@pytest.mark.parametrize("content", [b"", b"a,b\n1,2\n", b"\xff\xfe", b"x" * 200_000])
+def test_a_damaged_csv_is_refused_before_measuring(content, run, run_script):
+    rows = b"labels_a_class,method,data,limit,step\nten,pixels,a,0,1\n"
+    (run / "finetune.csv").write_bytes(content or rows)
+    code, printed = run_script(finetune, run, *CPU, "--labels", 2)
+    assert code == 2 and "finetune.csv is damaged: move it away" in printed.splitlines()[-1]
+    assert "draw 1" not in printed
+
+
+# ---------------------------------------------------------------- has the test set been seen?
+
+WARNING = "warning: the split has changed since pretraining"
+
+
+@pytest.mark.parametrize("limit", [0, 50])
+def test_files_that_came_after_the_pretraining_are_warned_of(
+        limit, run, corpus, run_script, tmp_path):
     shutil.copytree(corpus, tmp_path / "texts")
-    checkpoint = files.load_checkpoint(trained)
-    checkpoint["settings"] |= dict(data=str(tmp_path / "texts"), data_dir=str(tmp_path / "data"))
-    (tmp_path / "run").mkdir()
-    files.write_checkpoint(tmp_path / "run" / "checkpoint.pt", checkpoint)
-    flags = [tmp_path / "run", "--labels", 5, "--seeds", 1, "--probe"]
+    checkpoint = files.load_checkpoint(run)
+    checkpoint["settings"].update(data=str(tmp_path / "texts"), data_dir=str(tmp_path / "data"))
+    files.write_checkpoint(run / "checkpoint.pt", checkpoint)
+    flags = [run, *CPU, "--labels", 5, "--seeds", 1, "--probe", "--limit", limit]
     code, printed = run_script(finetune, *flags)
-    assert code == 0 and "mind:" not in printed, printed
-    for n in range(10):                                                  # what was the test set moves into training
-        (tmp_path / "texts" / "sea" / f"z{n}.txt").write_text(f"New text number {n}.", encoding="utf-8")
+    assert code == 0 and WARNING not in printed, printed
+    for n in range(10):                         # texts of the test set move into the training set
+        path = tmp_path / "texts" / "sea" / f"z{n}.txt"
+        path.write_text(f"New text number {n}.", encoding="utf-8")
     code, printed = run_script(finetune, *flags)
-    assert code == 0 and "so test texts may be among them" in printed, printed
+    assert code == 0 and WARNING in printed, printed
 
 
-def test_a_file_of_a_folder_has_one_row_of_features_in_the_order_of_the_paths_doubled_or_long(
-        trained, corpus, run_script, tmp_path, monkeypatch):
-    monkeypatch.setattr(documents, "TEXT_BYTES", 50)                     # longer than four times that, they are long
-    for name, source in (("b/1.txt", "city/000.txt"), ("a/2.txt", "sea/000.txt"), ("a/10.txt", "city/000.txt")):
-        (tmp_path / "texts" / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / "texts" / name).write_bytes((corpus / source).read_bytes())
+def test_labels_that_came_after_the_pretraining_are_warned_of(run_script, tmp_path):
+    rng = np.random.default_rng(0)
+    np.save(tmp_path / "a.npy", rng.integers(0, 255, (200, 8, 8)).astype(np.uint8))
+    path = str(tmp_path / "a.npy")
+
+    def probe(run, *flags):
+        code, printed = run_script(finetune, run, *CPU, "--labels", 5, "--seeds", 1, "--probe",
+                                   *flags)
+        assert code == 0, printed
+        return printed
+    unlabelled = make_image_run(tmp_path / "unlabelled", name=path, limit=0)
+    np.save(tmp_path / "a.labels.npy", rng.integers(0, 2, 200))
+    assert WARNING in probe(unlabelled) and WARNING in probe(unlabelled, "--limit", 15)
+    labelled = make_image_run(tmp_path / "labelled", name=path, limit=0)
+    assert WARNING not in probe(labelled) and WARNING not in probe(labelled, "--limit", 15)
+    np.save(tmp_path / "a.labels.npy", np.arange(200) // 100)       # other ones, equally many
+    assert WARNING in probe(labelled)
+    for name in ("a", "a.labels"):                                  # the same under another name
+        (tmp_path / f"{name}.npy").rename(tmp_path / f"{name.replace('a', 'b', 1)}.npy")
+    assert WARNING in probe(labelled, "--data", tmp_path / "b.npy")
+
+
+# ---------------------------------------------------------------- features
+
+def test_features_are_written_one_row_a_text(run, corpus, run_script, tmp_path):
+    code, printed = run_script(finetune, run, *CPU, "--features", tmp_path / "out.npy",
+                               "--data", corpus, "--data-dir", tmp_path)
+    assert code == 0, printed
+    found = np.load(tmp_path / "out.npy")
+    assert found.shape == (200, 32) and found.dtype == np.float32
+    paths = [corpus / "city" / f"{n:03}.txt" for n in (0, 7)]
+    strings = [path.read_text(encoding="utf-8") for path in paths]
+    np.testing.assert_allclose(load.load_encoder(run)(strings), found[[0, 7]], atol=1e-5)
+
+
+def test_a_file_has_one_row_of_features_copies_included(
+        run, corpus, run_script, tmp_path, monkeypatch):
+    monkeypatch.setattr(text_sources, "TEXT_BYTES", 50)     # from four times that a text is long
+    sources = {"b/1.txt": "city/000.txt", "a/2.txt": "sea/000.txt", "a/10.txt": "city/000.txt"}
+    for name, source in sources.items():
+        path = tmp_path / "texts" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes((corpus / source).read_bytes())
     (tmp_path / "texts" / "a" / "11.txt").write_text(" \n", encoding="utf-8")
-    code, printed = run_script(finetune, trained, "--features", tmp_path / "out.npy", "--data", tmp_path / "texts")
-    assert code == 0 and "passed over: 1 empty" in printed, printed
-    first, second, third = np.load(tmp_path / "out.npy")                 # a/10, a/2, b/1
-    assert np.array_equal(first, third) and not np.allclose(first, second, atol=0.1)
+    code, printed = run_script(finetune, run, *CPU, "--features", tmp_path / "out.npy",
+                               "--data", tmp_path / "texts")
+    assert code == 0 and "1 empty" in printed, printed
+    first, second, third = np.load(tmp_path / "out.npy")    # a/10, a/2, b/1
+    assert np.array_equal(first, third) and not np.allclose(first, second, atol=1e-3)
 
+
+def test_an_existing_file_is_replaced_only_by_overwrite(run, corpus, run_script, tmp_path):
+    path = tmp_path / "mine.npy"
+    np.save(path, np.arange(3))
+    flags = [run, *CPU, "--features", path, "--limit", 5]
+    code, printed = run_script(finetune, *flags)
+    assert code == 2 and "this file exists; give a new name, or --overwrite" in printed
+    assert np.load(path).tolist() == [0, 1, 2]
+    code, printed = run_script(finetune, *flags, "--overwrite")
+    assert code == 0 and len(np.load(path)) == 5, printed
+
+
+def test_features_never_replace_the_data(image_run, run_script, tmp_path):
+    path = tmp_path / "a.npy"
+    np.save(path, np.zeros((5, 16, 16, 3), np.uint8))
+    code, printed = run_script(finetune, image_run, *CPU, "--features", path, "--data", path,
+                               "--overwrite")
+    assert code == 2 and "this is the data" in printed.splitlines()[-1]
+    assert np.load(path).dtype == np.uint8
+
+
+def test_features_are_written_whole_or_not_at_all(run, run_script, tmp_path, monkeypatch):
+    path = tmp_path / "out.npy"
+    np.save(path, np.arange(3))
+
+    def full(*arguments):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr(files.os, "fsync", full)
+    code, printed = run_script(finetune, run, *CPU, "--features", path, "--limit", 5,
+                               "--overwrite")
+    assert code == 1 and np.load(path).tolist() == [0, 1, 2], printed
+    assert [other.name for other in tmp_path.iterdir() if "out.npy" in other.name] == ["out.npy"]
+
+
+# ---------------------------------------------------------------- mistakes
 
 @pytest.mark.parametrize("flags, sentence", [
-    (["--labels", "1", "1000"], "--labels 1000: too many"), (["--labels", "some"], "whole numbers above 0, or all"),
-    (["--predict", "not/there.txt"], "not/there.txt"), (["--data", "not/there"], "there is nothing there"),
+    (["--labels", "1", "1000"], "--labels 1000: too many, because the smallest class"),
+    (["--labels", "some"], "--labels some: must be a whole number above 0, or all"),
+    (["--labels", ""], "--labels"),
+    (["--predict", ""], "--predict"),
+    (["--features", ""], "--features"),
+    (["--data", ""], "--data"),
+    (["--predict", "not/there.txt"], "--predict not/there.txt: file not found"),
+    (["--predict", "."], "--predict .: the run was trained on texts; give a .txt"),
     (["--predict", "a.txt", "--features", "b.npy"], "give one of them"),
-    (["--features", "not/there/b.npy"], "one can write into"),
-    (["--features", f"{__file__}/b.npy"], "one can write into"), (["--features", "out.txt"], "a new .npy"),
-    (["--predict", "."], "a folder; give a .txt"), (["--data", "cifar10"], "learned from texts")])
-def test_what_cannot_be_done_is_said_in_one_sentence(flags, sentence, trained, run_script):
-    code, printed = run_script(finetune, trained, "--data-dir", trained.parent / "data", *flags)
-    assert code == 2 and sentence in printed.splitlines()[-1] and "Traceback" not in printed and "draw 1" not in printed
+    (["--features", "not/there/b.npy"], "is not a writable folder"),
+    (["--features", f"{__file__}/b.npy"], "is not a writable folder"),
+    (["--features", "out.txt"], "must end in .npy"),
+    (["--data", "not/there"], "not/there"),
+    (["--data", "cifar10"], "the run was trained on texts; give texts"),
+])
+def test_a_mistake_is_one_sentence(flags, sentence, text_run, run_script):
+    before = sorted(path.name for path in text_run.iterdir())
+    code, printed = run_script(finetune, text_run, *CPU, *flags)
+    assert code == 2 and sentence in printed.splitlines()[-1], printed
+    assert "Traceback" not in printed and "draw 1" not in printed
+    assert sorted(path.name for path in text_run.iterdir()) == before
 
 
-def test_a_file_without_text_and_a_string_that_is_no_list_are_refused(trained, run_script, tmp_path):
+def test_a_file_without_text_is_refused(text_run, run_script, tmp_path):
     (tmp_path / "blank.txt").write_text("\n \n", encoding="utf-8")
-    code, printed = run_script(finetune, trained, "--predict", tmp_path / "blank.txt")
-    assert code == 2 and "there is no text in it" in printed.splitlines()[-1]
-    with pytest.raises(UserError, match="one string where a list of strings"):
-        runs.load_encoder(trained)("the ship sails")
-    with pytest.raises(UserError, match="must be a str"):
-        runs.load_encoder(trained)(["the ship sails", None])
+    code, printed = run_script(finetune, text_run, "--predict", tmp_path / "blank.txt")
+    assert code == 2 and "contains no text" in printed.splitlines()[-1]
+
+
+def test_several_processes_are_refused(text_run, run_script, monkeypatch):
+    monkeypatch.setattr(distributed, "WORLD_SIZE", 2)
+    code, printed = run_script(finetune, text_run, *CPU, "--labels", 2)
+    assert code == 2 and "WORLD_SIZE is 2: start it without torchrun" in printed
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path, run_script):
-    code, printed = run_script(finetune, tmp_path)
-    assert code == 2 and "there is no such file" in printed
+    assert run_script(finetune, tmp_path)[0] == 2
     (tmp_path / "checkpoint.pt").write_bytes(b"rubbish")
     code, printed = run_script(finetune, tmp_path)
-    assert code == 2 and "damaged or another program's" in printed
+    assert code == 2 and "Traceback" not in printed
 
 
-# ---------------------------------------------------------------- the pieces
-
-def test_accuracy_counts_every_item_at_any_batch_size(trained, corpus, tmp_path):
-    texts = documents.load_texts(str(corpus), tmp_path, 400)
-    encode = lambda tokens, lengths: torch.stack([lengths, tokens.sum(1) / lengths], 1).float()
-    texts = texts.select(np.resize(np.arange(37), 777))                  # several batches
-    for window in (1000, 20, 1):
-        model = SimpleNamespace(window=window, document_columns=2, encode=encode)
-        found = evaluation.text_features(model, texts, nullcontext())
-        assert window < 1000 or found[:, 0].tolist() == texts.lengths.tolist()
-        assert found[:, 1].tolist() == pytest.approx([texts[n].mean() for n in range(777)])
+def test_predict_needs_a_classifier_of_this_step(run, run_script, brief, tmp_path):
+    (tmp_path / "new.txt").write_text("the ship sails\n", encoding="utf-8")
+    code, printed = run_script(finetune, run, *CPU, "--predict", tmp_path / "new.txt")
+    assert code == 2 and "run finetune.py" in printed.splitlines()[-1]
+    assert run_script(finetune, run, *CPU, "--labels", 2, "--seeds", 1)[0] == 0
+    checkpoint = files.load_checkpoint(run)
+    files.write_checkpoint(run / "checkpoint.pt", checkpoint | dict(step=91))
+    code, printed = run_script(finetune, run, *CPU, "--predict", tmp_path / "new.txt")
+    assert code == 2 and "has been trained further since" in printed.splitlines()[-1]
 
 
-def test_label_draws_are_balanced_repeatable_and_without_replacement():
-    labels = np.array([0, 1, -1, 1, 0, 1, 1, 0, -1])
-    drawn = evaluation.draw_labels(labels, 2, seed=3)
-    assert len(set(drawn)) == 4 and sorted(labels[drawn]) == [0, 0, 1, 1]
-    assert (drawn == evaluation.draw_labels(labels, 2, seed=3)).all()
-    assert len({tuple(evaluation.draw_labels(labels, 2, seed)) for seed in range(9)}) > 1
-    assert (evaluation.draw_labels(labels, None, 0) == np.flatnonzero(labels >= 0)).all()
-    with pytest.raises(ValueError, match="class 0 has 3 labelled examples, not 4"):
-        evaluation.draw_labels(labels, 4, 0)
+@pytest.mark.parametrize("change", [dict(labels=None), dict(classes=["a", "b", "c"])])
+def test_a_classifier_of_other_classes_is_refused(change, run, run_script, brief, tmp_path):
+    (tmp_path / "new.txt").write_text("the ship sails\n", encoding="utf-8")
+    assert run_script(finetune, run, *CPU, "--labels", 2, "--seeds", 1)[0] == 0
+    saved = table.read_classifier(run) | change
+    saved = {name: value for name, value in saved.items() if value is not None or name == "shape"}
+    files.write_checkpoint(run / "classifier.pt", saved)
+    code, printed = run_script(finetune, run, *CPU, "--predict", tmp_path / "new.txt")
+    assert code == 2 and "classifier.pt" in printed.splitlines()[-1], printed
+    assert "Traceback" not in printed
 
 
-def test_logistic_regression_finds_the_minimum_and_sparse_equals_dense():
-    torch.manual_seed(0)
-    x, labels = torch.randn(60, 5) * (torch.rand(60, 5) < 0.5), torch.randint(0, 3, (60,))
-    found = evaluation.logistic_regression(x, labels, 3, 0.1).double().requires_grad_()
-    loss = F.cross_entropy(x.double() @ found[:-1] + found[-1], labels) + 0.05 * found[:-1].square().sum()
-    loss.backward()
-    assert found.grad.abs().max() < 1e-4                          # convex: no gradient, no better place
-    owner, term = x.nonzero(as_tuple=True)
-    sparse = evaluation.csr(F.pad(torch.bincount(owner, minlength=60).cumsum(0), (1, 0)), term, x[owner, term], x.shape)
-    torch.testing.assert_close(evaluation.logistic_regression(sparse, labels, 3, 0.1), found.detach().float(),
-                               atol=1e-3, rtol=1e-3)
-    wide, few = torch.randn(8, 30), labels[:8]    # more features than examples: solved in the examples' span
-    found = evaluation.logistic_regression(wide, few, 3, 0.1).double().requires_grad_()
-    (F.cross_entropy(wide.double() @ found[:-1] + found[-1], few) + 0.05 * found[:-1].square().sum()).backward()
-    assert found.grad.abs().max() < 1e-4
-    chosen = torch.tensor([5, 0, 59])
-    assert torch.equal(evaluation.rows(sparse, chosen).to_dense(), x[chosen])
+# ---------------------------------------------------------------- the columns of texts
+
+def text_task(run, change=None):
+    """The task of the run's own texts. change: a function that changes the model first."""
+    model, checkpoint = load.load_run(run)
+    if change:
+        change(model)
+    settings = checkpoint["settings"]
+    data = text_sources.load_texts(settings["data"], settings["data_dir"],
+                                   settings["vocabulary_size"],
+                                   tokenizer=load.tokenizer_of(checkpoint))
+    return TextTask(data, model, nullcontext(), torch.device("cpu"))
 
 
-def test_nearest_neighbours_vote_as_a_loop_does():
-    torch.manual_seed(1)
-    features, labels, queries = torch.randn(30, 4), torch.randint(0, 3, (30,)), torch.randn(11, 4)
-    centre, right = features.mean(0), 0
-    answers = torch.randint(0, 3, (11,))
-    for query, answer in zip(queries, answers):
-        cosine = [float(F.cosine_similarity(query - centre, f - centre, dim=0)) for f in features]
-        nearest = sorted(range(30), key=lambda i: -cosine[i])[:5]
-        votes = [sum(np.exp(cosine[i] / 0.07) for i in nearest if labels[i] == c) for c in range(3)]
-        right += int(np.argmax(votes)) == int(answer)
-    assert evaluation.knn_accuracy(features, labels, queries, answers, k=5) == pytest.approx(100 * right / 11)
+def test_from_scratch_texts_owe_nothing_to_pretraining(text_run):
+    def randomise(model):
+        for parameter in model.parameters():
+            nn.init.normal_(parameter, std=0.1)
+    fitted = []
+    for change in (None, randomise):
+        task = text_task(text_run, change)
+        model = task.columns()["from scratch"].fit(task.train[::5], (0.03, 2), 0)
+        fitted.append(model.state_dict())
+    assert equal(*fitted)
 
 
-def test_the_probe_is_fitted_on_all_the_labels_that_it_was_given():
-    torch.manual_seed(0)
-    x, labels = torch.randn(50, 6), np.arange(50) % 2
-    weights, strength = evaluation.probe(x, labels, 2, (1, 0.1))
-    torch.testing.assert_close(weights, evaluation.logistic_regression(x, labels, 2, strength), atol=1e-3, rtol=1e-3)
+def test_fine_tuning_texts_at_rate_0_is_the_probe(text_run):
+    task = text_task(text_run)
+    indices = task.train[::10]
+    model = task.columns()["fine-tuned"].fit(indices, (0.0, 2), 0)
+    with torch.no_grad():
+        logits = model(*task.documents.inputs(task.test))
+    weights, _ = task.probe.fit(indices)
+    expected = probes.predict(task.z[task.test], weights)
+    assert expected.abs().max() > 0.1
+    assert task.documents.context.abs().max() > 1e-3        # the blocks contribute
+    torch.testing.assert_close(logits, expected, atol=1e-3, rtol=1e-3)
 
 
-def test_cross_validation_takes_a_strong_penalty_for_noise_and_a_weak_one_for_signal():
-    torch.manual_seed(0)
-    labels = np.arange(60) % 2
-    noise, signal = torch.randn(60, 40), torch.randn(60, 40)
-    signal[:, 0] += 8 * torch.from_numpy(labels)
-    assert evaluation.probe(noise, labels, 2, finetuning.PROBE_STRENGTHS)[1] == max(finetuning.PROBE_STRENGTHS)
-    assert evaluation.probe(signal, labels, 2, finetuning.PROBE_STRENGTHS)[1] < 0.3
+def test_tf_idf_takes_no_statistics_from_test_texts(text_run):
+    task = text_task(text_run)
+    before = task.tf_idf()[task.train].to_dense()
+    words = task.texts.tokens.copy()
+    for n in task.test:
+        begin, end = task.texts.starts[n], task.texts.starts[n] + task.texts.lengths[n]
+        words[begin:end] = words[begin]
+    task.texts.tokens = words
+    assert torch.equal(task.tf_idf()[task.train].to_dense(), before)
 
 
-@pytest.mark.parametrize("most", [0, 1, 50, 10**6])
-def test_words_and_pairs_are_counted_as_a_loop_does_in_any_number_of_slices(corpus, tmp_path, most, monkeypatch):
-    monkeypatch.setattr(datasets.Texts, "slices", lambda self, size: np.array_split(np.arange(len(self)), 7))
-    texts, V = documents.load_texts(str(corpus), tmp_path, 300), 300
-    pairs = datasets.frequent_pairs(texts, most, least=1).tolist()
-    found = evaluation.term_counts(texts, np.array(pairs, np.int64)).to_dense()
-    assert found.shape == (len(texts), V + len(pairs)) and len(pairs) <= most
-    for i in range(0, len(texts), 40):
-        tokens = texts[i].tolist()
-        neighbours = [a * V + b for a, b in zip(tokens, tokens[1:])]
-        assert found[i].tolist() == [tokens.count(t) for t in range(V)] + [neighbours.count(p) for p in pairs]
+# ---------------------------------------------------------------- the columns of images
+
+def image_task(run, data=None, code=None, noise=0.0, autocast=nullcontext()):
+    """noise: the standard deviation of what is added to every pretrained weight."""
+    model, checkpoint = load.load_run(run)
+    for parameter in model.parameters():
+        parameter.data += noise * torch.randn(parameter.shape)
+    if data is None:
+        data = images.load_images("shapes", limit=100)
+    return ImageTask(data, model, autocast, torch.device("cpu"), torch.float32,
+                     partial(load.new_model, checkpoint), flip=True, code=code)
 
 
-def test_tf_idf_is_the_textbook_formula():
-    counts = torch.tensor([[2.0, 0, 1], [0, 3, 1], [1, 0, 0]])
-    owner, term = counts.nonzero(as_tuple=True)
-    sparse = evaluation.csr(F.pad(torch.bincount(owner, minlength=3).cumsum(0), (1, 0)), term, counts[owner, term],
-                            counts.shape)
-    found = evaluation.tf_idf(sparse, np.array([0, 1])).to_dense()
-    for i in range(3):
-        row = [0.0 if counts[i, j] == 0 else
-               (1 + np.log(float(counts[i, j]))) * (np.log(3 / (1 + int((counts[:2, j] > 0).sum()))) + 1)
-               for j in range(3)]
-        np.testing.assert_allclose(found[i], np.array(row) / np.linalg.norm(row), rtol=1e-5)
+def two_classes(difference, sizes):
+    """200 noisy images, the second class brighter by `difference`; sizes of the three splits."""
+    labels = np.arange(200) % 2
+    brightness = 60 + difference * labels[:, None, None, None]
+    pixels = brightness + np.random.default_rng(0).normal(0, 20, (200, 3, 32, 32))
+    pixels = torch.from_numpy(pixels.clip(0, 255).astype(np.uint8))
+    split = np.repeat(np.uint8([0, 1, 2]), sizes)
+    return images.Images(pixels, torch.arange(200), labels, split, ["dark", "light"])
+
+
+def accuracy_of(column, task, indices):
+    """The test accuracy of a column that is fitted on the labels of these examples."""
+    model = column.fit(indices)
+    return probes.accuracy(column.predict(model, task.test), task.labels[task.test])
+
+
+def test_principal_components_are_where_images_vary_most(image_runs):
+    task = image_task(image_runs / "simclr", two_classes(100, [120, 20, 60]), code=2)
+    assert accuracy_of(task.columns()["pixel PCA"], task, task.train[:20]) == 100
+
+
+def test_few_images_have_fewer_principal_components(image_runs):
+    # 100 images span 99 directions. The next one is rounding error and would spoil the column.
+    task = image_task(image_runs / "simclr", two_classes(10, [100, 20, 80]), code=128)
+    assert accuracy_of(task.columns()["pixel PCA"], task, task.train) > 85
+
+
+def test_features_are_standardized_by_training_images_alone(image_runs):
+    task = image_task(image_runs / "simclr")
+    found = task.features(task.model)[task.train]
+    torch.testing.assert_close(task.mean, found.mean(0))
+    torch.testing.assert_close(task.std, found.std(0, correction=0).clamp(min=1e-6))
+
+
+def test_the_rate_of_fine_tuning_rises_and_falls(image_runs, monkeypatch):
+    rates = {Muon: [], torch.optim.Adam: []}
+    for optimizer, seen in rates.items():
+        def record(self, seen=seen):
+            seen.append(self.param_groups[0]["lr"])
+        monkeypatch.setattr(optimizer, "step", record)
+    task = image_task(image_runs / "simclr")
+    indices = task.train[:32]
+    model = task.fit_fine_tuned(indices, (0.0, 0.5), 0)
+    task.train_classifier(model, indices, (0.01, 0.5), 0, 0.0, True, images_seen=640)
+    expected = [0.01 * min(1, (step + 1) / 2) * (1 - step / 20) for step in range(20)]
+    assert rates[Muon] == pytest.approx(expected)
+    assert rates[torch.optim.Adam] == pytest.approx([0.1 * rate for rate in expected])
+
+
+def test_from_scratch_images_owe_nothing_to_pretraining(image_runs, brief):
+    tasks = [image_task(image_runs / "simclr", noise=noise) for noise in (0.0, 0.1)]
+    fitted = [task.fit_from_scratch(task.train[:32], (0.02, 0.5), 3).state_dict()
+              for task in tasks]
+    assert equal(*fitted)
+    moved = [value for name, value in fitted[0].items()
+             if name.startswith("body.encoder") and name.endswith("running_mean")]
+    assert moved and all(value.abs().max() > 0 for value in moved)
+    first, second = tasks[0].new_model(0), tasks[0].new_model(1)
+    assert not equal(first.state_dict(), second.state_dict())
+
+
+def test_a_probe_does_not_move_the_encoder(image_runs, brief):
+    task = image_task(image_runs / "simclr")
+    before = {name: value.clone() for name, value in task.model.state_dict().items()}
+    columns = task.columns()
+    indices = task.train[probes.draw_labels(task.labels[task.train], 5, 0)]
+    weights = columns["linear probe"].fit(indices, None, 0)
+    columns["linear probe"].predict(weights, task.test)
+    tuned = columns["fine-tuned"].fit(indices, (0.002, 0.5), 0)
+    assert equal(before, task.model.state_dict())
+    stays = {name for name, _ in tuned.body.named_buffers()}        # batch norm, with few labels
+    for name, value in tuned.body.state_dict().items():
+        expected = name in stays or name.startswith("projection_head")
+        assert torch.equal(value, before[name]) == expected, name
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+def test_fine_tuning_images_at_rate_0_is_the_probe(precision, image_runs, brief):
+    autocast = torch.autocast("cpu", precision, enabled=precision == torch.bfloat16)
+    task = image_task(image_runs / "simclr", autocast=autocast)
+    indices = task.train[probes.draw_labels(task.labels[task.train], 3, 0)]
+    tuned, probe = task.columns()["fine-tuned"], task.probe
+    found = tuned.predict(tuned.fit(indices, (0.0, 0.5), 0), task.test)
+    assert torch.equal(found, probe.predict(probe.fit(indices), task.test))
+
+
+def test_the_head_is_float32_so_that_classes_do_not_tie():
+    body = SimpleNamespace(encode=lambda x: x.bfloat16())
+    weights = torch.tensor([[1.0, 1.001], [0.0, 0.0]])              # 1 feature, 2 classes
+    classifier = table.Classifier(nn.Identity(), torch.zeros(1), torch.ones(1), weights)
+    classifier.body = None
+    object.__setattr__(classifier, "body", body)
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = classifier(torch.ones(1, 1))
+    assert logits.dtype == torch.float32 and logits.argmax(1) == 1
+
+
+def test_images_are_not_mirrored_where_that_is_forbidden(
+        image_run, run_script, monkeypatch, brief):
+    flips, augment = set(), contrastive.augment
+
+    def watched(*arguments, **named):
+        flips.add(named["flip"])
+        return augment(*arguments, **named)
+    monkeypatch.setattr(contrastive, "augment", watched)
+    for flags, expected in ([], {True}), (["--no-flip"], {False}):
+        flips.clear()
+        code, printed = run_script(finetune, image_run, *CPU, "--labels", 3, "--seeds", 1,
+                                   "--limit", 100, *flags)
+        assert code == 0 and flips == expected, printed
+
+
+def test_no_batch_of_large_images_exceeds_its_bytes(image_runs, monkeypatch, brief):
+    monkeypatch.setattr(features, "BYTES_A_BATCH", 7 * 4 * 3 * 32 * 32)     # 7 images
+    sizes, encode, augment = [], contrastive.SimCLR.encode, contrastive.augment
+
+    def watched_encode(self, x):
+        sizes.append(len(x))
+        return encode(self, x)
+
+    def watched_augment(x, *arguments, **named):
+        sizes.append(len(x))
+        return augment(x, *arguments, **named)
+    monkeypatch.setattr(contrastive.SimCLR, "encode", watched_encode)
+    monkeypatch.setattr(contrastive, "augment", watched_augment)
+    task = image_task(image_runs / "simclr")
+    task.columns()
+    model = task.fit_from_scratch(task.train[:32], (0.02, 0.5), 0)
+    task.predict(model, task.test)
+    assert max(sizes) == 7
+
+
+# ---------------------------------------------------------------- new images
+
+def save_test_images(path, select=slice(None)):
+    data = images.load_images("shapes", limit=100).subset(splits.TEST)
+    np.save(path, data[:][select].permute(0, 2, 3, 1).numpy())
+    return data
+
+
+def test_the_classifier_of_the_last_row_labels_new_images(
+        image_run, run_script, tmp_path, brief, monkeypatch):
+    measured, measure = [], finetune.measure_row
+
+    def keep(*arguments):
+        measured.append(measure(*arguments))
+        return measured[-1]
+    monkeypatch.setattr(finetune, "measure_row", keep)
+    code, printed = run_script(finetune, image_run, *CPU, "--labels", 2, 5, "--seeds", 1,
+                               "--limit", 100)
+    assert code == 0, printed
+    (_, first, _), (_, last, _) = measured
+    saved = torch.load(image_run / "classifier.pt", weights_only=True)
+    assert equal(saved["model"], last.state_dict())
+    assert not equal(saved["model"], first.state_dict())
+    assert saved["shape"] == [3, 32, 32] and saved["labels"] == 50 and saved["limit"] == 100
+
+    new = save_test_images(tmp_path / "new.npy")
+    code, printed = run_script(finetune, image_run, *CPU, "--predict", tmp_path / "new.npy")
+    with torch.no_grad():
+        probabilities = last(new[:].float() / 255).softmax(1)
+    lines = [line.split("\t") for line in printed.splitlines() if "\t" in line]
+    assert [line[2] for line in lines] == [str(n) for n in range(100)]
+    assert [line[0] for line in lines] == [new.classes[i] for i in probabilities.argmax(1)]
+    shown = [float(line[1]) for line in lines]
+    np.testing.assert_allclose(shown, probabilities.amax(1), atol=0.011)
+
+
+def test_images_of_another_size_are_not_labelled(image_run, run_script, tmp_path, brief):
+    assert run_script(finetune, image_run, *CPU, "--labels", 2, "--seeds", 1,
+                      "--limit", 100)[0] == 0
+    for shape, found in (((4, 64, 64, 3), "64 × 64 × 3"), ((4, 32, 32), "32 × 32 × 1")):
+        np.save(tmp_path / "new.npy", np.zeros(shape, np.uint8) + 200)
+        code, printed = run_script(finetune, image_run, *CPU, "--predict", tmp_path / "new.npy")
+        assert code == 2 and f"found images of {found}" in printed.splitlines()[-1], printed
+        assert "trained on" in printed.splitlines()[-1] and "\t" not in printed
+
+
+def test_features_and_notes_of_new_images(image_runs, run_script, tmp_path, brief):
+    run = shutil.copytree(image_runs / "autoencoder", tmp_path / "run")
+    code, printed = run_script(finetune, run, *CPU, "--labels", 3, "--seeds", 1, "--limit", 100)
+    assert code == 0 and "pixel PCA" in printed, printed
+    save_test_images(tmp_path / "new.npy", slice(20))
+    array = np.load(tmp_path / "new.npy")
+    np.save(tmp_path / "twice.npy", np.concatenate([array, array]))
+    code, printed = run_script(finetune, run, *CPU, "--features", tmp_path / "out.npy",
+                               "--data", tmp_path / "twice.npy")
+    found = np.load(tmp_path / "out.npy")
+    assert code == 0 and found.shape == (40, 64), printed
+    np.testing.assert_allclose(load.load_encoder(run)(array), found[:20], atol=1e-4)
+    np.save(tmp_path / "one.npy", array[:1] // 128)
+    code, printed = run_script(finetune, run, *CPU, "--predict", tmp_path / "one.npy")
+    assert code == 0 and printed.count("\t") == 2 and "warning: " in printed, printed

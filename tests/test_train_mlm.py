@@ -1,361 +1,554 @@
-"""The masked language model end to end, on a corpus of a few kilobytes."""
+"""Training on text: the gradient of each stage, and the script on a small corpus."""
 
 import copy
-import csv
 import json
+import math
 import shutil
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from conftest import TINY, assert_equal_states, log_of, read_log, story
 
 import train_mlm
-from conftest import TINY, story
-from minissl import UserError, datasets, documents, evaluation, files, runs, training, transformer
-from minissl.muon import Muon
-from minissl.tokenizer import MASK
-from soak import log_of
+from minissl import UserError, transformer
+from minissl.data import batches
+from minissl.data.batches import WholeTexts, Windows, generator
+from minissl.data.splits import HELD_OUT, TRAIN
+from minissl.data.text_sources import load_texts
+from minissl.data.texts import Texts
+from minissl.evaluation import load, previews
+from minissl.evaluation.previews import TextPreview
+from minissl.optim import Muon
+from minissl.tokenizer import MASK, PAD
+from minissl.training.files import load_checkpoint
+from minissl.training.run import Run
 
 
-def assert_equal_states(a, b):
-    assert a.keys() == b.keys()
-    for name in a:
-        assert torch.equal(a[name], b[name]), name
+# ---------------------------------------------------------------- the gradient of a step
+
+V = 12
+PAIRS = [(2, 3), (3, 3), (3, 5), (4, 8), (5, 2), (6, 6), (7, 9), (8, 10), (9, 2), (11, 4)]
+SETTINGS = SimpleNamespace(masked_weight=1.5, document_weight=2.5)
 
 
-def test_a_run_leaves_a_folder_with_all_that_is_promised(trained):
-    assert {"config.json", "metrics.csv", "checkpoint.pt", "report.html", "sentences.json"} <= {
-        p.name for p in trained.iterdir()}
-    config = json.loads((trained / "config.json").read_text(encoding="utf-8"))
-    assert config["settings"]["steps"] == 90 and "train_mlm.py" in config["command"]
-    page = (trained / "report.html").read_text(encoding="utf-8")
-    assert "<svg" in page and "http" not in page.replace(config["command"], "")
+def random_model():
+    """Two layers in which everything is random: zeros would hide what they multiply."""
+    keys = torch.tensor([left * V + right for left, right in PAIRS])
+    model = transformer.TextEncoder(V, keys, 16, 2, 2, window=20, document_columns=8)
+    draws = generator(0, "test", 0)
+    for parameter in model.parameters():
+        parameter.data = 0.3 * torch.randn(parameter.shape, generator=draws)
+    model.pair_embedding.weight.data[-1] = 0         # "no pair" is no parameter
+    model.term_weights.copy_(torch.rand(V + len(PAIRS), generator=draws) + 0.1)
+    return model
 
 
-def test_two_runs_with_one_seed_are_equal_and_another_seed_is_not(corpus, tmp_path, run_script, trained):
-    flags = ["--data", corpus, "--data-dir", tmp_path, *TINY]
-    assert run_script(train_mlm, *flags, "--run", tmp_path / "b")[0] == 0
-    assert run_script(train_mlm, *flags, "--run", tmp_path / "c", "--seed", 1)[0] == 0
-    first = files.load_checkpoint(trained)["model"]
-    assert_equal_states(first, files.load_checkpoint(tmp_path / "b")["model"])
-    assert not torch.equal(first["token_embedding.weight"],
-                           files.load_checkpoint(tmp_path / "c")["model"]["token_embedding.weight"])
+def random_texts():
+    """Twelve texts of many lengths, one of a single token, which leaves nothing to guess."""
+    lengths = np.array([1, 30, 7, 12, 3, 19, 50, 8, 25, 2, 14, 5])
+    return Texts(
+        tokens=np.random.default_rng(0).integers(2, V, lengths.sum()),
+        starts=np.cumsum(lengths) - lengths,
+        lengths=lengths,
+        labels=np.full(12, -1),
+        split=np.full(12, TRAIN),
+        classes=[],
+        tokenizer=None,
+    )
 
 
-def test_how_often_one_looks_does_not_change_what_is_learned(corpus, tmp_path, run_script, trained):
-    run_script(train_mlm, "--data", corpus, "--data-dir", tmp_path, *TINY, "--evaluate-every", 7,
-               "--run", tmp_path / "b")
-    assert_equal_states(files.load_checkpoint(trained)["model"], files.load_checkpoint(tmp_path / "b")["model"])
+def document_term(model, vector, unseen):
+    """−Σ_w q_w log softmax(W norm(vector) + c)[w] for one document, and 0 without words."""
+    bag = model.bag_of_terms(unseen[None])[0]        # (V + P,)
+    if bag.sum() == 0:
+        return 0
+    q = bag / bag.sum()
+    z = transformer.norm(vector)
+    return -(q * model.term_head(z).log_softmax(0)).sum()
 
 
-def test_the_time_left_is_that_of_the_stage(corpus, tmp_path, run_script):
-    """A step of the second stage takes several times as long: the first says nothing about it."""
-    _, printed = run_script(train_mlm, "--data", corpus, "--data-dir", tmp_path, *TINY,
-                            "--run", tmp_path / "b", "--steps", 40)
-    last = {line.split()[1]: line.endswith("min left of the first stage")
-            for line in printed.splitlines() if line.startswith("step ")}
-    assert last == {"1/40": True, "30/40": True, "40/40": False}
+def assert_equal_gradients(model, expected):
+    """Fail unless all parameters have the expected gradients, and none is zero."""
+    parameters = zip(model.named_parameters(), expected.parameters(), strict=True)
+    for (name, p), wanted in parameters:
+        assert (p.grad is None) == (wanted.grad is None), name
+        if p.grad is not None:
+            assert p.grad.norm() > 0, name
+            largest = float(wanted.grad.abs().max())
+            torch.testing.assert_close(p.grad, wanted.grad, rtol=1e-3, atol=1e-4 * largest)
 
 
-@pytest.mark.parametrize("at", [20, 60])           # in the first stage, in the second
-def test_a_stopped_and_resumed_run_ends_as_one_that_was_never_stopped(at, corpus, tmp_path, run_script, trained,
-                                                                      monkeypatch):
-    log = training.Run.count
+def test_gradient_of_the_first_stage_one_document_at_a_time():
+    model = random_model()
+    read, unread = WholeTexts(random_texts(), 12, seed=3)(0)
+    loss, terms = train_mlm.document_loss_of_whole_texts(model, read, unread)
+    loss.backward()
 
-    def stop_at(self, *arguments, **options):
-        log(self, *arguments, **options)
-        self.calls = getattr(self, "calls", 0) + 1
-        self.stopping = self.stopping or self.calls == at
-    monkeypatch.setattr(training.Run, "count", stop_at)
-    flags = ["--data", corpus, "--data-dir", tmp_path, *TINY, "--run", tmp_path / "b"]
-    code, printed = run_script(train_mlm, *flags)
-    assert code == 130 and "--resume" in printed
-    monkeypatch.setattr(training.Run, "count", log)
-    assert run_script(train_mlm, "--run", tmp_path / "b", "--resume")[0] == 0       # all else as the run was started
-    assert log_of(tmp_path / "b") == log_of(trained)    # the losses too: no step's is counted twice or left out
-    a, b = files.load_checkpoint(trained), files.load_checkpoint(tmp_path / "b")
-    assert_equal_states(a["model"], b["model"])
-    for one, other in zip(a["optimizers"], b["optimizers"]):
-        for key in one["state"]:
-            assert_equal_states(one["state"][key], other["state"][key])
+    by_hand = copy.deepcopy(model)
+    by_hand.zero_grad()
+    documents = int((unread != PAD).any(1).sum())
+    assert documents == 11                           # of one document everything is read
+    total = 0
+    for seen, unseen in zip(read, unread, strict=True):           # (T,) each
+        words = by_hand.token_embedding(seen)[:, :8]                 # the document's columns
+        pairs = by_hand.pair_embedding(by_hand.pair_ids(seen))
+        is_read = seen != PAD
+        vector = (words + pairs)[is_read].sum(0) / is_read.sum().clamp(min=1)
+        total = total + document_term(by_hand, vector, unseen) / documents
+    total.backward()
 
-
-def test_metrics_have_no_gap_and_no_row_twice_after_a_resumption(corpus, tmp_path, run_script):
-    flags = ["--data", corpus, "--data-dir", tmp_path, *TINY, "--run", tmp_path / "b"]
-    run_script(train_mlm, *flags, "--steps", 60)
-    assert run_script(train_mlm, *flags, "--steps", 90, "--resume")[0] == 0
-    with open(tmp_path / "b" / "metrics.csv", encoding="utf-8", newline="") as file:
-        assert [int(row["step"]) for row in csv.DictReader(file)] == [1, 30, 60, 90]
-    assert "<code>steps=90</code>" in (tmp_path / "b" / "report.html").read_text(encoding="utf-8")
+    assert loss.item() == pytest.approx(total.item(), rel=1e-5)
+    assert terms["document"].item() == loss.item()
+    assert_equal_gradients(model, by_hand)
+    learning = {name.split(".")[0] for name, p in model.named_parameters() if p.grad is not None}
+    assert learning == {"token_embedding", "pair_embedding", "term_head"}
 
 
-def test_no_weight_depends_on_texts_that_are_held_out_or_for_the_test(corpus, tmp_path, run_script, monkeypatch):
-    load = train_mlm.load_texts
+def test_gradient_of_the_second_stage_one_document_at_a_time():
+    model = random_model()
+    tokens, lengths, rest = Windows(random_texts(), 20, 8, seed=0, rest=True)(0)
+    assert lengths.min() < lengths.max()             # there is padding
+    inputs, targets = transformer.mask_tokens(tokens, lengths, V, 0.3, generator(0, "mask", 0))
+    loss, _ = train_mlm.masked_and_document_loss(
+        model, inputs, targets, lengths, rest, SETTINGS, nullcontext()
+    )
+    loss.backward()
 
-    def changed(*arguments):
-        texts = load(*arguments)
+    by_hand = copy.deepcopy(model)
+    by_hand.zero_grad()
+    masked = int((targets != -100).sum())
+    documents = int((rest != PAD).any(1).sum())
+    assert 0 < documents < len(tokens)
+    total = 0
+    for row, T in enumerate(lengths.tolist()):
+        x = by_hand(inputs[row:row + 1, :T])[0]      # (T, D): alone, without padding
+        for t in range(T):
+            if targets[row, t] != -100:
+                log_p = by_hand.token_logits(x[t]).log_softmax(0)
+                total = total - 1.5 * log_p[targets[row, t]] / masked
+        vector = x[:, :8].mean(0)
+        total = total + 2.5 * document_term(by_hand, vector, rest[row]) / documents
+    total.backward()
+
+    assert loss.item() == pytest.approx(total.item(), rel=1e-5)
+    assert_equal_gradients(model, by_hand)           # of all parameters
+    assert all(p.grad is not None for p in model.parameters())
+
+
+def test_a_model_that_knows_nothing_has_the_chance_losses():
+    model = random_model()
+    for parameter in model.parameters():
+        parameter.data.zero_()
+    tokens, lengths, rest = Windows(random_texts(), 20, 8, seed=0, rest=True)(0)
+    inputs, targets = transformer.mask_tokens(tokens, lengths, V, 0.3, generator(0, "mask", 0))
+    loss, terms = train_mlm.masked_and_document_loss(
+        model, inputs, targets, lengths, rest, SETTINGS, nullcontext()
+    )
+    assert terms["masked"].item() == pytest.approx(math.log(V))
+    assert terms["document"].item() == pytest.approx(math.log(V + len(PAIRS)))
+    assert loss.item() == pytest.approx(1.5 * math.log(V) + 2.5 * math.log(V + len(PAIRS)))
+
+
+@pytest.mark.parametrize("off, left", [("masked", "document"), ("document", "masked")])
+def test_a_weight_of_0_turns_its_loss_off(off, left):
+    model = random_model()
+    tokens, lengths, rest = Windows(random_texts(), 20, 8, seed=0, rest=True)(0)
+    inputs, targets = transformer.mask_tokens(tokens, lengths, V, 0.3, generator(0, "mask", 0))
+    settings = SimpleNamespace(masked_weight=1.5, document_weight=2.5)
+    setattr(settings, f"{off}_weight", 0)
+    _, terms = train_mlm.masked_and_document_loss(
+        model, inputs, targets, lengths, rest, settings, nullcontext()
+    )
+    assert terms.keys() == {left}
+
+
+# ---------------------------------------------------------------- what the script learns from
+
+@pytest.fixture
+def train(corpus, run_script, tmp_path):
+    """train("name", "--flag", value, ...) -> (the folder of a finished tiny run, its output)."""
+    def train(name, *flags):
+        folder = tmp_path / name
+        code, printed = run_script(
+            train_mlm, "--data", corpus, "--data-dir", tmp_path / "data", *TINY,
+            "--run", folder, *flags,
+        )
+        assert code == 0, printed
+        return folder, printed
+    return train
+
+
+def test_each_stage_gets_the_batches_of_its_step(corpus, train, tmp_path, monkeypatch):
+    batches_of_run = []
+    first_stage = train_mlm.document_loss_of_whole_texts
+    second_stage = train_mlm.masked_and_document_loss
+
+    def record_first_stage(model, *batch):
+        batches_of_run.append(batch)
+        return first_stage(model, *batch)
+
+    def record_second_stage(model, inputs, targets, lengths, rest, *others):
+        batches_of_run.append((inputs, targets, lengths, rest))
+        return second_stage(model, inputs, targets, lengths, rest, *others)
+
+    monkeypatch.setattr(train_mlm, "document_loss_of_whole_texts", record_first_stage)
+    monkeypatch.setattr(train_mlm, "masked_and_document_loss", record_second_stage)
+    train("run", "--steps", 4, "--embedding-steps", 2, "--seed", 5, "--mask-share", 0.4)
+
+    texts = load_texts(str(corpus), tmp_path / "data", 400)
+    train_texts = texts.select(texts.split == TRAIN)
+    whole_texts = WholeTexts(train_texts, 8 * 8, seed=5)             # 8 times the batch size
+    windows = Windows(train_texts, 32, 8, seed=5, rest=True)
+    expected = [whole_texts(0), whole_texts(1)]
+    for step in (2, 3):
+        tokens, lengths, rest = windows(step - 2)
+        masks = generator(5, "mask", step)
+        inputs, targets = transformer.mask_tokens(
+            tokens, lengths, len(texts.tokenizer), 0.4, masks
+        )
+        expected.append((inputs, targets, lengths, rest))
+    for batch, wanted in zip(batches_of_run, expected, strict=True):
+        for tensor, wanted_tensor in zip(batch, wanted, strict=True):
+            assert torch.equal(tensor, wanted_tensor)
+
+
+def test_no_weight_depends_on_held_out_or_test_texts(train, monkeypatch):
+    load_unchanged = train_mlm.load_texts
+
+    def load_changed(*arguments):
+        texts = load_unchanged(*arguments)
         texts.tokens = np.array(texts.tokens)
-        for i in np.flatnonzero(texts.split != datasets.TRAIN):
-            texts.tokens[texts.starts[i]:texts.starts[i] + texts.lengths[i]] = 77
+        for i in np.flatnonzero(texts.split != TRAIN):
+            start = texts.starts[i]
+            texts.tokens[start:start + texts.lengths[i]] = 77
         return texts
-    flags = ["--data", corpus, "--data-dir", tmp_path, *TINY, "--steps", 35]
-    assert run_script(train_mlm, *flags, "--run", tmp_path / "a")[0] == 0
-    monkeypatch.setattr(train_mlm, "load_texts", changed)
-    assert run_script(train_mlm, *flags, "--run", tmp_path / "b")[0] == 0
-    assert_equal_states(*(files.load_checkpoint(tmp_path / run)["model"] for run in "ab"))
+
+    one, _ = train("one", "--steps", 35)
+    monkeypatch.setattr(train_mlm, "load_texts", load_changed)
+    other, _ = train("other", "--steps", 35)
+    assert_equal_states(load_checkpoint(one)["model"], load_checkpoint(other)["model"])
 
 
 @pytest.mark.parametrize("window", [32, 1200])
-def test_windows_are_as_long_as_asked_where_the_text_is_long_enough(window, tmp_path, run_script, monkeypatch):
-    (tmp_path / "long.txt").write_text(story("sea", 0, 1000).replace("\n", " "), encoding="utf-8")
-    found = []
+def test_windows_are_as_long_as_asked(window, tmp_path, run_script, monkeypatch):
+    (tmp_path / "long.txt").write_text(story("sea", 0, 1000), encoding="utf-8")
+    made = []
 
-    def windows(*arguments, **more):
-        found.append(datasets.Windows(*arguments, **more))
-        raise UserError("enough")
+    def make_windows(*arguments, **options):
+        made.append(Windows(*arguments, **options))
+        raise UserError("this is enough")
 
-    monkeypatch.setattr(train_mlm, "Windows", windows)
-    run_script(train_mlm, "--data", tmp_path / "long.txt", "--data-dir", tmp_path, "--run", tmp_path / "run", *TINY,
-               "--window", window, "--batch-size", 1)
-    assert found[0].sizes.max() == window and found[0].texts.lengths.max() <= max(1024, 4 * window)
-
-
-def test_no_draw_of_a_run_is_used_twice(corpus, tmp_path, run_script, monkeypatch):
-    made, generator = [], training.generator
-    for module in (train_mlm, training, datasets):
-        monkeypatch.setattr(module, "generator", lambda *key: made.append(key) or generator(*key))
-    assert run_script(train_mlm, "--data", corpus, "--data-dir", tmp_path, *TINY, "--steps", 40,
-                      "--run", tmp_path / "run")[0] == 0
-    assert ({purpose for _, purpose, _ in made} == {"document order", "coin", "windows", "mask"}
-            and len(set(made)) == len(made))
+    monkeypatch.setattr(train_mlm, "Windows", make_windows)
+    flags = ["--data", tmp_path / "long.txt", "--data-dir", tmp_path, "--run", tmp_path / "run"]
+    run_script(train_mlm, *flags, *TINY, "--window", window, "--batch-size", 1)
+    windows, = made
+    assert windows.sizes.max() == window
+    assert windows.texts.lengths.max() <= max(1024, 4 * window)
 
 
-def test_rates_fall_to_nothing_in_each_stage_and_each_kind_of_parameter_has_its_own(corpus, tmp_path, run_script,
-                                                                                    monkeypatch):
-    rates = {Muon: [], torch.optim.Adam: []}
-    for optimizer in rates:
-        monkeypatch.setattr(optimizer, "step", lambda self, optimizer=optimizer: rates[optimizer].append(
-            [g["lr"] for g in self.param_groups]))
-    flags = ["--data", corpus, "--data-dir", tmp_path, *TINY, "--steps", 240, "--embedding-steps", 40,
-             "--evaluate-every", 240]
-    assert run_script(train_mlm, *flags, "--run", tmp_path / "run")[0] == 0
-    first = [0.02 * 0.5 * min((step + 1) / 20, 1 - step / 40) for step in range(40)]
-    second = [0.02 * min((step + 1) / 100, (200 - step) / 100) for step in range(200)]
-    assert rates[Muon][40:] == pytest.approx(np.array(second)[:, None])    # before, the blocks have no gradient
-    assert rates[torch.optim.Adam][:40] == pytest.approx(np.array([first, first]).T)                # embeddings, heads
-    assert rates[torch.optim.Adam][40:] == pytest.approx(np.outer(second, [0.05, 0.15]))
+def test_no_draw_of_a_run_is_used_twice(train, monkeypatch):
+    keys = []
+
+    def record(*key):
+        keys.append(key)
+        return generator(*key)
+
+    for module in (train_mlm, batches, previews):
+        monkeypatch.setattr(module, "generator", record)
+    train("run", "--steps", 40)
+    purposes = {purpose for _, purpose, _ in keys}
+    assert purposes == {"document order", "coin", "windows", "mask", "held-out masks"}
+    assert len(set(keys)) == len(keys)
 
 
-@pytest.mark.parametrize("stage", [1, 2])
-def test_the_gradient_of_a_step_is_that_of_the_two_formulas_one_document_at_a_time(stage, tmp_path, run_script,
-                                                                                   monkeypatch):
-    (tmp_path / "texts").mkdir()
-    for n in range(40):                                                # of many lengths
-        (tmp_path / "texts" / f"{n:02}.txt").write_text(story("sea", n, sentences=1 + n % 13), encoding="utf-8")
-    flags = ["--data", str(tmp_path / "texts"), "--data-dir", str(tmp_path / "data"), *TINY,
-             "--run", str(tmp_path / "run"), "--steps", "1",
-             *(["--masked-weight", "0", "--embedding-steps", "1"] if stage == 1 else
-               "--embedding-steps 0 --window 512 --batch-size 2 --masked-weight 1.5 --document-weight 2.5".split())]
-    pools, made = [], []
+def test_rates_rise_and_fall_once_in_each_stage(train, monkeypatch):
+    rates_of_muon, rates_of_adam = [], []
 
-    def random_model(model, counts, start=transformer.TextEncoder.start_at):    # zeros would hide what they multiply
-        weights = start(model, counts)
-        for parameter in model.parameters():
-            parameter.data += 0.1 * torch.randn(parameter.shape,
-                                                generator=training.generator(0, "test", parameter.numel()))
-        model.pair_embedding.weight.data[-1] = 0                       # "no pair" is no parameter
-        made.append((copy.deepcopy(model), weights, model))
-        return weights
+    def record_muon(self):
+        rates_of_muon.append([group["lr"] for group in self.param_groups])
 
-    monkeypatch.setattr(transformer.TextEncoder, "start_at", random_model)
-    monkeypatch.setattr(train_mlm, "WholeTexts",
-                        lambda pool, *settings: pools.append(pool) or datasets.WholeTexts(pool, *settings))
-    monkeypatch.setattr(torch.optim.Optimizer, "zero_grad", lambda self: None)    # the step's gradients are kept
-    code, printed = run_script(train_mlm, *flags)
-    assert code == 0, printed
-    (pool,), ((model, weights, trained),) = pools, made
-    loss = 0.0
+    def record_adam(self):
+        rates_of_adam.append([group["lr"] for group in self.param_groups])
 
-    def document_term(seen, unseen):
-        """seen (T, D), vectors; unseen (n,), tokens -> −Σ_w q_w log softmax(W z + c)[w]"""
-        z = transformer.norm(seen[:, :model.document_columns].mean(0))
-        bag = model.count_terms(unseen, 0, 1)[0] * weights
-        return -(bag / bag.sum() * model.term_head(z).log_softmax(0)).sum()
+    monkeypatch.setattr(Muon, "step", record_muon)
+    monkeypatch.setattr(torch.optim.Adam, "step", record_adam)
+    train("run", "--steps", 240, "--embedding-steps", 40, "--evaluate-every", 240)
 
-    if stage == 1:
-        read, unread, owner, B = datasets.WholeTexts(pool, 8 * 8, 0)(0)
-        for row in range(B):
-            tokens = read[owner == row]
-            vectors = model.token_embedding(tokens) + model.pair_embedding(model.pair_ids(tokens))
-            loss = loss + document_term(vectors[tokens > 0], unread[owner == row]) / B
-    else:
-        tokens, lengths, rest, owner = datasets.Windows(pool, 512, 2, 0, rest=True)(0)
-        assert lengths.min() < lengths.max()                           # there is padding
-        inputs, positions, targets = transformer.mask_tokens(tokens, lengths, len(model.token_bias), 0.15,
-                                                             training.generator(0, "mask", 0))
-        for row in range(len(tokens)):
-            x = model(inputs[row:row + 1, :lengths[row]])[0]           # (T, D), alone
-            here = positions // tokens.shape[1] == row
-            logits = model.token_logits(x[positions[here] % tokens.shape[1]])
-            masked = -logits.log_softmax(1)[torch.arange(len(logits)), targets[here]].sum() / len(targets)
-            loss = loss + 1.5 * masked + 2.5 * document_term(x, rest[owner == row]) / len(tokens)
-    loss.backward()
-    found = {name: p.grad for name, p in trained.named_parameters() if p.grad is not None}
-    learns = {"token_embedding", "pair_embedding", "term_head"} if stage == 1 else {""}
-    assert found.keys() == {name for name, _ in model.named_parameters() if name.startswith(tuple(learns))}
-    for name, gradient in found.items():
-        wanted = dict(model.named_parameters())[name].grad
-        assert gradient.norm() > 0, name
-        torch.testing.assert_close(gradient, wanted, rtol=1e-3, atol=1e-3 * float(wanted.abs().max()),
-                                   msg=lambda text: f"{name}: {text}")
+    for step in range(40):                           # of the embeddings, and of the heads
+        rate = 0.02 * min((step + 1) / 20, 1 - step / 40)
+        assert rates_of_adam[step] == pytest.approx([0.5 * rate, 0.5 * rate])
+    for step in range(200):
+        rate = 0.02 * min((step + 1) / 100, (200 - step) / 100)
+        assert rates_of_muon[40 + step] == pytest.approx([rate])     # of the blocks
+        assert rates_of_adam[40 + step] == pytest.approx([0.05 * rate, 0.15 * rate])
 
 
-def test_gradient_accumulation_does_not_change_the_gradient(corpus, tmp_path, run_script):
-    for parts in (1, 3):
-        flags = ["--data", corpus, "--data-dir", tmp_path, *TINY, "--run", tmp_path / str(parts)]
-        run_script(train_mlm, *flags, "--steps", 31, "--gradient-accumulation", parts)
-    # After one step of the second stage Muon's momentum is the gradient: sums in another order.
-    one, other = (files.load_checkpoint(tmp_path / parts)["optimizers"][1]["state"] for parts in ("1", "3"))
-    for key in one:
-        torch.testing.assert_close(one[key]["momentum"], other[key]["momentum"], rtol=1e-3, atol=1e-6)
-
-
-def test_where_no_text_is_left_to_be_held_out_it_is_said(corpus, tmp_path, run_script):
-    (tmp_path / "books").mkdir()
-    for name, part in (("a", "city"), ("b", "sea")):
-        text = " ".join(path.read_text(encoding="utf-8") for path in sorted((corpus / part).iterdir()))
-        (tmp_path / "books" / f"{name}.txt").write_text(text, encoding="utf-8")
-    code, printed = run_script(train_mlm, "--data", tmp_path / "books", "--data-dir", tmp_path, *TINY,
-                               "--run", tmp_path / "b", "--steps", 31)
-    assert code == 0 and "the held-out loss below is of texts that are trained on" in printed, printed
-
-
-def test_the_masked_loss_falls_well_below_the_entropy_of_single_words(corpus, tmp_path, run_script):
-    flags = ["--data", corpus, "--data-dir", tmp_path, *TINY, "--run", tmp_path / "b", "--steps", 500,
-             "--evaluate-every", 250]
-    assert run_script(train_mlm, *flags)[0] == 0
-    texts = documents.load_texts(str(corpus), tmp_path, 400)
+def test_the_masked_loss_falls_below_the_entropy_of_words(corpus, train, tmp_path):
+    run, _ = train("run", "--steps", 500, "--evaluate-every", 250)
+    texts = load_texts(str(corpus), tmp_path / "data", 400)
     share = np.bincount(texts.tokens) / len(texts.tokens)
-    entropy = -sum(p * np.log(p) for p in share if p)
-    with open(tmp_path / "b" / "metrics.csv", encoding="utf-8", newline="") as file:
-        held_out = float(list(csv.DictReader(file))[-1]["held_out"])
+    share = share[share > 0]
+    entropy = -(share * np.log(share)).sum()
+    held_out = float(read_log(run)[-1]["held_out"])
     assert held_out < 0.6 * entropy, (held_out, entropy)
 
 
-def test_a_model_that_knows_nothing_has_the_bits_per_byte_of_a_guess(corpus, tmp_path):
-    texts = documents.load_texts(str(corpus), tmp_path, 400)
-    look = evaluation.MaskedText(texts, 32, 0.15, tmp_path, nullcontext(), "cpu")
-    look.labelled = None
-
-    class Blank:
-        def __call__(self, tokens, lengths):
-            return torch.zeros(*tokens.shape, 1)
-
-        def token_logits(self, x):
-            return torch.zeros(len(x), 400)
-    result = look(Blank())
-    size = sum(len(texts.tokenizer.bytes_of[token]) for token in look.targets.tolist())
-    assert size > 1.5 * len(look.targets) and result["held_out"] == pytest.approx(np.log(400), abs=1e-3)
-    assert result["bits_per_byte"] == pytest.approx(np.log2(400) * len(look.targets) / size, abs=1e-3)
+@pytest.mark.parametrize("flag", ["--masked-weight", "--document-weight", "--layers"])
+def test_each_loss_and_the_embeddings_can_learn_alone(flag, train):
+    train("run", flag, 0)
 
 
-def test_the_passages_show_what_the_model_puts_beside_what_stood_there(corpus, tmp_path):
-    texts = documents.load_texts(str(corpus), tmp_path, 400)
-    look = evaluation.MaskedText(texts, 32, 0.15, tmp_path, nullcontext(), "cpu")
-    ship = int(texts.tokenizer.encode("ship")[0])
-    assert [set(part.split) for part in look.labelled] == [{datasets.TRAIN}, {datasets.HELD_OUT}]
-    passages = look.passages(torch.full_like(look.targets, ship))
-    assert len(passages) > 3 and {guess for _, _, got in passages for guess in got} == {texts.tokenizer.decode([ship])}
-    assert len({word for _, wanted, _ in passages for word in wanted}) > 5
-    assert all(text.count("[MASK]") == len(wanted) == len(got) for text, wanted, got in passages)
+def test_it_is_said_when_no_text_can_be_held_out(corpus, tmp_path, train):
+    (tmp_path / "books").mkdir()
+    for topic in ("city", "sea"):
+        texts = [path.read_text(encoding="utf-8") for path in sorted((corpus / topic).iterdir())]
+        (tmp_path / "books" / f"{topic}.txt").write_text(" ".join(texts), encoding="utf-8")
+    _, printed = train("run", "--data", tmp_path / "books", "--steps", 31)
+    assert "the held-out loss below comes from training texts" in printed
 
 
-def test_fill_answers_for_each_mask_and_refuses_a_text_without_one(trained, run_script):
-    code, printed = run_script(train_mlm, "--run", trained, "--fill", "The ship [MASK] and the [MASK], wait[MASK]")
-    model, checkpoint = runs.load_run(trained)
-    tokenizer = runs.tokenizer_of(checkpoint)
-    pieces = [tokenizer.encode("the ship"), [MASK], tokenizer.encode("and the"), [MASK],
-              tokenizer.encode(", wait", leading_space=False), [MASK]]
-    ids = [int(token) for piece in pieces for token in piece]
-    with torch.no_grad():
-        chances = model.token_logits(model(torch.tensor([ids]))[0]).softmax(1)
-    assert code == 0 and printed.count("[MASK] ") == 3
-    for n, place in enumerate(i for i, token in enumerate(ids) if token == MASK):
-        best = chances[place].topk(5)
-        answers = ", ".join(f"{tokenizer.decode([int(i)])} {p:.2f}" for p, i in zip(*best))
-        assert f"[MASK] {n + 1}: " + answers in printed
-    code, printed = run_script(train_mlm, "--run", trained, "--fill", "no mask here")
-    assert code == 2 and "at least one [MASK]" in printed
+# ---------------------------------------------------------------- the same run again
+
+def test_one_seed_gives_equal_runs_and_another_does_not(train, trained):
+    same, _ = train("same")
+    other, _ = train("other", "--seed", 1)
+    model = load_checkpoint(trained)["model"]
+    assert_equal_states(model, load_checkpoint(same)["model"])
+    embedding = load_checkpoint(other)["model"]["token_embedding.weight"]
+    assert not torch.equal(model["token_embedding.weight"], embedding)
 
 
-def test_fill_refuses_what_is_longer_than_the_window_and_a_run_that_learned_from_images(trained, monkeypatch):
-    with pytest.raises(UserError, match="1 .MASK. and 41 tokens; .* at most 32 tokens"):
-        runs.fill(trained, 20 * "the ship " + "[MASK]")
-    monkeypatch.setattr(runs, "load_run", lambda run: (None, dict(method="autoencoder")))
-    with pytest.raises(UserError, match="learned from images"):
-        runs.fill(trained, "a [MASK]")
+def test_previews_do_not_change_what_is_learned(train, trained):
+    other, _ = train("other", "--evaluate-every", 7)
+    assert_equal_states(load_checkpoint(trained)["model"], load_checkpoint(other)["model"])
 
 
-@pytest.mark.parametrize("flags", [["--masked-weight", "0"], ["--document-weight", "0"], ["--layers", "0"]])
-def test_each_term_and_the_embeddings_can_learn_alone(flags, corpus, tmp_path, run_script):
-    code, printed = run_script(train_mlm, "--data", corpus, "--data-dir", tmp_path, *TINY, *flags,
-                               "--run", tmp_path / "b")
+@pytest.mark.parametrize("at", [20, 60])             # in the first stage, and in the second
+def test_a_resumed_run_ends_like_an_undisturbed_one(
+    at, corpus, tmp_path, run_script, trained, monkeypatch
+):
+    end_step = Run.end_step
+
+    def end_step_and_stop(self, step, losses, items):
+        if step + 1 == at:
+            self.stopping = True                     # as after Ctrl-C
+        end_step(self, step, losses, items)
+
+    flags = ["--data", corpus, "--data-dir", tmp_path, *TINY, "--run", tmp_path / "run"]
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "end_step", end_step_and_stop)
+        code, printed = run_script(train_mlm, *flags)
+    assert code == 130
+    assert "--resume" in printed
+    code, printed = run_script(train_mlm, "--run", tmp_path / "run", "--resume")
     assert code == 0, printed
 
+    assert log_of(tmp_path / "run") == log_of(trained)     # no loss counts twice or not at all
+    one, other = load_checkpoint(trained), load_checkpoint(tmp_path / "run")
+    assert_equal_states(one["model"], other["model"])
+    for state, other_state in zip(one["optimizers"], other["optimizers"], strict=True):
+        assert state["state"].keys() == other_state["state"].keys()
+        for key in state["state"]:
+            assert_equal_states(state["state"][key], other_state["state"][key])
+
+
+def test_after_a_resumption_each_row_is_there_once(train):
+    run, _ = train("run", "--steps", 60)
+    train("run", "--steps", 90, "--resume")
+    assert [row["step"] for row in read_log(run)] == ["1", "30", "60", "90"]
+    page = (run / "report.html").read_text(encoding="utf-8")
+    assert "<code>steps=90</code>" in page
+
+
+def test_a_run_continues_with_the_same_texts_elsewhere(corpus, train, tmp_path):
+    train("run", "--embedding-steps", 10, "--steps", 12)
+    moved = shutil.copytree(corpus, tmp_path / "elsewhere")
+    flags = ["--embedding-steps", 10, "--steps", 14, "--data", moved, "--resume"]
+    _, printed = train("run", *flags)
+    assert "resuming after step 12 of 14" in printed
+
+
+# ---------------------------------------------------------------- what a run shows
+
+def test_a_run_leaves_a_folder_with_all_that_is_promised(trained):
+    names = {path.name for path in trained.iterdir()}
+    promised = {"config.json", "metrics.csv", "checkpoint.pt", "report.html", "sentences.json"}
+    assert promised <= names
+    config = json.loads((trained / "config.json").read_text(encoding="utf-8"))
+    assert config["settings"]["steps"] == 90
+    assert "train_mlm.py" in config["command"]
+    page = (trained / "report.html").read_text(encoding="utf-8")
+    assert "<svg" in page
+    assert "http" not in page.replace(config["command"], "")         # it requests nothing
+
+
+def test_the_time_left_is_that_of_the_stage(train):
+    # A step of the second stage takes several times as long: the first says nothing about it.
+    _, printed = train("run", "--steps", 40)
+    is_of_first_stage = {}
+    for line in printed.splitlines():
+        if line.startswith("step "):
+            step = line.split()[1]
+            is_of_first_stage[step] = line.endswith("min left in the first stage")
+    assert is_of_first_stage == {"1/40": True, "30/40": True, "40/40": False}
+
+
+def preview_of(texts, folder):
+    return TextPreview(texts, 32, 0.15, folder, nullcontext(), "cpu")
+
+
+class ModelThatKnowsNothing:
+    """All 400 tokens are equally likely to it."""
+
+    def __call__(self, tokens, lengths):
+        return torch.zeros(*tokens.shape, 1)
+
+    def token_logits(self, x):
+        return torch.zeros(len(x), 400)
+
+
+def test_a_guess_costs_log2_400_bits_spread_over_its_bytes(corpus, tmp_path):
+    texts = load_texts(str(corpus), tmp_path, 400)
+    preview = preview_of(texts, tmp_path)
+    preview.labelled_train = preview.labelled_held_out = texts.select(np.arange(0))
+    result = preview(ModelThatKnowsNothing())
+    tokens = preview.masked_targets.tolist()
+    size = sum(len(texts.tokenizer.bytes_of[token]) for token in tokens)
+    assert size > 1.5 * len(tokens)
+    assert result["held_out"] == pytest.approx(np.log(400), abs=1e-3)
+    bits = np.log2(400) * len(tokens)
+    assert result["bits_per_byte"] == pytest.approx(bits / size, abs=1e-3)
+
+
+def test_neighbours_come_from_training_texts_alone(corpus, tmp_path):
+    preview = preview_of(load_texts(str(corpus), tmp_path, 400), tmp_path)
+    assert set(preview.labelled_train.split) == {TRAIN}
+    assert set(preview.labelled_held_out.split) == {HELD_OUT}
+
+
+def test_passages_show_the_guesses_beside_the_original_tokens(corpus, tmp_path):
+    texts = load_texts(str(corpus), tmp_path, 400)
+    preview = preview_of(texts, tmp_path)
+    ship = int(texts.tokenizer.encode("ship")[0])
+    passages = preview.passages(torch.full_like(preview.masked_targets, ship))
+    assert len(passages) > 3
+    originals = set()
+    for text, wanted, got in passages:
+        assert text.count("[MASK]") == len(wanted)
+        assert got == len(wanted) * [texts.tokenizer.decode([ship])]
+        originals.update(wanted)
+    assert len(originals) > 5
+
+
+def test_fill_answers_for_each_mask(trained, run_script):
+    text = "The ship [MASK] and the [MASK], wait[MASK]"
+    code, printed = run_script(train_mlm, "--run", trained, "--fill", text)
+    assert code == 0, printed
+    assert printed.count("[MASK] ") == 3
+
+    model, checkpoint = load.load_run(trained)
+    tokenizer = load.tokenizer_of(checkpoint)
+    tokens = [*tokenizer.encode("the ship"), MASK, *tokenizer.encode("and the"), MASK]
+    tokens += [*tokenizer.encode(", wait", leading_space=False), MASK]
+    tokens = torch.tensor([int(token) for token in tokens])
+    with torch.no_grad():
+        probabilities = model.token_logits(model(tokens[None])[0]).softmax(1)      # (T, V)
+    for n, row in enumerate(probabilities[tokens == MASK], 1):
+        best = row.topk(5)
+        answers = []
+        for token, probability in zip(best.indices, best.values, strict=True):
+            answers.append(f"{tokenizer.decode([int(token)])} {probability:.2f}")
+        assert f"[MASK] {n}: {', '.join(answers)}" in printed
+
+
+@pytest.mark.parametrize("text, sentence", [
+    ("no mask here", "at least one [MASK]"),
+    (20 * "the ship " + "[MASK]", "1 [MASK] and 41 tokens; expected at least one [MASK] and at "
+                                  "most 32 tokens"),
+])
+def test_fill_refuses_too_few_masks_and_too_long_texts(text, sentence, trained, run_script):
+    code, printed = run_script(train_mlm, "--run", trained, "--fill", text)
+    assert code == 2
+    assert sentence in printed
+
+
+# ---------------------------------------------------------------- mistakes
 
 @pytest.mark.parametrize("flags, sentence", [
-    (["--stepz", "3"], "unrecognized arguments"), (["--steps", "many"], "invalid int value"),
-    (["--steps", "0"], "--steps 0: must be at least 1"), (["--mask-share", "nan"], "must be at least"),
-    (["--device", "tpu"], "invalid choice"), (["--heads", "3"], "multiple of twice the --heads"),
-    (["--embedding-steps", "90"], "at most 89 of --steps 90"),
-    (["--embedding-steps", "91", "--masked-weight", "0"], "at most 90 of --steps 90"),
+    (["--stepz", "3"], "unrecognized arguments"),
+    (["--steps", "many"], "'many' is not a whole number"),
+    (["--steps", "0"], "--steps 0: must be at least 1"),
+    (["--mask-share", "nan"], "must be a finite number"),
+    (["--mask-share", "1.5"], "--mask-share 1.5: must be at most 1"),
+    (["--device", "tpu"], "'tpu' is not one of auto, cpu, cuda, mps"),
+    (["--heads", "3"], "--width 32: must be a multiple of 6, twice the number of --heads"),
+    (["--embedding-steps", "90"], "must be at most 89 with --steps 90"),
+    (["--embedding-steps", "91", "--masked-weight", "0"], "must be at most 90 with --steps 90"),
     (["--masked-weight", "0", "--document-weight", "0"], "nothing is left to learn"),
-    (["--data", "not/there"], "there is nothing there"), (["--batch-size", "9999"], "a step needs"),
-    (["--resume"], "there is no such file")])
-def test_a_wrong_setting_gets_one_sentence_and_exit_code_2(flags, sentence, corpus, tmp_path, run_script):
-    code, printed = run_script(train_mlm, "--data", corpus, "--data-dir", tmp_path, "--run", tmp_path / "b",
-                               *TINY, *flags)
-    assert code == 2 and sentence in printed.splitlines()[-1] and "Traceback" not in printed
-    assert not (tmp_path / "b").exists()       # nothing half-made: the corrected command must find the place free
+    (["--data", "not/there"], "not/there: file not found"),
+    (["--batch-size", "9999"], "a step needs 319,968 tokens"),
+    (["--resume"], "checkpoint.pt: file not found"),
+])
+def test_a_wrong_setting_gets_one_sentence(flags, sentence, corpus, tmp_path, run_script):
+    run = tmp_path / "run"
+    all_flags = ["--data", corpus, "--data-dir", tmp_path, "--run", run, *TINY, *flags]
+    code, printed = run_script(train_mlm, *all_flags)
+    assert code == 2
+    assert sentence in printed.splitlines()[-1]
+    assert "Traceback" not in printed
+    assert not run.exists()                          # the corrected command finds it free
 
 
-def test_a_run_is_never_overwritten_or_resumed_with_other_settings(trained, corpus, run_script):
-    flags = ["--data", corpus, "--data-dir", trained.parent / "data", *TINY, "--run", trained]
+def test_a_run_is_never_overwritten(trained, corpus, run_script):
     before = (trained / "checkpoint.pt").read_bytes()
+    flags = ["--data", corpus, "--data-dir", trained.parent / "data", *TINY, "--run", trained]
     code, printed = run_script(train_mlm, *flags)
-    assert code == 2 and "holds a run already" in printed
-    code, printed = run_script(train_mlm, *flags, "--resume", "--width", 64)
-    assert code == 2 and "--width 64" in printed and "32" in printed
-    code, printed = run_script(train_mlm, *flags, "--resume", "--steps", 50)
-    assert code == 2 and "has made 90" in printed
-    (corpus / "sea" / "one_more.txt").write_text("The tide turns.", encoding="utf-8")
-    code, printed = run_script(train_mlm, "--resume", "--run", trained)
-    (corpus / "sea" / "one_more.txt").unlink()
-    assert code == 2 and "learned from" in printed and "the same data" in printed
+    assert code == 2
+    assert "already holds a run" in printed
     assert (trained / "checkpoint.pt").read_bytes() == before
 
 
-def test_a_run_goes_on_with_the_same_texts_at_another_place(corpus, run_script, tmp_path):
-    flags = ["--data-dir", tmp_path, "--run", tmp_path / "run", *TINY, "--embedding-steps", 10, "--steps"]
-    assert run_script(train_mlm, "--data", corpus, *flags, 12)[0] == 0
-    corpus_elsewhere = shutil.copytree(corpus, tmp_path / "elsewhere")
-    code, printed = run_script(train_mlm, "--data", corpus_elsewhere, *flags, 14, "--resume")
-    assert code == 0 and "12 of 14 steps are made" in printed, printed
+@pytest.mark.parametrize("flags, sentence", [
+    (["--width", 64], "--width 64: the run in"),
+    (["--width", 64], "was started with 32"),
+    (["--steps", 50], "has already made 90 steps"),
+])
+def test_a_run_is_not_resumed_with_other_settings(flags, sentence, trained, run_script):
+    before = (trained / "checkpoint.pt").read_bytes()
+    code, printed = run_script(train_mlm, "--resume", "--run", trained, *flags)
+    assert code == 2
+    assert sentence in printed
+    assert (trained / "checkpoint.pt").read_bytes() == before
 
 
-def test_a_run_folder_with_something_else_in_it_is_refused(tmp_path, corpus, run_script):
+def test_a_run_is_not_resumed_with_other_texts(trained, corpus, run_script):
+    before = (trained / "checkpoint.pt").read_bytes()
+    one_more = corpus / "sea" / "one_more.txt"
+    one_more.write_text("The tide turns.", encoding="utf-8")
+    code, printed = run_script(train_mlm, "--resume", "--run", trained)
+    one_more.unlink()
+    assert code == 2
+    assert "learned from" in printed and "give the same data" in printed
+    assert (trained / "checkpoint.pt").read_bytes() == before
+
+
+def test_a_folder_with_other_files_is_refused(tmp_path, corpus, run_script):
     (tmp_path / "thesis.tex").write_text("precious", encoding="utf-8")
-    code, printed = run_script(train_mlm, "--data", corpus, "--data-dir", tmp_path / "d", "--run", tmp_path, *TINY)
-    assert code == 2 and "holds something that is no run" in printed and "delete" not in printed
+    flags = ["--data", corpus, "--data-dir", tmp_path / "data", "--run", tmp_path, *TINY]
+    code, printed = run_script(train_mlm, *flags)
+    assert code == 2
+    assert "holds files that do not belong to a run" in printed
+    assert "delete" not in printed
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 
-def test_a_diverging_run_stops_with_a_sentence_and_keeps_the_last_good_checkpoint(trained, tmp_path):
-    model, _ = runs.load_run(trained)
-    run = object.__new__(training.Run)
-    run.folder, run.model = tmp_path, model
-    with torch.no_grad():
-        model.token_bias[3] = float("nan")
-    with pytest.raises(training.UserError, match="not finite at step 7"):
+def test_weights_that_are_not_finite_are_never_saved(tmp_path):
+    run = Run(SimpleNamespace(run=str(tmp_path), resume=False))
+    run.model = random_model()
+    run.model.token_bias.data[3] = float("nan")
+    with pytest.raises(UserError, match="not finite at step 7"):
         run.save(7)
     assert not list(tmp_path.iterdir())

@@ -1,0 +1,216 @@
+"""Shapes: pictures of ten classes, drawn by our own code, so that no download is needed.
+
+Each picture shows one shape in one colour before a soft background. Place, size, rotation and
+colours vary freely, so the pixels do not give the class away: an encoder has to learn what an
+outline is. Logistic regression on the pixels stays near chance, which is 10 %
+(tests/test_shapes.py).
+
+An outline is a signed distance: a function of a point (x, y) that is negative inside the shape,
+0 on its outline and positive outside. One formula then fills a shape, smooths its border and
+combines two shapes:
+
+    union of a and b             minimum(a, b)
+    a without b                  maximum(a, -b)
+    the border of a, 2 w wide    |a| - w
+
+These rules keep the outline exact. Away from it the value may be smaller than the true
+distance. The technique is described in Hart, "Sphere tracing" (The Visual Computer, 1996).
+
+Read next: images.py.
+"""
+
+import math
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from minissl.data.batches import generator
+from minissl.data.splits import HELD_OUT, TEST, TRAIN
+from minissl.training.files import progress
+
+
+# ---------------------------------------------------------------- Outlines
+# Each function takes the coordinates of points: two tensors x and y of the same size, in units
+# of the shape's radius. Every outline fits into the unit circle around (0, 0), apart from
+# corners that stand out by up to 8 %.
+
+def box(x, y, width, height):
+    """Signed distance to a rectangle from -width to width and from -height to height."""
+    return torch.maximum(x.abs() - width, y.abs() - height)
+
+
+def star_with(points, x, y, inner):
+    """Signed distance to a star whose tips have radius 1 and whose notches have radius `inner`.
+
+    A star of `points` tips consists of 2 * points equal sectors, each the mirror image of the
+    next. Folding the plane into one sector leaves one straight edge, from the tip (1, 0) to the
+    notch at the sector's other side.
+    """
+    sector = math.pi / points
+    radius = torch.hypot(x, y)
+    angle = torch.atan2(y, x) % (2 * sector)
+    angle = (angle - sector).abs() - sector            # 0 at the tip, -sector at the notch
+    edge_x = 1 - inner * math.cos(sector)
+    edge_y = inner * math.sin(sector)
+    along = radius * angle.cos() - 1
+    across = radius * angle.sin()
+    return (along * edge_y - across * edge_x) / math.hypot(edge_x, edge_y)
+
+
+def circle(x, y):
+    return torch.hypot(x, y) - 0.8
+
+
+def square(x, y):
+    return box(x, y, 0.72, 0.72)
+
+
+def triangle(x, y):
+    return star_with(3, x, y, inner=0.5)               # at 0.5 the edges of a star are straight
+
+
+def star(x, y):
+    return star_with(5, x, y, inner=0.42)
+
+
+def cross(x, y):
+    return torch.minimum(box(x, y, 1, 0.28), box(x, y, 0.28, 1))
+
+
+def ring(x, y):
+    return (torch.hypot(x, y) - 0.65).abs() - 0.2
+
+
+def frame(x, y):
+    return box(x, y, 0.58, 0.58).abs() - 0.18
+
+
+def crescent(x, y):
+    disc = torch.hypot(x, y) - 0.95
+    bite = torch.hypot(x - 0.45, y) - 0.75
+    return torch.maximum(disc, -bite)
+
+
+def bar(x, y):
+    return box(x, y, 1, 0.27)
+
+
+def half_disc(x, y):
+    disc = torch.hypot(x, y) - 0.95
+    return torch.maximum(disc, -x - 0.1)
+
+
+# The order fixes the class numbers.
+OUTLINES = {
+    "circle": circle,
+    "square": square,
+    "triangle": triangle,
+    "star": star,
+    "cross": cross,
+    "ring": ring,
+    "frame": frame,
+    "crescent": crescent,
+    "bar": bar,
+    "half disc": half_disc,
+}
+SHAPES = list(OUTLINES)
+
+
+def distance(shape, x, y):
+    """Signed distance of the points (x, y) to the outline of a shape, negative inside.
+
+    shape: one of SHAPES. x, y and the result are tensors of the same size.
+    """
+    return OUTLINES[shape](x, y)
+
+
+# ---------------------------------------------------------------- Pictures
+
+def draw_shapes(n, generator, size=32):
+    """Draw n pictures -> (n, 3, size, size) uint8, and their labels (n,) int64.
+
+    Every quantity is drawn from `generator` for each picture separately. Lengths are in pixels,
+    colours in [0, 1].
+    """
+    def uniform(low, high, *shape):
+        return low + (high - low) * torch.rand(n, *shape, generator=generator)
+
+    def textured(colour, strength):
+        """A colour (n, 3, 1, 1) with soft spots on it -> (n, 3, size, size)."""
+        noise = torch.randn(n, 3, 5, 5, generator=generator)
+        spots = colour + noise * uniform(0, strength, 1, 1, 1)
+        return F.interpolate(spots, (size, size), mode="bilinear", align_corners=True)
+
+    column = torch.arange(size) + 0.5                  # the middles of the pixels
+    row = column[:, None]
+
+    # The shape: its class, size, rotation and place. Its centre keeps a radius from the border.
+    labels = torch.randint(len(SHAPES), (n,), generator=generator)
+    radius = uniform(0.2, 0.42, 1, 1) * size
+    turn = uniform(0, 2 * math.pi, 1, 1)
+    room = size - 2 * radius
+    x = column.expand(size, size) - radius - uniform(0, 1, 1, 1) * room
+    y = row.expand(size, size) - radius - uniform(0, 1, 1, 1) * room
+    along = (x * turn.cos() + y * turn.sin()) / radius
+    across = (y * turn.cos() - x * turn.sin()) / radius
+    outline = torch.empty(n, size, size)
+    for number, name in enumerate(SHAPES):
+        chosen = labels == number
+        outline[chosen] = distance(name, along[chosen], across[chosen])
+    # 1 inside, 0 outside, and in between over one pixel at the border.
+    inside = (0.5 - outline * radius).clamp_(0, 1)[:, None]
+
+    # The background: a tinted grey with soft spots and faint stripes.
+    grey = uniform(0.1, 0.9, 1, 1, 1)
+    tint = uniform(-0.1, 0.1, 3, 1, 1)
+    picture = textured(grey + tint, 0.08)
+    angle = uniform(0, 2 * math.pi, 1, 1)
+    position = column * angle.cos() + row * angle.sin()
+    stripes = (position * uniform(0.2, 1.2, 1, 1)).sin_()
+    picture += (stripes * uniform(0, 0.06, 1, 1))[:, None]
+
+    # The ink: a colour that is too close to the background is pushed away from it.
+    colour = uniform(0, 1, 3, 1, 1)
+    contrast = colour - grey
+    too_close = contrast.abs().amax(1, keepdim=True) < 0.35
+    colour += torch.where(too_close, 0.5 * contrast.sign(), 0.0)
+    ink = textured(colour, 0.08)
+
+    # Three small discs that have nothing to do with the class.
+    for _ in range(3):
+        dx = column - uniform(0, size, 1, 1)
+        dy = row - uniform(0, size, 1, 1)
+        disc_radius = uniform(0.5, 2.5, 1, 1)
+        disc = (0.5 + disc_radius - torch.hypot(dx, dy)).clamp_(0, 1)[:, None]
+        disc_colour = uniform(0, 1, 3, 1, 1)
+        picture.lerp_(disc_colour.expand_as(picture), disc.expand_as(picture))
+
+    # The shape covers the discs, and noise covers everything.
+    picture.lerp_(ink, inside.expand_as(picture))
+    picture += 0.03 * torch.randn(picture.shape, generator=generator)
+    pixels = (picture.clamp_(0, 1) * 255).round_().to(torch.uint8)
+    return pixels, labels
+
+
+def shape_data(limit=0):
+    """The data set: 45,000 training, 5,000 held-out and 10,000 test pictures, always the same.
+
+    limit: draw only this many for each split (0: all). Returns pixels (N, 3, 32, 32) uint8 as a
+    tensor, labels (N,) int64 and split (N,) uint8 as arrays.
+    """
+    splits = [TRAIN, HELD_OUT, TEST]
+    sizes = [45_000, 5_000, 10_000]
+    if limit:
+        sizes = [min(limit, size) for size in sizes]
+    total = sum(sizes)
+    pixels, labels = [], []
+    for split, size in zip(splits, sizes):
+        for begin in range(0, size, 1000):
+            progress(f"shapes: {1000 * len(pixels):,} of {total:,} drawn")
+            n = min(1000, size - begin)
+            drawn = draw_shapes(n, generator(0, f"shapes {split}", begin))
+            pixels.append(drawn[0])
+            labels.append(drawn[1])
+    split = np.repeat(np.uint8(splits), sizes)
+    return torch.cat(pixels), torch.cat(labels).numpy(), split

@@ -1,0 +1,459 @@
+"""Where texts come from: the docstrings of this Python, the IMDb reviews, or your own files.
+
+Each source is a Source: a key that changes when the content does, and a stream of documents
+that reads nothing before it is asked. `load_texts` encodes the documents once and keeps their
+tokens in a cache; see texts.py.
+"""
+
+import ast
+import codecs
+import hashlib
+import importlib.util
+import math
+import os
+import re
+import sys
+import sysconfig
+import warnings
+from collections import Counter, defaultdict
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from minissl import UserError
+from minissl.data.splits import HELD_OUT, TEST, TRAIN, evenly_spaced, split_blocks
+from minissl.data.texts import (
+    CACHE_FORMAT, SAMPLE_BYTES, Source, encode_documents, encode_texts, list_names,
+    read_cache, remove_left_overs
+)
+from minissl.training.files import download, file_hash, progress, read_archive
+
+TEXT_BYTES = 2**20        # a longer paragraph or line of a file is read as several texts
+
+# Sub-folders are classes. These names are of something else, as in the unpacked IMDb archive.
+NOT_CLASSES = {
+    "train", "training", "test", "testing", "val", "valid", "validation", "dev", "eval",
+    "unsup", "unlabeled", "unlabelled",
+}
+
+
+def load_texts(
+    data, data_dir="data", vocabulary_size=8192, limit=0, tokenizer=None, keep_all=False
+):
+    """Return Texts by name ("pydocs", "imdb") or from a .txt file or a folder of them.
+
+    Arguments:
+    data             the name or the path
+    data_dir         the folder of archives and caches
+    vocabulary_size  of the tokenizer that is trained on all texts but the test texts
+    limit            keep about this many texts of each split, evenly spaced (0: all)
+    tokenizer        use this one instead of training one
+    keep_all         for features: all texts of a path, duplicates included, the files in the
+                     order of their sorted paths, without labels. `limit` takes the first ones.
+                     It needs `tokenizer`.
+    Raises UserError with one sentence for anything that the user can mend.
+    """
+    if data == "pydocs":
+        source = pydocs_source()
+    elif data == "imdb":
+        source = imdb_source(Path(data_dir))
+    else:
+        source = path_source(Path(data), whole_files=keep_all)
+        if keep_all:
+            strings = [text for text, _, _ in source.documents]
+            if limit:
+                strings = strings[:limit]
+            texts = encode_texts(strings, tokenizer)
+            texts.notes += source.describe(len(texts))
+            return texts
+
+    texts = load_cached(source, Path(data).stem, Path(data_dir), vocabulary_size, tokenizer)
+    if limit:
+        indices = []
+        for split in (TRAIN, HELD_OUT, TEST):
+            of_split = np.flatnonzero(texts.split == split)
+            indices.append(of_split[evenly_spaced(len(of_split), limit)])
+        texts = texts.select(np.sort(np.concatenate(indices)))
+    return texts
+
+
+def load_cached(source, stem, data_dir, vocabulary_size, tokenizer):
+    """Return the Texts of a source from the cache; encode them first if they are not there."""
+    remove_left_overs(data_dir / "cache")
+    cache = cache_path(source, stem, data_dir, str(vocabulary_size))
+    texts = read_cache(cache)
+    if tokenizer and not (texts and texts.tokenizer.merges == tokenizer.merges):
+        # The data may be here, but encoded with another tokenizer.
+        cache = cache_path(source, stem, data_dir, tokenizer.to_json())
+        texts = read_cache(cache)
+    if texts:
+        return texts
+    encode_documents(source, cache, vocabulary_size, tokenizer)
+    texts = read_cache(cache)
+    if not texts:                   # it is another user's, perhaps, and still damaged
+        raise UserError(
+            f"{cache} can neither be read nor replaced: delete it, or give another --data-dir"
+        )
+    return texts
+
+
+def cache_path(source, stem, data_dir, settings):
+    """Return the folder of a cache, with a hash of all that the tokens depend on in its name."""
+    key = f"{CACHE_FORMAT} {source.key} {settings}"
+    name = hashlib.sha256(key.encode()).hexdigest()[:16]
+    return data_dir / "cache" / f"{stem[:40]}-{name}"
+
+
+# ---------------------------------------------------------------- pydocs
+
+def pydocs_source():
+    """Return the Source of the docstrings of the standard library, numpy and torch."""
+    stdlib = Path(sysconfig.get_paths()["stdlib"])
+    roots = [(stdlib, stdlib)]                       # (folder, where the names of modules begin)
+    for name in ("numpy", "torch"):
+        package = Path(importlib.util.find_spec(name).origin).parent     # this does not import it
+        roots.append((package, package.parent))
+
+    not_ours = {"site-packages", "test", "tests", "lib2to3", "_vendor"}
+    files = []
+    for folder, above in roots:
+        for path in sorted(folder.rglob("*.py")):
+            parts = path.relative_to(above).with_suffix("").parts
+            if not not_ours & set(parts):
+                files.append((path, parts))
+    key = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path, _ in files]
+    return Source(key, read_pydocs(files))
+
+
+def read_pydocs(files):
+    """Yield (docstring, package or None, split) for every docstring of the files.
+
+    Arguments: files, a list of (path, parts of the module's name).
+
+    The package ("asyncio", "torch.nn") is the label if it has at least 200 docstrings in at
+    least 8 files. Of such a package whole files go to the test set, in the order of the hashes
+    of their names, until it has a fifth of the docstrings, then to the held-out set for a tenth.
+
+    A docstring of torch.nn that says "nn" would give its label away. So each part of a labelled
+    package's name, and numpy, np and torch, is replaced by "package" in every text.
+    """
+    docstrings = defaultdict(dict)                   # package -> file -> its docstrings
+    for n, (path, parts) in enumerate(files):
+        if n % 100 == 0:
+            progress(f"docstrings: {n:,} of {len(files):,} files")
+        depth = 2 if parts[0] in ("numpy", "torch") else 1
+        package = ".".join(parts[:depth])
+        texts = docstrings_of_file(path)
+        if texts:
+            docstrings[package]["/".join(parts)] = texts
+
+    sizes = {}                                       # package -> how many docstrings
+    for package, by_file in docstrings.items():
+        sizes[package] = sum(len(texts) for texts in by_file.values())
+    classes = {
+        package for package, by_file in docstrings.items()
+        if sizes[package] >= 200 and len(by_file) >= 8
+    }
+    names = {"numpy", "np", "torch"}
+    for package in classes:
+        names.update(package.split("."))
+    any_name = "|".join(sorted(map(re.escape, names)))
+    give_away = re.compile(rf"\b(?:{any_name})\b", re.IGNORECASE)
+
+    for package, by_file in docstrings.items():
+        label = package if package in classes else None
+        done = 0
+        for name in sorted(by_file, key=hash_of_name):
+            share = done / sizes[package]            # of this package, dealt out so far
+            if label is None:
+                split = TRAIN
+            elif share < 0.2:
+                split = TEST
+            elif share < 0.3:
+                split = HELD_OUT
+            else:
+                split = TRAIN
+            done += len(by_file[name])
+            for text in by_file[name]:
+                yield give_away.sub("package", text), label, split
+
+
+def docstrings_of_file(path):
+    """Return the docstrings of a Python file; none if it is not this Python's language."""
+    source = path.read_bytes()
+    if b'"""' not in source and b"'''" not in source:
+        return []
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")          # what is odd in other people's sources
+            tree = ast.parse(source)
+    except (SyntaxError, ValueError):
+        return []
+    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    nodes = [node for node in ast.walk(tree) if isinstance(node, kinds)]
+    texts = [ast.get_docstring(node) for node in nodes]
+    return [text for text in texts if text]
+
+
+def hash_of_name(name):
+    return hashlib.sha256(name.encode()).digest()
+
+
+# ---------------------------------------------------------------- imdb
+
+# 100,000 film reviews: Maas et al. 2011, "Learning Word Vectors for Sentiment Analysis".
+IMDB_URL = "https://ai.stanford.edu/~amaas/data/sentiment/aclImdb_v1.tar.gz"
+IMDB_MD5 = "7c2ac02c03563afcf9b574c7e56c153a"
+IMDB_NAME = re.compile(r"aclImdb/(train|test)/(pos|neg|unsup)/(\d+)_\d+\.txt")
+
+
+def imdb_source(data_dir):
+    """Return the Source of the IMDb reviews, whose archive is downloaded if it is not there."""
+    archive = data_dir / "aclImdb_v1.tar.gz"
+    if not archive.exists():
+        download(IMDB_URL, archive, IMDB_MD5)
+    return Source(file_hash(archive), read_imdb(archive))
+
+
+def read_imdb(archive):
+    """Yield (review, "pos" | "neg" | None, split) for each review.
+
+    The archive is read as it is: unpacking 100,000 small files takes longer than training. The
+    last tenth of each training class, by number, is held out.
+    """
+    reviews = []
+    for match, data in read_archive(archive, IMDB_NAME, TEXT_BYTES, IMDB_URL):
+        text = data.decode("utf-8", "replace").replace("<br />", " ")
+        part, name, number = match[1], match[2], int(match[3])
+        reviews.append((part, name, number, text))
+        if len(reviews) % 2000 == 0:
+            progress(f"imdb: {len(reviews):,} reviews read")
+
+    sizes = Counter((part, name) for part, name, _, _ in reviews)
+    for labelled in (("train", "pos"), ("train", "neg"), ("test", "pos"), ("test", "neg")):
+        if not sizes[labelled]:
+            raise UserError(
+                f"{archive} does not hold the IMDb reviews: expected aclImdb/train/pos/0_9.txt "
+                f"and the like; delete it, and it is downloaded again"
+            )
+
+    reviews.sort(key=part_name_and_number)
+    seen = Counter()
+    for part, name, _, text in reviews:
+        seen[part, name] += 1
+        in_last_tenth = seen[part, name] > 0.9 * sizes[part, name]
+        if part == "test":
+            split = TEST
+        elif in_last_tenth and name != "unsup":
+            split = HELD_OUT
+        else:
+            split = TRAIN
+        yield text, None if name == "unsup" else name, split
+
+
+def part_name_and_number(review):
+    return review[:3]
+
+
+# ---------------------------------------------------------------- Your own files
+
+def path_source(path, whole_files=False):
+    """Return the Source of a .txt file or of a folder of them.
+
+    A file of a folder is one text, or several if it has more than 4 MB; with whole_files it is
+    one text however long it is. A single file is cut into texts by read_texts.
+    """
+    if not path.exists():
+        raise UserError(
+            f"{path}: file not found; --data takes pydocs, imdb, a .txt file or a folder of them"
+        )
+    if path.is_file():
+        return file_source(path)
+    return folder_source(path, whole_files)
+
+
+def file_source(path):
+    if path.suffix.lower() != ".txt":
+        raise UserError(f"{path}: expected a name that ends in .txt")
+    if path.stat().st_size == 0:
+        raise UserError(f"{path}: the file is empty")
+    if path.stat().st_size > SAMPLE_BYTES:
+        # Millions of lines are not millions of documents: neighbours are joined.
+        least = 2048
+        unit = f"neighbouring lines joined to at least {least:,} characters"
+    else:
+        least = 0
+        unit = "one a paragraph" if has_paragraphs(path) else "one a line"
+    key = f"{least} {hash_of_files([path], path.parent)}"
+    documents = ((text, None, None) for text in read_texts(path, least))
+    return Source(key, documents, path.name, unit)
+
+
+def folder_source(folder, whole_files):
+    files = text_files(folder)
+    names = []                                       # of the outermost sub-folder, the class
+    for file in files:
+        parts = file.relative_to(folder).parts
+        names.append(parts[0] if len(parts) > 1 else None)
+    classes = sorted(set(names) - {None})
+    label_of = {name: label for label, name in enumerate(classes)}
+    label_of[None] = -1
+    labels = np.array([label_of[name] for name in names])
+    notes = []
+    if not whole_files:                              # else there are no labels
+        check_class_names(folder, classes)
+        if classes:
+            notes.append(f"classes: {list_names(classes)}")
+    least = math.inf if whole_files else 4 * TEXT_BYTES
+    documents = read_files(files, names, split_blocks(labels), least)
+    is_cut = any(file.stat().st_size > least for file in files)
+    unit = f"from {len(files):,} files" if is_cut else "one a file"
+    return Source(hash_of_files(files, folder), documents, folder.resolve().name, unit, notes)
+
+
+def check_class_names(folder, classes):
+    """Raise UserError if sub-folders are named like splits, as in the unpacked IMDb archive."""
+    suspicious = [name for name in classes if name.lower() in NOT_CLASSES]
+    if suspicious:
+        raise UserError(
+            f"{folder}: each sub-folder must be a class, but found {list_names(suspicious)}; "
+            f"give a folder whose sub-folders are classes"
+        )
+
+
+def text_files(folder):
+    """Return the .txt files of a folder in sorted order; print what was passed over."""
+    files, passed_over = [], Counter()
+    for path in sorted(folder.rglob("*")):
+        is_hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
+        if is_hidden:
+            if path.is_file():
+                passed_over["hidden"] += 1
+        elif path.is_dir():
+            if path.is_symlink():                    # rglob does not list the files of a link
+                passed_over["links to folders"] += 1
+            if not any(path.iterdir()):
+                passed_over["empty folders"] += 1
+        elif path.suffix.lower() != ".txt":
+            passed_over["not .txt"] += 1
+        elif is_blank(path):
+            passed_over["empty"] += 1
+        else:
+            files.append(path)
+    if passed_over:
+        kinds = ", ".join(f"{count} {kind}" for kind, count in passed_over.items())
+        print(f"passed over: {kinds}", file=sys.stderr)
+    if not files:
+        raise UserError(f"{folder}: expected .txt files with text in them, found none")
+    return files
+
+
+def is_blank(path):
+    """True if a file has nothing but white space in it."""
+    with open(path, encoding="utf-8-sig", errors="replace") as file:
+        for block in iter(partial(file.read, 2**16), ""):
+            if block.strip():
+                return False
+    return True
+
+
+def hash_of_files(files, root):
+    """Return a hash of the files' names below root and of their contents."""
+    lines = [f"{os.path.relpath(path, root)} {file_hash(path)}" for path in files]
+    return hashlib.sha256("\n".join(lines).encode("utf-8", "surrogateescape")).hexdigest()
+
+
+def read_files(files, names, split, least):
+    """Yield (text, name, split) for the files of a folder."""
+    for file, name, part in zip(files, names, split):
+        for text in read_texts(file, least):
+            yield text, name, part
+
+
+# ---------------------------------------------------------------- One file
+
+def read_texts(path, least=0):
+    """Yield the texts of a UTF-8 file: its paragraphs if it has any, otherwise its lines.
+
+    Arguments: path; least, join neighbours until they have at least so many characters.
+    A text has at most about TEXT_BYTES characters, or `least` if that is more. A longer
+    paragraph or line becomes several texts, so the memory is bounded.
+    Raises UserError as read_blocks does.
+    """
+    by_paragraph = has_paragraphs(path)
+    longest = max(TEXT_BYTES, least)
+    parts, size = [], 0
+    for line in read_lines(path):
+        parts.append(line)
+        size += len(line)
+        is_end = not by_paragraph or not line.strip()
+        if size > longest or (size >= least and is_end):
+            text = "".join(parts)
+            parts, size = [], 0
+            if text.strip():
+                yield text
+    text = "".join(parts)
+    if text.strip():
+        yield text
+
+
+def has_paragraphs(path):
+    """True if a blank line lies between two other lines in the first megabyte of a file."""
+    with open(path, "rb") as file:
+        start = file.read(TEXT_BYTES).decode("utf-8-sig", "ignore")
+    lines = start.strip().splitlines()
+    return any(not line.strip() for line in lines)
+
+
+def read_lines(path):
+    """Yield the lines of a UTF-8 file, with their ends, as str.splitlines cuts them.
+
+    A line may end in LF, CR, CR LF, or one of Unicode's own line ends. A line of more than
+    TEXT_BYTES characters comes in parts.
+    """
+    rest = ""
+    for block in read_blocks(path):
+        lines = (rest + block).splitlines(keepends=True)
+        rest = lines.pop()          # it may go on in the next block, as may CR LF
+        for line in lines:
+            yield from cut_long_line(line)
+        while len(rest) > TEXT_BYTES:
+            yield rest[:TEXT_BYTES]
+            rest = rest[TEXT_BYTES:]
+    if rest:
+        yield rest
+
+
+def cut_long_line(line):
+    return [line[start:start + TEXT_BYTES] for start in range(0, len(line), TEXT_BYTES)]
+
+
+def read_blocks(path):
+    """Yield the characters of a UTF-8 file as strings of up to a megabyte, none empty.
+
+    Raises UserError, with the offset of the byte, if the file is not UTF-8 or has a NUL.
+    """
+    decoder = codecs.getincrementaldecoder("utf-8-sig")()
+    with open(path, "rb") as file:
+        is_last = False
+        while not is_last:
+            data = file.read(TEXT_BYTES)
+            is_last = not data
+            if file.tell() == len(data) and data.startswith(b"\x1f\x8b"):
+                raise UserError(f"{path} is a gzip archive, expected UTF-8 text: unpack it first")
+            try:
+                block = decoder.decode(data, final=is_last)
+            except UnicodeDecodeError as error:      # its object ends where the file was read to
+                offset = file.tell() - len(error.object) + error.start
+                byte = error.object[error.start]
+                raise UserError(
+                    f"{path} is not UTF-8: byte {offset} is 0x{byte:02x}; save it as UTF-8"
+                ) from None
+            if 0 in data:
+                offset = file.tell() - len(data) + data.index(0)
+                raise UserError(
+                    f"{path} is not a text in UTF-8: byte {offset} is NUL; save it as UTF-8"
+                )
+            if block:
+                yield block

@@ -1,0 +1,170 @@
+"""A finished run opened again: its model, its encoder, its answers.
+
+    encode = load.load_encoder("runs/mlm")      features of new texts or images
+    load.fill("runs/mlm", "a [MASK] film")      prints the likeliest words
+"""
+
+import warnings
+from contextlib import nullcontext
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from minissl import UserError
+from minissl.autoencoder import Autoencoder
+from minissl.contrastive import BYOL, SimCLR
+from minissl.data.images import SMALLEST
+from minissl.data.splits import fingerprint
+from minissl.data.texts import encode_texts
+from minissl.evaluation.features import image_features, text_features
+from minissl.tokenizer import MASK, Tokenizer
+from minissl.training.files import checkpoint_errors, load_checkpoint
+from minissl.transformer import TextEncoder
+
+# The method that a checkpoint names -> the class of its model. A new method adds its own.
+MODELS = dict(mlm=TextEncoder, autoencoder=Autoencoder, simclr=SimCLR, byol=BYOL)
+
+
+def load_run(run):
+    """The model of a run's folder, in evaluation mode on the CPU, and its checkpoint, a dict."""
+    checkpoint = load_checkpoint(run)
+    method = checkpoint.get("method")
+    if isinstance(method, str) and method not in MODELS:
+        raise UserError(f"{run}: unknown method {method}; add its class to MODELS "
+                        f"in minissl/evaluation/load.py")
+    with checkpoint_errors(run):
+        model = MODELS[method](**checkpoint["model_settings"])
+        model.load_state_dict(checkpoint["model"])
+    return model.eval(), checkpoint
+
+
+def new_model(checkpoint, seed):
+    """The image model of a checkpoint as it was before any training, from this seed."""
+    torch.manual_seed(seed)
+    return MODELS[checkpoint["method"]](**checkpoint["model_settings"])
+
+
+def tokenizer_of(checkpoint):
+    """The Tokenizer of a checkpoint of train_mlm.py."""
+    with checkpoint_errors(checkpoint["settings"]["run"]):
+        return Tokenizer.from_json(checkpoint["tokenizer"])
+
+
+# ---------------------------------------------------------------- checks
+
+def check_images(images, model, name):
+    """Raise UserError unless the model can read images (N, C, H, W) of this shape.
+
+    An autoencoder reads images of one size; the others read any size of at least SMALLEST.
+    name: what the message calls the images.
+    """
+    C, H, W = images.shape[1:]
+    given = f"{name}: found images of {H} × {W} × {C}"
+    if min(H, W) < SMALLEST:
+        raise UserError(f"{given}; expected at least {SMALLEST} × {SMALLEST}: enlarge them "
+                        f"(a single colour image must have the shape (1, H, W, C))")
+    size = tuple(getattr(model, "size", None) or (H, W))
+    if C != model.channels or (H, W) != size:
+        expected = f"{size[0]} × {size[1]} × {model.channels}"
+        raise UserError(f"{given}; the run was trained on images of {expected}: convert them")
+
+
+def check_split(data, checkpoint, name, kind):
+    """Warn if the run may have been trained on images or texts that are now in the test set.
+
+    The run's checkpoint describes the data that it was trained on. The description contains a
+    fingerprint of two parts: one for the examples, one for their split.
+    data: Images or Texts, loaded with the --limit of the pretraining; name: the --data that they
+    come from; kind: "images" or "texts".
+    """
+    trained_on = checkpoint["data"]
+    now = fingerprint(data)
+    if now in trained_on:
+        return
+    examples, _ = now.split("-")
+    trained_name = checkpoint["settings"]["data"]
+    same_source = Path(name).resolve() == Path(trained_name).resolve()
+    if same_source or examples in trained_on:
+        print(f"warning: the split has changed since pretraining, so test {kind} may have been "
+              f"trained on; pretrain a new run on this data to be sure")
+
+
+# ---------------------------------------------------------------- use
+
+def load_encoder(run):
+    """The encoder of a run's folder, as a function from new examples to features (N, D) float32.
+
+    For a run of train_mlm.py the function takes a list of N strings (or any iterable). For runs
+    on images it takes a uint8 array (N, H, W, C) or (N, H, W).
+    """
+    model, checkpoint = load_run(run)
+    if checkpoint["method"] == "mlm":
+        tokenizer = tokenizer_of(checkpoint)
+
+        def encode_strings(strings):
+            return text_features(model, encode_texts(strings, tokenizer), nullcontext())
+        return encode_strings
+
+    def encode_images(images):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")     # torch warns of read-only arrays; this one is read
+            images = torch.as_tensor(np.ascontiguousarray(images))
+        shape = tuple(images.shape)
+        if images.dtype != torch.uint8 or len(shape) not in (3, 4) or not images.numel():
+            dtype = str(images.dtype).removeprefix("torch.")
+            raise UserError(f"found an array of {dtype} of shape {shape}; expected uint8 "
+                            f"(N, H, W, C) or (N, H, W), with at least one image")
+        if images.ndim == 3:
+            images = images[..., None]
+        images = images.permute(0, 3, 1, 2)                     # (N, C, H, W)
+        check_images(images, model, "the array")
+        return image_features(model.encode, images, nullcontext())
+    return encode_images
+
+
+def fill(run, text):
+    """Print the five likeliest tokens for each [MASK] of the text, with their probabilities."""
+    model, checkpoint = load_run(run)
+    if checkpoint["method"] != "mlm":
+        raise UserError(f"--fill: {run} was trained on images; give a run of train_mlm.py")
+    check_masked_words(checkpoint, run)
+    tokenizer = tokenizer_of(checkpoint)
+    tokens = encode_with_masks(text, tokenizer)
+    positions = [i for i, token in enumerate(tokens) if token == MASK]
+    if not positions or len(tokens) > model.window:
+        raise UserError(f"--fill: found {len(positions)} [MASK] and {len(tokens)} tokens; expected "
+                        f"at least one [MASK] and at most {model.window} tokens")
+
+    with torch.no_grad():
+        x = model(torch.tensor([tokens]))[0, positions]         # (M, D)
+        probabilities = model.token_logits(x).softmax(1)        # (M, V)
+    for n, row in enumerate(probabilities, 1):
+        best = row.topk(5)
+        guesses = [f"{tokenizer.decode([token])} {probability:.2f}"
+                   for probability, token in zip(best.values.tolist(), best.indices.tolist())]
+        print(f"[MASK] {n}: {', '.join(guesses)}")
+
+
+def check_masked_words(checkpoint, run):
+    """Raise UserError if the run has not trained the layer that fills in masked words."""
+    with checkpoint_errors(run):
+        masked_weight = checkpoint["settings"]["masked_weight"]
+        first_stage = checkpoint["settings"]["embedding_steps"]
+        step = checkpoint["step"]
+    if masked_weight == 0:
+        raise UserError(f"--fill: {run} was trained with --masked-weight 0, so it has not learned "
+                        f"to fill in words; give another run")
+    if step <= first_stage:
+        raise UserError(f"--fill: {run} is at step {step:,}, and it learns to fill in words after "
+                        f"step {first_stage:,}; train it further with --resume")
+
+
+def encode_with_masks(text, tokenizer):
+    """The tokens of a text in which [MASK] stands for a hidden token, as a list."""
+    first, *others = text.split("[MASK]")
+    tokens = tokenizer.encode(first, leading_space=True).tolist()
+    for piece in others:
+        begins_a_word = piece[:1].isspace()
+        tokens += [MASK, *tokenizer.encode(piece, leading_space=begins_a_word).tolist()]
+    return tokens

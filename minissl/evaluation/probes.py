@@ -1,0 +1,273 @@
+"""How good are features? Nearest neighbours, linear probes, draws of labels, and tf-idf.
+
+Three rules make an evaluation honest, and this file keeps them:
+
+- A function sees the labels that it is given and no others.
+- Choices, such as the strength of the penalty, are made by cross-validation among those labels.
+- Labels of the test set reach `accuracy` and nothing else.
+
+Read next: table.py, which builds the columns of finetune.py from these functions.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+
+def accuracy(predictions, labels):
+    """Percent of the (N,) predictions that equal the (N,) labels. Every example counts."""
+    correct = torch.as_tensor(predictions) == torch.as_tensor(labels)
+    return 100 * float(correct.double().mean())
+
+
+def draw_labels(labels, per_class, seed):
+    """Draw examples whose labels may be used: `per_class` of each class, without replacement.
+
+    labels (N,) int64, -1 for an example without a label; per_class None draws all.
+    Returns sorted indices (n,) int64. Raises ValueError if a class has too few examples.
+    """
+    labels = np.asarray(labels)
+    rng = np.random.default_rng(seed)
+    drawn = []
+    for c in range(labels.max() + 1):
+        indices = np.flatnonzero(labels == c)
+        if per_class is not None and len(indices) < per_class:
+            raise ValueError(f"class {c} has {len(indices)} labelled examples, not {per_class}")
+        drawn.append(rng.permutation(indices)[:per_class])
+    return np.sort(np.concatenate(drawn))
+
+
+# ---------------------------------------------------------------- nearest neighbours
+
+def knn_accuracy(features, labels, queries, query_labels, k=20):
+    """Percent of the queries (Q, D) whose k nearest features (N, D) vote for the right label.
+
+    Nearness is the cosine after the mean of the features is subtracted. Each neighbour's vote
+    has the weight exp(cosine / 0.07): Wu et al. 2018, arXiv 1805.01978, section 3.4.
+    """
+    centre = features.mean(0)
+    keys = F.normalize(features - centre, dim=1)                # (N, D)
+    similarity = F.normalize(queries - centre, dim=1) @ keys.T  # (Q, N)
+    cosine, neighbour = similarity.topk(min(k, len(features)), dim=1)  # (Q, k)
+
+    labels = torch.as_tensor(labels)
+    votes = torch.zeros(len(queries), int(labels.max()) + 1)    # (Q, C)
+    votes.scatter_add_(1, labels[neighbour], (cosine / 0.07).exp())
+    return accuracy(votes.argmax(1), query_labels)
+
+
+# ---------------------------------------------------------------- sparse rows
+
+@dataclass
+class SparseRows:
+    """A matrix (N, D) that is mostly zero. Only its entries are stored, row after row.
+
+        [[0, 2, 0],      offsets  0     1     3     where each row begins, and the end
+         [1, 0, 3]]      indices  1  |  0  2        the column of each entry
+                         values   2  |  1  3
+
+    Products are F.embedding_bag: row n of A @ B is the sum of those rows of B that row n of A
+    names, each times its value. (torch.sparse has the same format, but not on every device.)
+    """
+    indices: torch.Tensor       # (entries,) int64
+    offsets: torch.Tensor       # (N + 1,) int64
+    values: torch.Tensor        # (entries,) float32
+    columns: int                # D
+
+    def __len__(self):
+        return len(self.offsets) - 1
+
+    @property
+    def shape(self):
+        return len(self), self.columns
+
+    def row_of_entries(self):
+        """The row of each entry, (entries,) int64."""
+        return torch.arange(len(self)).repeat_interleave(self.offsets.diff())
+
+    def __getitem__(self, rows):
+        """The given rows, (n,) int64, as SparseRows, in the order given."""
+        rows = torch.as_tensor(rows)
+        sizes = self.offsets[rows + 1] - self.offsets[rows]               # (n,)
+        offsets = F.pad(sizes.cumsum(0), (1, 0))                          # (n + 1,)
+        shifts = (self.offsets[rows] - offsets[:-1]).repeat_interleave(sizes)
+        entries = torch.arange(len(shifts)) + shifts
+        return SparseRows(self.indices[entries], offsets, self.values[entries], self.columns)
+
+    def __matmul__(self, dense):
+        """The product with a dense (D, C) float32 matrix, (N, C), with gradient."""
+        return F.embedding_bag(self.indices, dense, self.offsets, mode="sum",
+                               per_sample_weights=self.values, include_last_offset=True)
+
+    def transpose(self):
+        """The (D, N) matrix with rows and columns exchanged."""
+        order = self.indices.argsort(stable=True)
+        sizes = self.indices.bincount(minlength=self.columns)             # (D,)
+        offsets = F.pad(sizes.cumsum(0), (1, 0))
+        rows = self.row_of_entries()
+        return SparseRows(rows[order], offsets, self.values[order], len(self))
+
+    def to_dense(self):
+        """The whole matrix, (N, D) float32."""
+        dense = torch.zeros(self.shape)
+        dense[self.row_of_entries(), self.indices] = self.values
+        return dense
+
+
+# ---------------------------------------------------------------- logistic regression
+
+def logistic_regression(x, labels, classes, strength, start=None, tolerance=1e-5):
+    """Weights (D + 1, C) that minimize  mean cross-entropy + strength/2 ‖W‖².
+
+    The last row is the bias, which is not penalized. x: (N, D) float32, dense or SparseRows;
+    labels (N,) int64; classes C; start (D + 1, C), where the search begins.
+
+    The loss is convex, so L-BFGS finds its one minimum from any start. It ends when no slope is
+    above `tolerance`, when float32 shows no more gain, or after 200 iterations.
+    """
+    D = x.shape[1]
+    labels = torch.as_tensor(labels)
+    if start is None:
+        start = torch.zeros(D + 1, classes)
+    bias = torch.tensor([D])
+
+    if isinstance(x, SparseRows):
+        # A term that no example contains gets the weight 0, so the search leaves it out.
+        used, indices = x.indices.unique(return_inverse=True)
+        x = SparseRows(indices, x.offsets, x.values, len(used))
+        searched = torch.cat([used, bias])
+        weights = minimize(x, labels, strength, start[searched], tolerance)
+        return torch.zeros(D + 1, classes).index_copy(0, searched, weights)
+
+    if D > len(labels):
+        # The penalty keeps W in the span of the N examples, so the search stays there.
+        basis, _ = torch.linalg.qr(x.T)                                   # (D, N)
+        start = torch.cat([basis.T @ start[:-1], start[bias]])            # (N + 1, C)
+        weights = minimize(x @ basis, labels, strength, start, tolerance)
+        return torch.cat([basis @ weights[:-1], weights[-1:]])
+
+    return minimize(x, labels, strength, start, tolerance)
+
+
+def minimize(x, labels, strength, start, tolerance):
+    """The search of `logistic_regression`, with one weight for each column of x (N, D)."""
+    weights = start.clone().requires_grad_()                              # (D + 1, C)
+    one_hot = F.one_hot(labels, weights.shape[1]).float()                 # (N, C)
+    product, transposed_product = products(x)
+    optimizer = torch.optim.LBFGS([weights], max_iter=200, history_size=10,
+                                  tolerance_grad=tolerance, line_search_fn="strong_wolfe")
+
+    @torch.no_grad()
+    def loss_and_gradient():
+        logits = product(weights[:-1]) + weights[-1]                      # (N, C)
+        error = (logits.softmax(1) - one_hot) / len(labels)               # d loss / d logits
+        gradient = transposed_product(error) + strength * weights[:-1]    # (D, C)
+        weights.grad = torch.cat([gradient, error.sum(0, keepdim=True)])
+        penalty = strength / 2 * weights[:-1].square().sum()
+        return F.cross_entropy(logits, labels) + penalty
+
+    optimizer.step(loss_and_gradient)
+    return weights.detach()
+
+
+def products(x):
+    """Two functions for a matrix x (N, D): w (D, C) -> x w (N, C) and e (N, C) -> xᵀ e (D, C)."""
+    if isinstance(x, SparseRows):
+        return x.__matmul__, x.transpose().__matmul__
+
+    def product(w):
+        return (w.T @ x.T).T
+
+    def transposed_product(error):
+        return (error.T @ x).T
+
+    # With few columns C on a CPU, (error.T @ x).T is 3 to 9 times as fast as x.T @ error.
+    return product, transposed_product
+
+
+def predict(x, weights):
+    """The logits (N, C) of x (N, D), dense or SparseRows, for weights (D + 1, C)."""
+    return x @ weights[:-1] + weights[-1]
+
+
+def probe(x, labels, classes, strengths):
+    """Logistic regression whose strength is chosen by five-fold cross-validation.
+
+    The choice uses these labels alone and takes the strength with the least loss. Above 5,000
+    labels one of the five folds decides, because there the choice is not close.
+    x (N, D) dense or SparseRows; labels (N,) int64; strengths from strong to weak.
+    Returns (weights (D + 1, C), the chosen strength).
+    """
+    labels = np.asarray(labels)
+    fold = assign_folds(labels, classes, 5)
+    losses = np.zeros(len(strengths))
+    nearby = [None] * len(strengths)            # where the final fit starts
+    for f in range(5 if len(labels) <= 5000 else 1):
+        inside = np.flatnonzero(fold != f)
+        outside = np.flatnonzero(fold == f)
+        x_inside, x_outside = x[inside], x[outside]
+        y_outside = torch.from_numpy(labels[outside])
+        weights = None
+        for i, strength in enumerate(strengths):
+            # The solution for one strength is a good start for the next.
+            weights = logistic_regression(x_inside, labels[inside], classes, strength, weights,
+                                          tolerance=1e-4)
+            logits = predict(x_outside, weights)
+            losses[i] += float(F.cross_entropy(logits, y_outside, reduction="sum"))
+            nearby[i] = weights
+    best = int(losses.argmin())
+    weights = logistic_regression(x, labels, classes, strengths[best], nearby[best])
+    return weights, strengths[best]
+
+
+def assign_folds(labels, classes, folds):
+    """The fold of each example (N,), at random, with every class spread evenly over the folds."""
+    order = np.random.default_rng(0).permutation(len(labels))
+    fold = np.empty(len(labels), int)
+    for c in range(classes):
+        indices = order[labels[order] == c]
+        fold[indices] = np.arange(len(indices)) % folds
+    return fold
+
+
+# ---------------------------------------------------------------- counts of words and pairs
+
+def term_counts(texts, pairs):
+    """How often each of N texts contains each token and each pair: SparseRows (N, V + P).
+
+    texts: Texts; pairs (P,) int64, sorted, each left · V + right.
+    """
+    V = len(texts.tokenizer)
+    pairs_and_end = np.append(pairs, np.iinfo(np.int64).max)    # so that every search ends inside
+    indices, counts, sizes = [], [], []
+    for i in range(len(texts)):
+        tokens = texts[i]                                       # (T,) int64
+        neighbours = tokens[:-1] * V + tokens[1:]
+        place = np.searchsorted(pairs, neighbours)
+        known = pairs_and_end[place] == neighbours
+        terms, count = np.unique(np.append(tokens, V + place[known]), return_counts=True)
+        indices.append(terms)
+        counts.append(count)
+        sizes.append(len(terms))
+    offsets = np.append(0, np.cumsum(sizes))
+    values = np.concatenate(counts).astype(np.float32)
+    return SparseRows(torch.from_numpy(np.concatenate(indices)), torch.from_numpy(offsets),
+                      torch.from_numpy(values), V + len(pairs))
+
+
+def tf_idf(counts, fit):
+    """Term frequency times inverse document frequency, each row scaled to length 1.
+
+        (1 + ln count) · (ln((1 + n) / (1 + df)) + 1)
+
+    This is TfidfVectorizer(sublinear_tf=True) of scikit-learn. counts: SparseRows (N, V);
+    fit (n,): the rows from which the document frequencies df are counted. Returns SparseRows.
+    """
+    df = torch.bincount(counts[fit].indices, minlength=counts.columns)    # (V,)
+    idf = ((1 + len(fit)) / (1 + df)).log() + 1
+    values = (1 + counts.values.log()) * idf[counts.indices].float()
+    row = counts.row_of_entries()
+    length = torch.zeros(len(counts)).index_add_(0, row, values**2).sqrt()        # (N,)
+    return SparseRows(counts.indices, counts.offsets, values / length[row], counts.columns)

@@ -1,0 +1,260 @@
+"""Previews of images: neighbours, labels that are partly missing, and images that are large."""
+
+from contextlib import nullcontext
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from minissl import UserError, contrastive
+from minissl.data.images import Images
+from minissl.data.splits import HELD_OUT, TEST, TRAIN
+from minissl.evaluation import features, previews
+from minissl.evaluation.previews import (
+    AutoencoderPreview,
+    ContrastivePreview,
+    NeighbourPreview,
+    preview_size,
+)
+
+
+CPU = torch.device("cpu")
+
+
+def images_of(pixels, labels, split):
+    return Images(pixels, torch.arange(len(pixels)), labels, split, list("abc"))
+
+
+def random_pixels(n, seed=0, size=8):
+    draws = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 256, (n, 1, size, size), generator=draws).byte()
+
+
+def flatten(x):
+    return x.flatten(1).float()
+
+
+# ---------------------------------------------------------------- neighbours
+
+@pytest.fixture
+def mirrored_data():
+    """12 training images, the same 12 in reverse order held out, and 12 others to test on."""
+    pixels = random_pixels(36)
+    labels = np.arange(36) % 3
+    pixels[12:24] = pixels[:12].flip(0)
+    labels[12:24] = labels[11::-1]
+    split = np.repeat(np.uint8([TRAIN, HELD_OUT, TEST]), 12)
+    return images_of(pixels, labels, split)
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """What is handed to report.grid and report.scatter."""
+    drawn = SimpleNamespace(rows=[], labels=[], points=None, point_labels=None)
+    grid, scatter = previews.report.grid, previews.report.scatter
+
+    def note_grid(rows, labels=None):
+        drawn.rows, drawn.labels = rows, labels
+        return grid(rows, labels)
+
+    def note_scatter(points, labels):
+        drawn.points, drawn.point_labels = points, labels
+        return scatter(points, labels)
+
+    monkeypatch.setattr(previews.report, "grid", note_grid)
+    monkeypatch.setattr(previews.report, "scatter", note_scatter)
+    return drawn
+
+
+def test_beside_a_held_out_image_stands_its_nearest(mirrored_data, drawn, tmp_path):
+    preview = NeighbourPreview(mirrored_data, tmp_path, nullcontext(), CPU)
+    assert preview(flatten) == 100
+    assert len(drawn.rows) == 10
+    for row in drawn.rows:
+        assert torch.equal(row[0], row[1])                    # its copy among the training images
+        assert not torch.equal(row[0], row[2])
+    assert (tmp_path / "neighbours.png").exists()
+
+
+def test_a_frame_shows_the_label_of_its_image(mirrored_data, drawn, tmp_path):
+    NeighbourPreview(mirrored_data, tmp_path, nullcontext(), CPU)(flatten)
+    label_of = {}
+    for n in range(24):
+        label_of[mirrored_data[n].numpy().tobytes()] = mirrored_data.labels[n]
+    for row, labels in zip(drawn.rows, drawn.labels):
+        expected = [label_of[image.numpy().tobytes()] for image in row]
+        assert list(labels) == expected
+
+
+def test_the_map_shows_the_held_out_images(mirrored_data, drawn, tmp_path):
+    NeighbourPreview(mirrored_data, tmp_path, nullcontext(), CPU)(flatten)
+    assert drawn.points.shape == (12, 2)
+    assert drawn.point_labels.tolist() == mirrored_data.labels[12:24].tolist()
+    assert (tmp_path / "map.png").exists()
+
+
+def test_features_that_are_not_finite_end_the_run(mirrored_data, tmp_path):
+    preview = NeighbourPreview(mirrored_data, tmp_path, nullcontext(), CPU)
+    with pytest.raises(UserError, match="the features are not finite in a preview"):
+        preview(lambda x: flatten(x) / 0)
+
+
+# ---------------------------------------------------------------- missing labels
+
+def two_kinds(n, seed):
+    """Dark and bright images by turns, and their labels 0 and 1."""
+    pixels = random_pixels(n, seed) // 4
+    pixels[1::2] += 150
+    return pixels, np.arange(n) % 2
+
+
+@pytest.fixture
+def partly_labelled():
+    """Of 100 training images ten have a label, of 40 held-out images four."""
+    train_pixels, train_labels = two_kinds(100, seed=1)
+    held_out_pixels, held_out_labels = two_kinds(40, seed=2)
+    train_labels[10:] = -1
+    held_out_labels[4:] = -1
+    pixels = torch.cat([train_pixels, held_out_pixels])
+    labels = np.append(train_labels, held_out_labels)
+    split = np.repeat(np.uint8([TRAIN, HELD_OUT]), [100, 40])
+    return images_of(pixels, labels, split)
+
+
+def test_knn_uses_the_labelled_images_alone(partly_labelled, tmp_path, monkeypatch):
+    compared = []
+
+    def note_labels(train, train_labels, queries, query_labels):
+        compared.append((len(train), list(train_labels), len(queries), list(query_labels)))
+        return 66.666
+
+    monkeypatch.setattr(previews, "knn_accuracy", note_labels)
+    preview = NeighbourPreview(partly_labelled, tmp_path, nullcontext(), CPU)
+    assert preview(flatten) == 66.67
+    assert compared == [(10, [0, 1] * 5, 4, [0, 1] * 2)]
+
+
+def test_knn_of_partly_labelled_images_is_right(partly_labelled, tmp_path):
+    preview = NeighbourPreview(partly_labelled, tmp_path, nullcontext(), CPU)
+    assert preview(flatten) == 100
+
+
+@pytest.mark.parametrize("split", [TRAIN, HELD_OUT])
+def test_without_labels_there_is_no_knn(split, partly_labelled, tmp_path):
+    partly_labelled.labels[partly_labelled.split == split] = -1
+    preview = NeighbourPreview(partly_labelled, tmp_path, nullcontext(), CPU)
+    assert preview(flatten) == ""
+
+
+# ---------------------------------------------------------------- numbers
+
+class FakeModel:
+    """Its projections and codes are the means of rows. It rebuilds a darker image."""
+
+    def __init__(self):
+        self.seen = []                                        # bytes of float32 pixels
+
+    def note(self, x):
+        self.seen.append(4 * x.numel())
+
+    def encode(self, x):
+        self.note(x)
+        return x.mean(2).flatten(1)
+
+    def project(self, views):
+        self.note(views)
+        return views.mean(4).flatten(2)                       # (V, B, C · h)
+
+    def __call__(self, x):
+        self.note(x)
+        return x - 0.25, x.mean(3).flatten(1)
+
+    def decode(self, z):
+        return torch.zeros(len(z), 1, 8, 8)
+
+
+def no_numbers(count, purpose, step):
+    return torch.zeros(count, 2, 12)
+
+
+def two_views(images, numbers):
+    """The images, and the images upside down."""
+    x = images.float() / 255
+    return torch.stack([x, x.flip(2)])
+
+
+def unchanged(images, step):
+    return images
+
+
+def test_the_contrastive_preview_measures_projections(mirrored_data, tmp_path):
+    preview = ContrastivePreview(
+        mirrored_data, no_numbers, two_views, tmp_path, nullcontext(), CPU
+    )
+    model = FakeModel()
+    row = preview(model)
+    images = mirrored_data.subset(HELD_OUT)[:]
+    z = model.project(two_views(images, None))
+    assert row["alignment"] == pytest.approx(float(contrastive.alignment(z)), abs=1e-4)
+    assert row["uniformity"] == pytest.approx(float(contrastive.uniformity(z[0])), abs=1e-4)
+    rank = float(contrastive.effective_rank(z[0]))
+    assert row["effective_rank"] == pytest.approx(rank, abs=0.01)
+    assert 0 <= row["knn"] <= 100
+
+
+def test_the_autoencoder_preview_measures_reconstructions(mirrored_data, tmp_path):
+    preview = AutoencoderPreview(mirrored_data, unchanged, tmp_path, nullcontext(), CPU)
+    row = preview(FakeModel())
+    assert row["held_out"] == 0.25 ** 2
+    assert {"sparsity", "correlation", "knn"} < row.keys()
+    assert (tmp_path / "reconstructions.png").exists() and (tmp_path / "walks.png").exists()
+
+
+def test_the_mean_image_is_the_autoencoders_chance_level(mirrored_data, tmp_path):
+    preview = AutoencoderPreview(mirrored_data, unchanged, tmp_path, nullcontext(), CPU)
+    x = mirrored_data.subset(HELD_OUT)[:].double() / 255
+    expected = float(x.var(0, correction=0).mean())
+    assert preview.error_of_the_mean_image() == pytest.approx(expected, rel=1e-5)
+
+
+# ---------------------------------------------------------------- large images
+
+@pytest.fixture
+def large_images():
+    """80 training and 80 held-out images of 512 × 512, all the same, so they take no memory."""
+    one = random_pixels(3, size=512).view(1, 3, 512, 512)
+    split = np.repeat(np.uint8([TRAIN, HELD_OUT]), 80)
+    return images_of(one.expand(160, -1, -1, -1), np.full(160, -1), split)
+
+
+def test_a_preview_looks_at_fewer_large_images():
+    assert preview_size((3, 32, 32)) == 512
+    for side in (64, 128, 256, 512):
+        bytes_of_one = 4 * 3 * side * side
+        assert preview_size((3, side, side)) * bytes_of_one <= previews.PREVIEW_BYTES
+
+
+def make_contrastive(data, folder):
+    return ContrastivePreview(data, no_numbers, two_views, folder, nullcontext(), CPU)
+
+
+def make_autoencoder(data, folder):
+    return AutoencoderPreview(data, unchanged, folder, nullcontext(), CPU)
+
+
+@pytest.mark.parametrize("make, views", [(make_contrastive, 2), (make_autoencoder, 1)])
+def test_no_batch_of_a_preview_exceeds_its_bytes(
+    make, views, large_images, tmp_path, monkeypatch
+):
+    def no_picture(*arguments):
+        return np.zeros((1, 1, 3), np.uint8)
+
+    monkeypatch.setattr(previews.report, "grid", no_picture)
+    monkeypatch.setattr(previews.report, "scatter", no_picture)
+    model = FakeModel()
+    make(large_images, tmp_path)(model)
+    whole, *batches = model.seen
+    assert whole <= views * previews.PREVIEW_BYTES
+    assert len(batches) == 2 * 16                             # 80 training and 80 held-out images
+    assert max(batches) <= features.BYTES_A_BATCH
