@@ -260,11 +260,9 @@ class Run:
         if is_logged:
             self._log(done)
         if stopping and not last:
-            script = Path(sys.argv[0]).name
-            folder = shlex.quote(str(self.folder))
+            command = shlex.join(["python", sys.argv[0], "--run", str(self.folder), "--resume"])
             raise KeyboardInterrupt(
-                f"stopped after step {done:,} and saved; continue with: "
-                f"python {script} --run {folder} --resume"
+                f"stopped after step {done:,} and saved; continue with: {command}"
             )
 
     def _count(self, losses, items):
