@@ -35,6 +35,7 @@ The letters of the shapes:
     h, w     height and width of the smallest map: an eighth of H and W, rounded up
 """
 
+import contextlib
 import math
 
 import torch
@@ -83,11 +84,21 @@ def covariance_penalty(z):
     if B < 2:
         raise ValueError(f"a covariance needs at least 2 codes, but there is {B}")
     centred = z - z.mean(0)
-    with torch.autocast(z.device.type, enabled=False):
+    with without_autocast(z.device):
         covariance = centred.T @ centred / (B - 1)                        # (D, D)
     everything = covariance.square().sum()
     variances = covariance.diagonal().square().sum()
     return (everything - variances) / D
+
+
+def without_autocast(device):
+    """A context in which matrix products keep float32, even inside an autocast context.
+
+    Before torch 2.5 there is no autocast on MPS, so there is nothing to switch off.
+    """
+    if torch.amp.autocast_mode.is_autocast_available(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return contextlib.nullcontext()
 
 
 # ---------------------------------------------------------------- what the loss does not show

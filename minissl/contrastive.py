@@ -61,6 +61,7 @@ The letters of the shapes:
     D  columns of a projection
 """
 
+import contextlib
 import copy
 import math
 
@@ -93,7 +94,7 @@ def info_nce(views, temperature=0.5, similarity="cosine"):
         z = z.float()
     if similarity == "cosine":
         z = F.normalize(z, dim=1)
-    with torch.autocast(z.device.type, enabled=False):
+    with without_autocast(z.device):
         s = z @ z.T / temperature                             # (VB, VB)
 
     # The denominator: all views but the anchor itself. An entry of −∞ adds nothing to the
@@ -121,6 +122,16 @@ def byol_loss(prediction, target):
     if q.dtype != torch.float64:
         q, z = q.float(), z.float()
     return (2 - 2 * F.cosine_similarity(q, z, dim=-1)).mean()
+
+
+def without_autocast(device):
+    """A context in which matrix products keep float32, even inside an autocast context.
+
+    Before torch 2.5 there is no autocast on MPS, so there is nothing to switch off.
+    """
+    if torch.amp.autocast_mode.is_autocast_available(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return contextlib.nullcontext()
 
 
 # ---------------------------------------------------------------- what the loss does not show

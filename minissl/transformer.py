@@ -72,6 +72,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+
 # The special tokens, as in tokenizer.py. All other tokens are text.
 PAD, MASK, FIRST_ORDINARY = 0, 1, 2
 
@@ -264,7 +265,7 @@ class TextEncoder(nn.Module):
     Arguments:
         vocabulary_size: V
         pairs: (P,) int64, sorted; the frequent word pairs, each as left · V + right.
-            Each has an embedding of its own, in the first d columns (at most 64).
+            Each has a separate embedding, in the first d columns (at most 64).
         width: D
         layers, heads: how many blocks, and how many attention heads in each
         window: the length of the longest sequence
@@ -325,9 +326,7 @@ class TextEncoder(nn.Module):
         x = self.token_embedding(tokens)                                  # (B, T, D)
         pair = self.pair_embedding(self.pair_ids(tokens))                 # (B, T, ≤ d)
         x = x + F.pad(pair, (0, x.shape[-1] - pair.shape[-1]))
-        if torch.is_autocast_enabled(x.device.type):
-            # The residual stream in bfloat16 halves the memory traffic.
-            x = x.to(torch.get_autocast_dtype(x.device.type))
+        x = x.to(autocast_dtype(x))
         for block in self.blocks:
             x = block(x, visible)
         return x
@@ -413,6 +412,20 @@ class TextEncoder(nn.Module):
         V = self.token_embedding.num_embeddings
         words = counts[:, :V].sum(1, keepdim=True)                        # (B, 1)
         return counts @ self.term_table() / words.clamp(min=1)
+
+
+def autocast_dtype(x):
+    """The dtype of matrix products with x: that of an autocast context, else that of x.
+
+    A residual stream in bfloat16 halves the memory traffic. Before torch 2.5 there is no
+    autocast on MPS.
+    """
+    device = x.device.type
+    if not torch.amp.autocast_mode.is_autocast_available(device):
+        return x.dtype
+    if not torch.is_autocast_enabled(device):
+        return x.dtype
+    return torch.get_autocast_dtype(device)
 
 
 def is_real(lengths, T):

@@ -332,3 +332,20 @@ def test_fine_tuning_of_images(freeze_norm, monkeypatch):
         image_features(classifier, task.images.select(np.arange(4)), nullcontext())
     assert {"convolution_backward", "grid_sampler_2d"} <= recorder.operators
     assert_allowed(recorder)
+
+
+# ---------------------------------------------------------------- autocast
+
+def test_a_device_without_autocast_is_never_asked_for_it(monkeypatch):
+    """torch 2.4 raises an error for torch.autocast("mps"), and for the question after it."""
+    def refuse(*arguments, **options):
+        raise RuntimeError("unsupported autocast device_type")
+
+    monkeypatch.setattr(torch.amp.autocast_mode, "is_autocast_available", lambda device: False)
+    for name in ("autocast", "is_autocast_enabled", "get_autocast_dtype"):
+        monkeypatch.setattr(torch, name, refuse)
+    contrastive.info_nce(torch.randn(2, 4, 8))
+    x, z = torch.rand(4, 3, 8, 8), torch.randn(4, 5)
+    autoencoder.autoencoder_loss(x, x, z, beta=0.1, regularizer="decorrelated")
+    model = text_encoder()
+    model(torch.full((2, 6), 7))

@@ -83,6 +83,11 @@ def choose_precision(name, device):
     "auto" takes bfloat16 if a large matrix product is more than 1.3 times as fast in it.
     A CPU without bfloat16 units emulates it a hundred times slower, so this is measured.
     """
+    if name == "bfloat16" and not torch.amp.autocast_mode.is_autocast_available(device.type):
+        raise UserError(
+            f"--precision bfloat16: torch {torch.__version__} cannot use it on {device.type}; "
+            f"leave it out, or install a newer torch"
+        )
     if name != "auto":
         return getattr(torch, name), "as requested"
     if device.type == "mps":
