@@ -11,7 +11,8 @@
 "Labels a class" says how many labelled examples of each class a row may use. They are drawn
 several times, and all columns get the same draws. Everything else is chosen on held-out examples
 or by cross-validation. The test set is used for the figures alone. Without --labels the rows are
-10, 100, 500 and all for texts, and 10, 50, 500 and all for images.
+10, 100, 500 and all for texts, and 10, 50, 500 and all for images. The row "all" uses every
+label, so its labels are always the same. It is trained twice, in two orders.
 
     tf-idf        texts: logistic regression on counts of words and word pairs, without any
                   pretraining
@@ -25,15 +26,19 @@ or by cross-validation. The test set is used for the figures alone. Without --la
 
 The table goes into finetune.csv and onto the page report.html of the run's folder. New rows
 replace old rows that were measured with the same labels, data, limit and pretraining steps. All
-other rows stay. The fine-tuned model of the last row goes into classifier.pt, for --predict. It
-does not replace a model of more labels of the same data, and a trial with --limit replaces
-neither the model nor the figure finetune.svg of a whole table.
+other rows stay. If the content of the data has changed, its old rows stay in a separate table.
+
+The fine-tuned model of the last row goes into classifier.pt, for --predict. If classifier.pt
+holds a model of more labels of the same data, that one is kept. A trial with --limit never
+replaces the model of a whole table, nor its figure finetune.svg.
 """
 
 import contextlib
 import csv
+import math
 import sys
 import time
+import zlib
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -44,18 +49,36 @@ import torch
 
 from minissl import UserError
 from minissl.data.images import load_images, own_images
-from minissl.data.splits import HELD_OUT, incomplete_classes
+from minissl.data.splits import HELD_OUT, fingerprint, incomplete_classes
 from minissl.data.text_sources import load_texts, read_texts
 from minissl.data.texts import encode_texts
 from minissl.evaluation import load, probes
 from minissl.evaluation.features import image_features, text_features
-from minissl.evaluation.table import (Documents, Embeddings, ImageTask, TextTask, build_classifier,
-                                      read_classifier, write_classifier)
+from minissl.evaluation.table import (
+    Documents,
+    Embeddings,
+    ImageTask,
+    TextTask,
+    build_classifier,
+    read_classifier,
+    write_classifier,
+)
 from minissl.training import distributed, report
-from minissl.training.files import (is_writable, progress, read_csv, write_atomically, write_csv,
-                                    write_npy)
+from minissl.training.files import (
+    is_writable,
+    progress,
+    read_csv,
+    write_atomically,
+    write_csv,
+    write_npy,
+)
 from minissl.training.machine import choose_machine, move_to_device
-from minissl.training.settings import read_settings, require_at_least, run_script
+from minissl.training.settings import (
+    flag_name,
+    read_settings,
+    require_at_least,
+    run_script,
+)
 
 
 # ---------------------------------------------------------------- 1. settings
@@ -63,11 +86,11 @@ from minissl.training.settings import read_settings, require_at_least, run_scrip
 @dataclass
 class Settings:
     run: str  # the folder of a run
-    labels: list[str] = field(default_factory=list)  # labels a class, a row each; or all
-    seeds: int = 5  # draws of labels; "all" is one draw, trained in two orders
+    labels: list[str] = field(default_factory=list)  # labels a class, each a row; or all
+    seeds: int = 5  # draws of labels for each row; the row "all" has one, trained in two orders
     data: str = ""  # other data than the run's, by name or path
     data_dir: str = ""  # where archives and caches lie, if not where the run had them
-    limit: int = 0  # take this many examples of each split only, for a trial; 0: all
+    limit: int = 0  # use only this many examples of each split, for a trial; 0: all
     probe: bool = False  # the linear probe's column alone, into probe.csv
     features: str = ""  # instead of the table: write the features to this .npy, a new file
     overwrite: bool = False  # allow --features to replace a file
@@ -81,17 +104,57 @@ class Settings:
         require_at_least(self, 0, "limit")
         if self.features and self.predict:
             raise UserError("--features and --predict exclude each other: give one of them")
+        check_combination(self)
         if self.features:
             check_output(Path(self.features), self.overwrite)
-        for row in self.labels:
-            if row != "all" and not (row.isdecimal() and int(row) > 0):
-                raise UserError(f"--labels {row}: must be a whole number above 0, or all")
+        # The same row twice would count its draws twice, and the ± would be too small.
+        rows = [row_name(row) for row in self.labels]
+        self.labels = list(dict.fromkeys(rows))
+
+
+# What each of these flags leaves unused. With no flag of them there is a whole table.
+UNUSED = {
+    "predict": ("labels", "probe", "limit", "data", "data_dir", "no_flip", "overwrite"),
+    "features": ("labels", "probe", "no_flip"),
+    "probe": ("no_flip",),
+}
+
+
+def check_combination(settings):
+    """Raise UserError if a flag was given that another one leaves unused."""
+    for name, unused in UNUSED.items():
+        given = [flag_name(other) for other in unused if getattr(settings, other)]
+        if getattr(settings, name) and given:
+            raise UserError(f"{flag_name(name)} does not use {' and '.join(given)}: "
+                            f"leave one or the other out")
+    if settings.overwrite and not settings.features:
+        raise UserError("--overwrite is for --features alone: leave it out")
+
+
+def row_name(row):
+    """The name of a row that --labels asks for. Raises UserError if it is no number of labels.
+
+    >>> row_name("010"), row_name("all")
+    ('10', 'all')
+    """
+    if row == "all":
+        return row
+    if not (row.isdecimal() and int(row) > 0):
+        raise UserError(f"--labels {row}: must be a whole number above 0, or all")
+    return str(int(row))
 
 
 def check_output(path, overwrite):
     """Raise UserError unless --features may write to this path."""
     if path.suffix != ".npy":
         raise UserError(f"--features {path}: must end in .npy")
+    if path.name.endswith(".labels.npy"):
+        raise UserError(f"--features {path}: a name in .labels.npy is for the labels of data; "
+                        f"give another name")
+    if path.is_dir():
+        raise UserError(f"--features {path}: this is a folder; give the name of a file")
+    if not path.parent.exists():
+        raise UserError(f"--features {path}: the folder {path.parent} does not exist; create it")
     if not is_writable(path.parent):
         raise UserError(f"--features {path}: {path.parent} is not a writable folder; give another")
     if path.exists() and not overwrite:
@@ -104,10 +167,14 @@ def check_output(path, overwrite):
 def load_data(settings, checkpoint, limit, keep_all=False):
     """The Texts or Images that the settings name, or else those of the run.
 
-    keep_all: every example in its order, for features; see load_images and load_texts.
+    keep_all: every example in its order, without labels, for features; see load_images and
+    load_texts.
     """
     trained = checkpoint["settings"]
     name = settings.data or trained["data"]
+    if not (settings.data or name in load.BUILT_IN or Path(name).exists()):
+        raise UserError(f"the data of the run, {name}, was not found from here: start from the "
+                        f"folder where you trained, or give --data with its new place")
     data_dir = settings.data_dir or trained["data_dir"]
     if checkpoint["method"] == "mlm":
         if name in ("shapes", "cifar10") or name.endswith(".npy"):
@@ -117,7 +184,13 @@ def load_data(settings, checkpoint, limit, keep_all=False):
                           keep_all=keep_all)
     if name in ("pydocs", "imdb") or name.endswith(".txt"):
         raise UserError(f"--data {name}: the run was trained on images; give images")
-    return load_images(name, data_dir, limit, keep_all=keep_all)
+    return load_images(name, data_dir, limit, keep_all=keep_all, labels=not keep_all)
+
+
+def checksum(data):
+    """A text that changes when the examples, their split or their labels change."""
+    labels = np.ascontiguousarray(data.labels, np.int64)
+    return f"{fingerprint(data)}-{zlib.crc32(labels):08x}"
 
 
 def warn_of_another_split(settings, checkpoint, data):
@@ -140,22 +213,36 @@ def keep_complete_classes(data, name):
     no labelled example is held out for the choices.
     """
     if len(data.classes) < 2:
-        raise UserError(f"--data {name}: found no labels of two classes; for texts give a folder "
-                        f"with a sub-folder per class, for images NAME.labels.npy beside NAME.npy")
+        found = f"only: {data.classes[0]}" if data.classes else "no labels"
+        raise UserError(f"--data {name}: the table needs two classes, but found {found}; "
+                        f"for texts give a folder with a sub-folder per class, for images "
+                        f"NAME.labels.npy beside NAME.npy")
     labelled = data.select(data.labels >= 0)
     left_out = incomplete_classes(labelled.split, labelled.labels, labelled.classes)
     kept = [label for label, c in enumerate(data.classes) if c not in left_out]
-    if len(kept) < 2 or HELD_OUT not in labelled.split:
-        raise UserError(f"--data {name}: found {len(kept)} classes with an example to train on "
-                        f"and one to test on, and {np.sum(labelled.split == HELD_OUT)} examples "
-                        f"to choose by; give at least two classes with 10 examples each, and a "
-                        f"larger --limit if there is one")
+    advice = "give at least two classes of 10 or more examples, or a larger --limit"
+    if not kept:
+        raise UserError(f"--data {name}: no class has the three examples that a table needs; "
+                        f"{advice}")
+    if len(kept) < 2:
+        raise UserError(f"--data {name}: only the class {data.classes[kept[0]]} has examples both "
+                        f"to train on and to test on; {advice}")
+    if HELD_OUT not in labelled.split:
+        raise UserError(f"--data {name}: no labelled example is held out to choose by; {advice}")
     if left_out:
         print(f"left out, without an example to train on or without one to test on: "
               f"{listing(left_out)}")
     selected = labelled.select(np.isin(labelled.labels, kept))
     return replace(selected, labels=np.searchsorted(kept, selected.labels),
                    classes=[data.classes[label] for label in kept])
+
+
+def count(n, thing):
+    """
+    >>> count(1, "example"), count(1000, "label")
+    ('1 example', '1,000 labels')
+    """
+    return f"{n:,} {thing}" if n == 1 else f"{n:,} {thing}s"
 
 
 def listing(names, most=10):
@@ -196,11 +283,12 @@ def measure_row(settings, task, columns, labels_a_class):
 
     A measurement is a dict of labels_a_class, method, seed, test_accuracy and seconds.
     """
-    print(f"{labels_a_class} labels a class", flush=True)
+    title = "1 label a class" if labels_a_class == "1" else f"{labels_a_class} labels a class"
+    print(title, flush=True)
     per_class = None if labels_a_class == "all" else int(labels_a_class)
     chosen = {}
     for name, column in columns.items():
-        progress(f"{labels_a_class} labels a class, {name}: choosing on held-out examples")
+        progress(f"{title}, {name}: choosing on held-out examples")
         chosen[name] = choose(column, task, per_class)
         if chosen[name]:
             print(f"  {name}: chose {chosen[name]}", flush=True)
@@ -216,7 +304,7 @@ def measure_row(settings, task, columns, labels_a_class):
         indices = pool[probes.draw_labels(task.labels[pool], per_class, seed)]
         shown = []
         for name, column in columns.items():
-            progress(f"{labels_a_class} labels a class, draw {seed + 1}: {name}")
+            progress(f"{title}, draw {seed + 1}: {name}")
             begin = time.perf_counter()
             model = column.fit(indices, chosen[name], seed)
             seconds = time.perf_counter() - begin
@@ -251,7 +339,8 @@ def measure_table(settings, task):
             measured, model, labels = measure_row(settings, task, columns, row)
         except KeyboardInterrupt:
             if not measurements:
-                raise
+                raise KeyboardInterrupt("interrupted before the first row was complete: nothing "
+                                        "was written") from None
             print("stopped: the rows before this one are kept", flush=True)
             break
         measurements += measured
@@ -268,10 +357,11 @@ def possible_rows(settings, task):
     too_large = [row for row in rows if row != "all" and int(row) > least]
     if too_large and settings.labels:
         raise UserError(f"--labels {' '.join(too_large)}: too many, because the smallest class, "
-                        f"{smallest}, has {least} examples to train on; give at most {least}")
+                        f"{smallest}, has {count(least, 'example')} to train on; "
+                        f"give at most {least}")
     if too_large:
         print(f"left out: {' and '.join(too_large)} labels a class, because the smallest class, "
-              f"{smallest}, has {least} examples to train on")
+              f"{smallest}, has {count(least, 'example')} to train on")
     return [row for row in rows if row not in too_large]
 
 
@@ -299,7 +389,7 @@ def print_table(measurements, chance):
         print("  ".join(cells), flush=True)
 
 
-SAME_CONDITION = ("data", "limit", "step")
+SAME_CONDITION = ("data", "limit", "step", "checksum")
 SAME_MEASUREMENT = ("labels_a_class", "method", *SAME_CONDITION)
 
 
@@ -320,6 +410,25 @@ def merge_measurements(old, new):
     return others + sorted(same + new, key=labels_a_class)
 
 
+def rename_other_data(old, source):
+    """Give old rows the name that the data has now, or another one if its content was another.
+
+    The page and the figure know data by its name, so other content must have another name.
+    old: rows of finetune.csv, which are changed; source: a dict of data, limit and checksum.
+    Returns the number of rows of other content.
+    """
+    changed = 0
+    for row in old:
+        if not load.is_same_source(row["data"], source["data"]):
+            continue
+        row["data"] = source["data"]            # one spelling of a path
+        same_limit = row["limit"] == str(source["limit"])
+        if same_limit and row["checksum"] != source["checksum"]:
+            row["data"] += f" (other content, checksum {row['checksum'] or 'unknown'})"
+            changed += 1
+    return changed
+
+
 def values_of(row, names):
     """The values of a row as strings, because a .csv holds nothing else."""
     return [str(row[name]) for name in names]
@@ -332,17 +441,35 @@ def labels_a_class(row):
 
 
 def read_measurements(path):
-    """The rows of finetune.csv or probe.csv; none if there is no such file."""
+    """The rows of finetune.csv or probe.csv; none if there is no such file.
+
+    Raises UserError if the file is damaged, for example by a spreadsheet.
+    """
     if not path.exists():
         return []
+    line = 1
     try:
         rows = read_csv(path)
-        for row in rows:
-            values_of(row, SAME_MEASUREMENT)
-            labels_a_class(row)
+        for line, row in enumerate(rows, 2):    # noqa: B007, the error names the line
+            row.setdefault("checksum", "")      # the first tables had no checksum
+            check_measurement(row)
         return rows
     except (ValueError, KeyError, TypeError, csv.Error):
-        raise UserError(f"{path} is damaged: move it away, and start again") from None
+        raise UserError(f"{path} is damaged in line {line}: correct it or move it away, and "
+                        f"start again") from None
+
+
+def check_measurement(row):
+    """Raise ValueError, KeyError or TypeError unless a row of the file is whole."""
+    labels_a_class(row)
+    values_of(row, SAME_MEASUREMENT)
+    for name in ("seed", "limit", "step"):
+        int(row[name])
+    for name in ("test_accuracy", "seconds"):
+        if not math.isfinite(float(row[name])):
+            raise ValueError(name)
+    if None in row or None in row.values():
+        raise ValueError("too many values, or too few")
 
 
 def keep_classifier(run, model, conditions):
@@ -357,7 +484,9 @@ def keep_classifier(run, model, conditions):
         old = None
     reason = None
     if old is not None and old["step"] == conditions["step"]:
-        same_data = old["data"] == conditions["data"]
+        same_data = load.is_same_source(old["data"], conditions["data"])
+        if "checksum" in old:
+            same_data = same_data and old["checksum"] == conditions["checksum"]
         if conditions["limit"] and not old["limit"]:
             reason = "this table is a trial with --limit"
         elif same_data and old["labels"] > conditions["labels"]:
@@ -377,7 +506,7 @@ def make_table(settings, model, checkpoint, machine):
     path = folder / ("probe.csv" if settings.probe else "finetune.csv")
     if not is_writable(folder):
         raise UserError(f"{folder} is read-only; copy the run to a writable folder")
-    old = read_measurements(path)
+    read_measurements(path)                     # a damaged file is refused before measuring
 
     name = settings.data or trained["data"]
     data = load_data(settings, checkpoint, settings.limit)
@@ -398,9 +527,16 @@ def make_table(settings, model, checkpoint, machine):
 
     # Printed first: what was measured must not be lost if the disk is full.
     print_table(new, chance)
-    source = dict(data=name, limit=settings.limit, step=checkpoint["step"])
+    source = dict(data=name, limit=settings.limit, step=checkpoint["step"],
+                  checksum=checksum(data))
     for measurement in new:
         measurement.update(source)
+    # Read now: another process may have added its rows while this one measured.
+    old = read_measurements(path)
+    changed = rename_other_data(old, source)
+    if changed:
+        print(f"{name} has not the checksum of {count(changed, 'older result')} in {path}, so "
+              f"they stay in a separate table")
     write_csv(path, merge_measurements(old, new))
     if not settings.probe:
         shape = None if is_text else list(data.shape[1:])
@@ -420,8 +556,9 @@ def write_features(settings, model, checkpoint, machine):
     device, _, autocast = machine
     name = settings.data or checkpoint["settings"]["data"]
     path = Path(settings.features)
-    if path.resolve() == Path(name).resolve():
-        raise UserError(f"--features {path}: this is the data; give another name")
+    for data in (name, checkpoint["settings"]["data"]):
+        if path.resolve() == Path(data).resolve():
+            raise UserError(f"--features {path}: this is the data; give another name")
     data = load_data(settings, checkpoint, settings.limit, keep_all=True)
     if checkpoint["method"] == "mlm":
         features = text_features(model.to(device), data, autocast, device, progress)
@@ -437,11 +574,16 @@ def predict_texts(settings, model, checkpoint, machine):
     """Print class, probability and text for each text of the file that --predict names."""
     device, _, autocast = machine
     path = Path(settings.predict)
-    if not path.is_file() or path.suffix == ".npy":
-        found = "file not found"
-        if path.exists():
-            found = "the run was trained on texts"
-        raise UserError(f"--predict {path}: {found}; give a .txt, a text a line or a paragraph")
+    problem = None
+    if not path.exists():
+        problem = "file not found"
+    elif path.is_dir():
+        problem = "is a folder"
+    elif path.suffix.lower() != ".txt":
+        problem = "the run was trained on texts, and their file must end in .txt"
+    if problem:
+        raise UserError(f"--predict {path}: {problem}; give one .txt file, with a text on each "
+                        f"line, or with blank lines between the texts")
     strings = list(read_texts(path))
     if not strings:
         raise UserError(f"--predict {path}: the file contains no text; give one with some")
@@ -459,12 +601,10 @@ def predict_images(settings, model, checkpoint, machine):
     """Print class, probability and index for each image of the .npy that --predict names."""
     device, _, autocast = machine
     path = Path(settings.predict)
-    images = own_images(path, keep_all=True, flag="--predict")
+    images = own_images(path, keep_all=True, flag="--predict", labels=False)
     saved = read_classifier(settings.run)
     load.check_images(images, model, f"--predict {path}")
     check_shape(images.shape[1:], saved["shape"], path)
-    for note in images.notes:
-        print(f"warning: {note}", file=sys.stderr)
     classifier = build_classifier(saved, model, checkpoint["step"], settings.run)
     logits = image_features(classifier.to(device), images, autocast, device)
     print_predictions(logits, saved, range(len(images)))
@@ -491,11 +631,16 @@ def print_predictions(logits, saved, names):
 # ---------------------------------------------------------------- 6. from the command line
 
 def main():
+    # A process of torchrun speaks only if it is the first. This script is always alone.
+    distributed.LOCAL_RANK = 0
     settings = read_settings(Settings, __doc__)
     if distributed.WORLD_SIZE > 1:
         raise UserError(f"this script is one process, but WORLD_SIZE is {distributed.WORLD_SIZE}: "
                         f"start it without torchrun")
     model, checkpoint = load.load_run(settings.run)
+    if settings.no_flip and checkpoint["method"] == "mlm":
+        raise UserError("--no-flip: the run was trained on texts, and only images are mirrored; "
+                        "leave it out")
     output = sys.stdout
     if settings.predict:
         output = sys.stderr                     # stdout is for the predictions alone

@@ -45,20 +45,20 @@ from minissl.training.settings import read_settings, require_at_least, run_scrip
 class Settings:
     data: str = "shapes"  # shapes, cifar10, or a .npy of uint8 images (N, H, W, C) or (N, H, W)
     data_dir: str = "data"  # the folder for downloads
-    limit: int = 0  # use only this many images of each split, for a trial; 0: all
+    limit: int = 0  # for a trial: this many each for training, held-out, test; 0: all
     run: str = "runs/ae"  # the folder of the run
     resume: bool = False  # continue the run in --run
     steps: int = 600  # optimizer steps
     batch_size: int = 256  # images in a step
-    learning_rate: float = 0.02  # of Muon, on matrices and kernels; of Adam a tenth
-    width: int = 32  # of the first feature map; 64 is better, in nearly four times the time
-    seed: int = 0  # of all random numbers
+    learning_rate: float = 0.02  # highest rate of matrices and kernels; vectors take a tenth
+    width: int = 32  # channels of the first feature map; 64 is better, in nearly 4 times the time
+    seed: int = 0  # seed of all random numbers
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: the best that torch finds
     precision: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: the faster one, measured
     compile: bool = False  # torch.compile the model; it takes a minute at the start
     code: int = 128  # numbers in the code z
     beta: float = 0.0  # weight of the regularizer, for example 0.01
-    regularizer: Literal["none", "sparse", "decorrelated"] = "none"  # what R(z) asks for
+    regularizer: Literal["none", "sparse", "decorrelated"] = "none"  # desired property of the code
     noise: float = 0.0  # standard deviation of noise on the input, where white is 1
     masked: float = 0.0  # share of the 8 × 8 patches that are cut out of the input
     evaluate_every: int = 200  # steps between two previews
@@ -66,8 +66,9 @@ class Settings:
 
     def __post_init__(self):
         require_at_least(self, 1, "steps", "width", "evaluate_every")
+        require_at_least(self, 0, "limit", "save_every")
         require_at_least(self, 2, "batch_size", "code")
-        require_at_least(self, 0, "limit", "beta", "noise", "masked")
+        require_at_least(self, 0, "beta", "noise", "masked")
         require_at_least(self, 1e-9, "learning_rate")
         if self.masked > 0.95:
             raise UserError(

@@ -47,26 +47,26 @@ from minissl.training.settings import read_settings, require_at_least, run_scrip
 class Settings:
     data: str = "shapes"  # shapes, cifar10, or a .npy of uint8 images (N, H, W, C) or (N, H, W)
     data_dir: str = "data"  # the folder for downloads
-    limit: int = 0  # use only this many images of each split, for a trial; 0: all
+    limit: int = 0  # for a trial: this many each for training, held-out, test; 0: all
     run: str = "runs/contrastive"  # the folder of the run
     resume: bool = False  # continue the run in --run
     steps: int = 600  # optimizer steps
     batch_size: int = 256  # images in a step
-    learning_rate: float = 0.02  # of Muon, on matrices and kernels; of Adam a tenth
-    width: int = 32  # of the first feature map; 64 is better, in nearly four times the time
-    seed: int = 0  # of all random numbers
+    learning_rate: float = 0.02  # highest rate of matrices and kernels; vectors take a tenth
+    width: int = 32  # channels of the first feature map; 64 is better, in nearly 4 times the time
+    seed: int = 0  # seed of all random numbers
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: the best that torch finds
     precision: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: the faster one, measured
     compile: bool = False  # torch.compile the model; it takes a minute at the start
     method: Literal["simclr", "byol"] = "simclr"  # with negatives, or with a second network
-    views: int = 2  # of each image
+    views: int = 2  # number of views of each image
     view_size: int = 0  # height of a view in pixels, even; 0: three quarters of the image
-    temperature: float = 0.15  # of SimCLR's softmax
-    similarity: Literal["cosine", "dot"] = "cosine"  # of two projections, in SimCLR
-    target_rate: float = 0.98  # of BYOL's moving average at the start; it rises to 1
+    temperature: float = 0.15  # temperature of SimCLR's softmax
+    similarity: Literal["cosine", "dot"] = "cosine"  # how SimCLR compares two projections
+    target_rate: float = 0.98  # rate of BYOL's moving average at the start; it rises to 1
     crop: float = -1  # smallest share of the area in a view; below 0: as suits the data
     jitter: float = -1  # strength of brightness, contrast, saturation; below 0: as suits the data
-    hue: float = -1  # largest change of hue, in turns; below 0: as suits the data
+    hue: float = -1  # largest change, as a share of the colour circle; below 0: as suits the data
     grey: float = -1  # share of views without colour; below 0: as suits the data
     no_flip: bool = False  # no mirror images: for digits, letters and the like
     evaluate_every: int = 200  # steps between two previews
@@ -79,19 +79,23 @@ class Settings:
             if getattr(self, name) < 0:
                 setattr(self, name, value)
         require_at_least(self, 1, "steps", "width", "evaluate_every")
+        require_at_least(self, 0, "limit", "save_every")
         require_at_least(self, 2, "batch_size", "views")
-        require_at_least(self, 0, "limit", "view_size", "jitter", "hue", "grey", "target_rate")
+        require_at_least(self, 0, "view_size", "jitter", "hue", "grey", "target_rate")
         require_at_least(self, 1e-9, "learning_rate", "temperature", "crop")
         for name in ("crop", "jitter", "grey", "target_rate"):
             value = getattr(self, name)
             if value > 1:
                 raise UserError(f"--{name.replace('_', '-')} {value}: must be at most 1")
+        if self.hue > 0.5:
+            raise UserError(f"--hue {self.hue}: must be at most 0.5, half of the circle")
         if 0 < self.view_size < 8:
             raise UserError(f"--view-size {self.view_size}: must be at least 8")
-        if self.method == "byol":
-            for name in ("temperature", "similarity"):
-                if getattr(self, name) != getattr(Settings, name):
-                    raise UserError(f"--{name}: leave it out, --method byol has none")
+        unused = ["temperature", "similarity"] if self.method == "byol" else ["target_rate"]
+        for name in unused:
+            if getattr(self, name) != getattr(Settings, name):
+                flag = f"--{name.replace('_', '-')}"
+                raise UserError(f"{flag}: leave it out, --method {self.method} has none")
 
 
 # ---------------------------------------------------------------- The loss

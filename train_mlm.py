@@ -50,14 +50,14 @@ from minissl.training.settings import read_settings, require_at_least, run_scrip
 class Settings:
     data: str = "pydocs"  # pydocs, imdb, a .txt file, or a folder of .txt files
     data_dir: str = "data"  # the folder for downloads and caches
-    limit: int = 0  # use only this many texts of each split, for a trial; 0: all
+    limit: int = 0  # for a trial: this many each for training, held-out, test; 0: all
     run: str = "runs/mlm"  # the folder of the run
     resume: bool = False  # continue the run in --run
     steps: int = 1500  # optimizer steps of both stages together
     embedding_steps: int = -1  # steps of the first stage; below 0: a third of --steps
-    batch_size: int = 32  # windows of --window tokens; in the first stage 8 times as many texts
-    learning_rate: float = 0.02  # of Muon, on the blocks; the other rates are multiples of it
-    seed: int = 0  # of all random numbers
+    batch_size: int = 32  # windows of text in a step; the first stage takes 8 times as many texts
+    learning_rate: float = 0.02  # highest rate of the blocks; the others are multiples of it
+    seed: int = 0  # seed of all random numbers
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: the best that torch finds
     precision: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: the faster one, measured
     compile: bool = False  # torch.compile the encoder; it takes a minute at the start
@@ -69,7 +69,7 @@ class Settings:
     window: int = 128  # tokens that attend to each other
     mask_share: float = 0.15  # share of the tokens to predict, as in BERT
     masked_weight: float = 1.0  # weight of the masked loss; 0 turns it off
-    document_weight: float = 4.0  # weight of the document loss; 0 turns off it and the first stage
+    document_weight: float = 4.0  # weight of the document loss; 0 turns it and the first stage off
     evaluate_every: int = 500  # steps between two previews
     save_every: float = 30  # seconds between two checkpoints
     fill: str = ""  # do not train, but fill in each [MASK] of this text with the run in --run
@@ -83,6 +83,7 @@ class Settings:
         require_at_least(self, 1, "evaluate_every")
         require_at_least(self, 0, "limit", "embedding_steps", "layers", "pairs")
         require_at_least(self, 0, "masked_weight", "document_weight", "mask_share")
+        require_at_least(self, 0, "save_every")
         require_at_least(self, 1e-9, "learning_rate")
         require_at_least(self, 300, "vocabulary_size")
         if self.width % (2 * self.heads):       # rotary positions turn pairs of columns

@@ -41,10 +41,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))      # to start it from anywhere
 
 import graph_baselines as baselines
 import graph_data
+
 from minissl import UserError
 from minissl.data.batches import generator
 from minissl.optim import lr_schedule, step_optimizers

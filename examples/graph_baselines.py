@@ -11,10 +11,11 @@ They see the training links alone. What can be chosen is chosen on the links for
 
 import numpy as np
 import torch
-
 from graph_data import pair_table
+
 from minissl.evaluation import probes
 from minissl.evaluation.table import PROBE_STRENGTHS, standardize
+
 
 MOST_NODES = 6000           # for all eigenvectors: 10 s at 3,000 nodes, 8 times that at 6,000
 

@@ -27,6 +27,7 @@ from minissl.data.batches import generator
 from minissl.evaluation.probes import SparseRows, tf_idf
 from minissl.training.files import progress
 
+
 MOST_NODES = 20_000         # LinkSplit keeps a table of all pairs
 FEWEST_LINKS = 50           # a tenth of them is the test
 SMALLEST_CLASS = 40         # 20 labels to learn from, and as many for the test

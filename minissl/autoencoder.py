@@ -267,8 +267,8 @@ class Autoencoder(nn.Module):
         """Images (B, C, H, W), floats in [0, 1] -> features (B, 8 · width).
 
         They are the maps before the last ones, averaged over each quadrant of the image.
-        The code itself serves worse: it keeps what rebuilding needs, which is the place
-        and colour of each blob, all mixed in every number. The maps say which patterns
+        Not the code: it keeps what rebuilding needs, which is the place and the colour of
+        each blob, all mixed in every number. The maps say which patterns
         occur. But look at the untrained encoder's results before you believe in the
         training: random weights give most of this (RESULTS.md).
 

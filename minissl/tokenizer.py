@@ -51,6 +51,7 @@ from itertools import chain
 
 import numpy as np
 
+
 # No text is encoded to these two tokens: "[MASK]" in a text is six ordinary characters.
 PAD, MASK = 0, 1
 SPECIAL_TOKENS = ("[PAD]", "[MASK]")

@@ -75,16 +75,26 @@ def test_all_batches_are_of_equal_size():
         steps = range(3 * epoch, 3 * epoch + 3)
         order = torch.cat([batches(step) for step in steps]).tolist()
         assert len(set(order)) == 12
-    with pytest.raises(UserError, match="--batch-size 15: there are only 14 images"):
-        Batches(14, 15, seed=0, purpose="order")
+
+
+@pytest.mark.parametrize("n, images", [(14, "are only 14 images"), (1, "is only 1 image")])
+def test_too_few_images_for_a_batch_get_a_sentence(n, images):
+    sentence = f"--batch-size 15: there {images} to learn from; give more images, "
+    sentence += "a smaller --batch-size, or a larger --limit if you gave one"
+    with pytest.raises(UserError, match=f"^{sentence}$"):
+        Batches(n, 15, seed=0, purpose="order")
 
 
 def test_too_few_texts_for_a_step_get_a_sentence():
     texts = texts_of_lengths([10, 10, 10])
     assert len(one_epoch(Windows(texts, 10, 3, seed=0, rest=False))) == 1
     sentence = "needs 40 tokens .batch size × window., but the data has 30"
-    with pytest.raises(UserError, match=sentence):
+    with pytest.raises(UserError, match=sentence) as caught:
         Windows(texts, 10, 4, seed=0, rest=False)
+    assert str(caught.value).endswith(
+        "; give more text, a smaller --batch-size or --window, "
+        "or a larger --limit if you gave one"
+    )
 
 
 # ---------------------------------------------------------------- windows

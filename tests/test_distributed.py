@@ -1,5 +1,6 @@
 """Several processes make the step of one: by gradient, and by the scripts themselves."""
 
+import os
 import signal
 import socket
 import subprocess
@@ -172,10 +173,38 @@ def test_a_left_over_WORLD_SIZE_ends_a_script_with_a_sentence(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_waiting_is_announced_and_ended_by_ctrl_c(tmp_path):
+    # All variables are left over, and nobody else comes.
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        port = unused.getsockname()[1]
+    left_over = dict(RANK="0", WORLD_SIZE="2", LOCAL_RANK="0", LOCAL_WORLD_SIZE="2")
+    left_over.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    log, flags = tmp_path / "printed", ["--run", tmp_path / "run", *IMAGES]
+    process = forked.start(log, train_ae.__file__, *flags, **left_over)
+    end = time.time() + 60
+    while "waiting" not in read_if_there(log) and time.time() < end:
+        time.sleep(0.1)
+    time.sleep(1)                                    # until torch waits
+    os.kill(process.pid, signal.SIGINT)
+    process.join(20)
+    alive = process.is_alive()
+    process.kill()
+    assert not alive
+    assert log.read_text(encoding="utf-8").startswith(
+        "waiting for 1 other process, because WORLD_SIZE=2 is set; if you did not use torchrun"
+    )
+
+
+def read_if_there(path):
+    return path.read_text(encoding="utf-8") if path.exists() else ""
+
+
 # ---------------------------------------------------------------- the environment
 
 TORCHRUN = dict(
-    RANK="3", WORLD_SIZE="4", LOCAL_RANK="1", LOCAL_WORLD_SIZE="2", MASTER_ADDR="127.0.0.1"
+    RANK="3", WORLD_SIZE="4", LOCAL_RANK="1", LOCAL_WORLD_SIZE="2",
+    MASTER_ADDR="127.0.0.1", MASTER_PORT="29500",
 )
 
 
@@ -189,11 +218,14 @@ def test_without_WORLD_SIZE_there_is_one_process(environment):
 
 
 @pytest.mark.parametrize("change, sentence", [
-    (dict(RANK=None), "WORLD_SIZE=4 is set in the environment, but RANK is ''"),
-    (dict(LOCAL_RANK=""), "WORLD_SIZE=4 is set .*, but LOCAL_RANK is ''"),
+    (dict(RANK=None), "WORLD_SIZE=4 is set in the environment, but RANK is not set"),
+    (dict(LOCAL_RANK=""), "WORLD_SIZE=4 is set .*, but LOCAL_RANK is not set"),
     (dict(LOCAL_WORLD_SIZE="two"), "but LOCAL_WORLD_SIZE is 'two'"),
     (dict(WORLD_SIZE="-1"), "WORLD_SIZE=-1 is set .*, but WORLD_SIZE is '-1'"),
-    (dict(MASTER_ADDR=None), "WORLD_SIZE=4 is set .*, but MASTER_ADDR is not"),
+    (dict(MASTER_ADDR=None), "WORLD_SIZE=4 is set .*, but MASTER_ADDR is not set"),
+    (dict(MASTER_PORT=None), "WORLD_SIZE=4 is set .*, but MASTER_PORT is not set"),
+    (dict(MASTER_PORT="abc"), "WORLD_SIZE=4 is set .*, but MASTER_PORT is 'abc'"),
+    (dict(MASTER_PORT="65536"), "WORLD_SIZE=4 is set .*, but MASTER_PORT is '65536'"),
     (dict(RANK="4"), "RANK=4 in the environment does not fit WORLD_SIZE=4"),
     (dict(RANK="0", WORLD_SIZE="0"), "RANK=0 in the environment does not fit WORLD_SIZE=0"),
 ])
@@ -264,10 +296,22 @@ def test_the_first_process_of_each_machine_says_what_is_wrong(
     # On two machines the file may exist on one of them only.
     monkeypatch.setattr(distributed, "RANK", 2)
     monkeypatch.setattr(distributed, "LOCAL_RANK", local_rank)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")         # torchrun's default
     flags = ["--data", tmp_path / "a.npy", "--run", tmp_path / "run", "--device", "cpu"]
     code, printed = run_script(train_ae, *flags)
     assert code == 2
     assert ("a.npy" in printed) == (local_rank == 0), printed
+
+
+def test_a_left_over_LOCAL_RANK_does_not_silence(run_script, tmp_path, monkeypatch):
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    monkeypatch.setattr(distributed, "LOCAL_RANK", 1)
+    flags = ["--data", tmp_path / "a.npy", "--run", tmp_path / "run", "--device", "cpu"]
+    code, printed = run_script(train_ae, *flags)
+    assert code == 2
+    assert "a.npy" in printed
+    monkeypatch.setattr(distributed.dist, "is_initialized", lambda: True)
+    assert distributed.is_silent()
 
 
 # ---------------------------------------------------------------- gradients and losses

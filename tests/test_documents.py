@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = ["README.md", "README.zh.md", "RESULTS.md", "EXPERIMENTS.md"]
 CODE = [*ROOT.glob("*.py"), *ROOT.glob("minissl/**/*.py"), *ROOT.glob("examples/*.py")]

@@ -22,6 +22,7 @@ from minissl.evaluation.features import image_features, text_features
 from minissl.training.files import CHECKPOINT_FORMAT, write_checkpoint
 from minissl.transformer import TextEncoder
 
+
 STORY = "the ship sails and the storm sinks the ship while the sailor waits at the harbour"
 
 

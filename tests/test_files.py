@@ -18,6 +18,7 @@ import torch
 from minissl import UserError
 from minissl.training import files
 
+
 DATA = bytes(range(256)) * 2000
 MD5 = hashlib.md5(DATA).hexdigest()
 
@@ -31,14 +32,14 @@ def server():
     running = []
 
     def start(*behaviours):
-        class Handler(http.server.BaseHTTPRequestHandler):
-            requests = []
+        requests = []
 
+        class Handler(http.server.BaseHTTPRequestHandler):
             def do_GET(self):
-                behaviour = behaviours[min(len(self.requests), len(behaviours) - 1)]
+                behaviour = behaviours[min(len(requests), len(behaviours) - 1)]
                 asked = re.match(r"bytes=(\d+)-", self.headers.get("Range", ""))
                 begin = int(asked[1]) if asked else 0
-                self.requests.append(begin)
+                requests.append(begin)
                 if isinstance(behaviour, int):
                     self.send_error(behaviour)
                     return
@@ -72,7 +73,7 @@ def server():
         running.append(http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler))
         serve = running[-1].serve_forever
         threading.Thread(target=serve, args=(0.01,), daemon=True).start()
-        start.requests = Handler.requests
+        start.requests = requests
         return f"http://127.0.0.1:{running[-1].server_port}/data.bin"
 
     yield start
@@ -148,6 +149,17 @@ def test_two_downloads_at_once_make_one_request(server, tmp_path, capsys):
         one.join(30)
     assert path.read_bytes() == DATA and server.requests == [0]
     assert "waiting for another process to download" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("folder", ["a file", "a file/below"])
+def test_a_data_dir_that_cannot_be_used_is_a_sentence(folder, tmp_path):
+    (tmp_path / "a file").touch()
+    folder = tmp_path / folder
+    with pytest.raises(UserError, match="--data-dir .*: is not a writable folder; give"):
+        files.check_data_dir(folder)
+    with pytest.raises(UserError, match="--data-dir .*: is not a writable folder; give"):
+        files.download("http://x", folder / "data.bin", MD5, pauses=(60,))
+    files.check_data_dir(tmp_path / "new" / "below")
 
 
 # ---------------------------------------------------------------- archives
@@ -334,6 +346,37 @@ def test_a_file_that_is_no_checkpoint_is_a_sentence(content, sentence, tmp_path)
         torch.save(content, path)
     with pytest.raises(UserError, match=f"checkpoint.pt.*{sentence}.*give the folder"):
         files.load_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("first_file", ["lock", "config.json"])
+def test_a_damaged_checkpoint_of_a_run_leads_out(first_file, tmp_path):
+    (tmp_path / first_file).touch()
+    (tmp_path / "checkpoint.pt").write_bytes(b"rubbish")
+    with pytest.raises(UserError, match="restore it from a copy, or delete it and start again"):
+        files.load_checkpoint(tmp_path)
+    torch.save({"format": "another"}, tmp_path / "checkpoint.pt")
+    with pytest.raises(UserError, match="another version of minissl.*give the folder of a run"):
+        files.load_checkpoint(tmp_path)
+
+
+def test_a_file_without_permission_is_not_damaged(tmp_path, monkeypatch):
+    def refuse(*arguments, **options):
+        raise PermissionError(13, "Permission denied")
+
+    files.write_checkpoint(tmp_path / "checkpoint.pt", dict(format=files.CHECKPOINT_FORMAT))
+    monkeypatch.setattr(files.zipfile, "ZipFile", refuse)
+    with pytest.raises(UserError, match="checkpoint.pt: permission denied; make it readable"):
+        files.load_checkpoint(tmp_path)
+    monkeypatch.setattr(files.gzip, "open", refuse)
+    with pytest.raises(UserError, match="a.tar.gz: permission denied; make it readable"):
+        list(files.read_archive(tmp_path / "a.tar.gz", re.compile("x"), 1, "URL"))
+
+
+def test_colours_in_an_error_are_left_out():
+    error = RuntimeError("Weights \x1b[1mfile\x1b[0m\n" + 30 * "words ")
+    shortened = files._shortened(error)
+    assert shortened.startswith("Weights file words")
+    assert shortened.endswith("words ...") and len(shortened) <= 100
 
 
 def test_a_checkpoint_cannot_run_code(tmp_path):

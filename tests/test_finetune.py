@@ -22,8 +22,9 @@ from minissl.data import images, splits, text_sources, texts
 from minissl.evaluation import features, load, probes, table
 from minissl.evaluation.table import ImageTask, TextTask
 from minissl.optim import Muon
-from minissl.training import distributed, files
+from minissl.training import distributed, files, report
 from minissl.transformer import TextEncoder
+
 
 CPU = ["--device", "cpu", "--precision", "float32"]
 
@@ -135,7 +136,7 @@ def test_the_table_goes_into_csv_and_page(run, run_script, brief):
     assert {(row["labels_a_class"], row["method"]) for row in rows} == {
         (labels, method) for labels in ("10", "all") for method in methods}
     assert list(rows[0]) == ["labels_a_class", "method", "seed", "test_accuracy", "seconds",
-                             "data", "limit", "step"]
+                             "data", "limit", "step", "checksum"]
     assert {(row["limit"], row["step"]) for row in rows} == {("0", "90")}
     accuracies = [float(row["test_accuracy"]) for row in rows if row["method"] == "linear probe"]
     assert np.mean(accuracies) > 90     # the topics share almost no noun
@@ -178,7 +179,8 @@ def test_ctrl_c_keeps_the_finished_rows(run, run_script, brief, monkeypatch):
     monkeypatch.setattr(finetune, "measure_row", interrupted)
     flags = [*CPU, "--labels", 2, 5, "--seeds", 1]
     stop = "2"
-    assert run_script(finetune, run, *flags)[0] == 130
+    code, printed = run_script(finetune, run, *flags)
+    assert code == 130 and "interrupted before the first row was complete: nothing" in printed
     assert not (run / "finetune.csv").exists()
     stop = "5"
     code, printed = run_script(finetune, run, *flags)
@@ -335,7 +337,27 @@ def test_fewer_than_two_whole_classes_are_refused(run, run_script, tmp_path):
             path.write_text(f"The {name} number {n}.", encoding="utf-8")
     code, printed = run_script(finetune, run, *CPU, "--data", tmp_path / "texts", "--probe",
                                "--data-dir", tmp_path)
-    assert code == 2 and "found 0 classes with an example to train on" in printed
+    assert code == 2 and "no class has the three examples" in printed
+
+
+def test_messages_name_the_only_class(corpus, run, run_script, tmp_path):
+    shutil.copytree(corpus / "sea", tmp_path / "texts" / "sea")
+    flags = [run, *CPU, "--data", tmp_path / "texts", "--probe", "--data-dir", tmp_path]
+    code, printed = run_script(finetune, *flags)
+    assert code == 2 and "needs two classes, but found only: sea;" in printed, printed
+    (tmp_path / "texts" / "city").mkdir()
+    (tmp_path / "texts" / "city" / "0.txt").write_text("The tower.", encoding="utf-8")
+    code, printed = run_script(finetune, *flags)
+    assert code == 2 and "only the class sea has examples both" in printed, printed
+
+
+def test_one_example_is_singular(run_script, run, capsys):
+    labels = torch.tensor([0, 1, 1])
+    task = SimpleNamespace(labels=labels, train=np.arange(3), classes=["a", "b"])
+    with pytest.raises(UserError, match="a, has 1 example to train on; give at most 1"):
+        finetune.possible_rows(SimpleNamespace(labels=["5"]), task)
+    code, printed = run_script(finetune, run, *CPU, "--probe", "--labels", 1, "--seeds", 1)
+    assert code == 0 and printed.count("1 label a class") == 1, printed
 
 
 def test_many_class_names_are_shortened():
@@ -345,14 +367,15 @@ def test_many_class_names_are_shortened():
 
 # ---------------------------------------------------------------- a trial beside a result
 
-def measurement(labels="10", method="pixels", accuracy=50.0, data="a.npy", limit=0, step=90):
+def measurement(labels="10", method="pixels", accuracy=50.0, data="a.npy", limit=0, step=90,
+                checksum="1"):
     return dict(labels_a_class=labels, method=method, seed=0, test_accuracy=accuracy, seconds=1.0,
-                data=data, limit=limit, step=step)
+                data=data, limit=limit, step=step, checksum=checksum)
 
 
 @pytest.mark.parametrize("change", [
     dict(labels="50"), dict(method="fine-tuned"), dict(data="b.npy"), dict(limit=12),
-    dict(step=100)])
+    dict(step=100), dict(checksum="2")])
 def test_rows_of_other_measurements_stay(change, tmp_path):
     path = tmp_path / "finetune.csv"
     files.write_csv(path, [measurement(), measurement(**change)])
@@ -385,12 +408,66 @@ def test_a_trial_does_not_replace_a_result(run, run_script, brief):
     assert "--limit 40" in (run / "report.html").read_text(encoding="utf-8")
 
 
-CONDITIONS = dict(step=90, classes=["a", "b"], shape=None, data="a.txt", limit=0, labels=100)
+def test_one_path_in_two_spellings_is_one_source():
+    old = [measurement(data=name, limit="0") for name in ("./d/a.npy", "d/../d/a.npy", "b.npy")]
+    source = dict(data="d/a.npy", limit=0, checksum="1")
+    assert finetune.rename_other_data(old, source) == 0
+    assert [row["data"] for row in old] == ["d/a.npy", "d/a.npy", "b.npy"]
+    assert load.is_same_source("imdb", "imdb") and not load.is_same_source("imdb", "./imdb")
+
+
+def test_other_content_under_the_same_name_stays_apart(run_script, tmp_path):
+    rng = np.random.default_rng(0)
+    name = str(tmp_path / "a.npy")
+    labels = np.arange(200) % 2
+    np.save(name, rng.integers(0, 255, (200, 8, 8)).astype(np.uint8))
+    folder = make_image_run(tmp_path / "run", name=name, limit=0)
+    for row in (5, 10):
+        np.save(tmp_path / "a.labels.npy", labels)
+        code, printed = run_script(finetune, folder, *CPU, "--labels", row, "--seeds", 1,
+                                   "--probe")
+        assert code == 0, printed
+        labels = rng.permutation(labels)
+    assert "has not the checksum of 1 older result in" in printed
+    old, new = report.conditions(folder / "probe.csv")
+    assert old[0].startswith(f"{name} (other content, checksum ") and new[0] == name
+
+
+def test_rows_without_a_checksum_stay_in_a_table_of_their_own(tmp_path):
+    row = measurement()
+    del row["checksum"]
+    files.write_csv(tmp_path / "finetune.csv", [row])
+    old = finetune.read_measurements(tmp_path / "finetune.csv")
+    assert finetune.rename_other_data(old, dict(data="a.npy", limit=0, checksum="1")) == 1
+    assert old[0]["data"] == "a.npy (other content, checksum unknown)"
+
+
+def test_rows_that_came_while_measuring_are_kept(run, run_script, monkeypatch):
+    measure = finetune.measure_table
+
+    def measure_slowly(settings, task):
+        monkeypatch.setattr(finetune, "measure_table", measure)
+        assert run_script(finetune, run, *CPU, "--probe", "--labels", 5, "--seeds", 1)[0] == 0
+        return measure(settings, task)
+    monkeypatch.setattr(finetune, "measure_table", measure_slowly)
+    code, printed = run_script(finetune, run, *CPU, "--probe", "--labels", 2, "--seeds", 1)
+    assert code == 0, printed
+    assert [row["labels_a_class"] for row in read_rows(run / "probe.csv")] == ["2", "5"]
+
+
+def test_the_same_row_twice_is_measured_once():
+    settings = finetune.Settings(run="r", labels=["1", "01", "all", "\u0661", "all", "2"])
+    assert settings.labels == ["1", "all", "2"]
+
+
+CONDITIONS = dict(step=90, classes=["a", "b"], shape=None, data="a.txt", limit=0, labels=100,
+                  checksum="1")
 
 
 @pytest.mark.parametrize("change, replaced", [
     (dict(), True), (dict(labels=200), True), (dict(labels=20), False),
     (dict(labels=20, data="b.txt"), True), (dict(labels=20, step=100), True),
+    (dict(labels=20, data="./a.txt"), False), (dict(labels=20, checksum="2"), True),
     (dict(labels=200, limit=12), False), (dict(labels=200, limit=12, step=100), True)])
 def test_the_classifier_of_most_labels_is_kept(change, replaced, tmp_path):
     finetune.keep_classifier(tmp_path, nn.Linear(1, 1), CONDITIONS)
@@ -405,12 +482,24 @@ def test_a_trial_replaces_a_trial(tmp_path):
     assert table.read_classifier(tmp_path)["limit"] == 40
 
 
-@pytest.mark.parametrize("content", [b"", b"a,b\n1,2\n", b"\xff\xfe", b"x" * 200_000])
+HEAD = b"labels_a_class,method,seed,test_accuracy,seconds,data,limit,step,checksum\n"
+
+
+@pytest.mark.parametrize("content", [
+    b"", b"a,b\n1,2\n", b"\xff\xfe", b"x" * 200_000,
+    HEAD + b'2,pixels,0,"100,0",1.0,a,0,90,1\n',
+    HEAD + b"2,pixels,0,100%,1.0,a,0,90,1\n",
+    HEAD + b"2,pixels,0,nan,1.0,a,0,90,1\n",
+    HEAD + b"2,pixels,0,50.0,1 s,a,0,90,1\n",
+    HEAD + b"2,pixels,0.0,50.0,1.0,a,0,90,1\n",
+    HEAD + b"2,pixels,0,50.0,1.0,a,0,90\n",
+    HEAD + b"2,pixels,0,50.0,1.0,a,0,90,1,1\n",
+])
 def test_a_damaged_csv_is_refused_before_measuring(content, run, run_script):
     rows = b"labels_a_class,method,data,limit,step\nten,pixels,a,0,1\n"
     (run / "finetune.csv").write_bytes(content or rows)
     code, printed = run_script(finetune, run, *CPU, "--labels", 2)
-    assert code == 2 and "finetune.csv is damaged: move it away" in printed.splitlines()[-1]
+    assert code == 2 and "finetune.csv is damaged in line " in printed.splitlines()[-1]
     assert "draw 1" not in printed
 
 
@@ -456,6 +545,17 @@ def test_labels_that_came_after_the_pretraining_are_warned_of(run_script, tmp_pa
     for name in ("a", "a.labels"):                                  # the same under another name
         (tmp_path / f"{name}.npy").rename(tmp_path / f"{name.replace('a', 'b', 1)}.npy")
     assert WARNING in probe(labelled, "--data", tmp_path / "b.npy")
+
+
+def test_of_other_data_only_the_user_can_know(run, corpus, run_script, tmp_path):
+    shutil.copytree(corpus, tmp_path / "texts")
+    (tmp_path / "texts" / "sea" / "0.txt").write_text("A new text.", encoding="utf-8")
+    flags = [run, *CPU, "--labels", 5, "--seeds", 1, "--probe"]
+    note = "note: make sure that the run was not trained on the test examples of"
+    assert note not in run_script(finetune, *flags)[1]
+    assert note not in run_script(finetune, *flags, "--data", corpus)[1]
+    code, printed = run_script(finetune, *flags, "--data", tmp_path / "texts")
+    assert code == 0 and f"{note} {tmp_path / 'texts'}" in printed
 
 
 # ---------------------------------------------------------------- features
@@ -507,6 +607,31 @@ def test_features_never_replace_the_data(image_run, run_script, tmp_path):
     assert np.load(path).dtype == np.uint8
 
 
+def test_features_never_replace_labels_or_the_runs_data(run_script, tmp_path):
+    name = str(tmp_path / "a.npy")
+    np.save(name, np.random.default_rng(0).integers(0, 255, (40, 8, 8)).astype(np.uint8))
+    np.save(tmp_path / "a.labels.npy", np.arange(40) % 2)
+    folder = make_image_run(tmp_path / "run", name=name, limit=0)
+    before = files.file_hash(name), files.file_hash(tmp_path / "a.labels.npy")
+    flags = [folder, *CPU, "--overwrite", "--features"]
+    code, printed = run_script(finetune, *flags, tmp_path / "a.labels.npy")
+    assert code == 2 and "is for the labels of data" in printed.splitlines()[-1]
+    code, printed = run_script(finetune, *flags, name, "--data", "shapes")
+    assert code == 2 and "this is the data" in printed.splitlines()[-1]
+    assert before == (files.file_hash(name), files.file_hash(tmp_path / "a.labels.npy"))
+
+
+def test_features_and_predictions_need_no_labels(image_run, run_script, tmp_path, brief):
+    assert run_script(finetune, image_run, *CPU, "--labels", 2, "--seeds", 1,
+                      "--limit", 100)[0] == 0
+    np.save(tmp_path / "a.npy", np.full((4, 32, 32, 3), 200, np.uint8))
+    np.save(tmp_path / "a.labels.npy", np.arange(9))                # of other images
+    for flags in (["--predict", tmp_path / "a.npy"],
+                  ["--data", tmp_path / "a.npy", "--features", tmp_path / "b.npy"]):
+        code, printed = run_script(finetune, image_run, *CPU, *flags)
+        assert code == 0, printed
+
+
 def test_features_are_written_whole_or_not_at_all(run, run_script, tmp_path, monkeypatch):
     path = tmp_path / "out.npy"
     np.save(path, np.arange(3))
@@ -530,9 +655,16 @@ def test_features_are_written_whole_or_not_at_all(run, run_script, tmp_path, mon
     (["--features", ""], "--features"),
     (["--data", ""], "--data"),
     (["--predict", "not/there.txt"], "--predict not/there.txt: file not found"),
-    (["--predict", "."], "--predict .: the run was trained on texts; give a .txt"),
+    (["--predict", "."], "--predict .: is a folder; give one .txt file, with a text on each line"),
+    (["--predict", __file__], "their file must end in .txt; give one .txt file"),
+    (["--predict", "a.txt", "--labels", "2"], "--predict does not use --labels: leave one or"),
+    (["--predict", "a.txt", "--data", "b", "--limit", "5"], "use --limit and --data: leave"),
+    (["--features", "b.npy", "--labels", "2", "--probe"], "not use --labels and --probe: leave"),
+    (["--overwrite"], "--overwrite is for --features alone: leave it out"),
+    (["--no-flip"], "--no-flip: the run was trained on texts"),
+    (["--labels", "0"], "--labels 0: must be a whole number above 0, or all"),
     (["--predict", "a.txt", "--features", "b.npy"], "give one of them"),
-    (["--features", "not/there/b.npy"], "is not a writable folder"),
+    (["--features", "not/there/b.npy"], "the folder not/there does not exist; create it"),
     (["--features", f"{__file__}/b.npy"], "is not a writable folder"),
     (["--features", "out.txt"], "must end in .npy"),
     (["--data", "not/there"], "not/there"),
@@ -544,6 +676,28 @@ def test_a_mistake_is_one_sentence(flags, sentence, text_run, run_script):
     assert code == 2 and sentence in printed.splitlines()[-1], printed
     assert "Traceback" not in printed and "draw 1" not in printed
     assert sorted(path.name for path in text_run.iterdir()) == before
+
+
+def test_a_folder_cannot_hold_the_features(text_run, run_script, tmp_path):
+    (tmp_path / "x.npy").mkdir()
+    code, printed = run_script(finetune, text_run, "--features", tmp_path / "x.npy")
+    assert code == 2 and "this is a folder; give the name of a file" in printed.splitlines()[-1]
+
+
+def test_data_that_is_elsewhere_is_not_the_users_flag(run, run_script):
+    checkpoint = files.load_checkpoint(run)
+    checkpoint["settings"].update(data="d/ok")
+    files.write_checkpoint(run / "checkpoint.pt", checkpoint)
+    code, printed = run_script(finetune, run, *CPU, "--labels", 2)
+    last = printed.splitlines()[-1]
+    assert code == 2 and "the data of the run, d/ok, was not found from here: start" in last
+
+
+def test_a_left_over_local_rank_does_not_silence(text_run, run_script, monkeypatch):
+    monkeypatch.setattr(distributed, "LOCAL_RANK", 1)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "left over")
+    code, printed = run_script(finetune, text_run, "--labels", "some")
+    assert code == 2 and "--labels some: must be" in printed
 
 
 def test_a_file_without_text_is_refused(text_run, run_script, tmp_path):
@@ -568,7 +722,7 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path, run_script):
 def test_predict_needs_a_classifier_of_this_step(run, run_script, brief, tmp_path):
     (tmp_path / "new.txt").write_text("the ship sails\n", encoding="utf-8")
     code, printed = run_script(finetune, run, *CPU, "--predict", tmp_path / "new.txt")
-    assert code == 2 and "run finetune.py" in printed.splitlines()[-1]
+    assert code == 2 and f"; run: python finetune.py {run}" in printed.splitlines()[-1]
     assert run_script(finetune, run, *CPU, "--labels", 2, "--seeds", 1)[0] == 0
     checkpoint = files.load_checkpoint(run)
     files.write_checkpoint(run / "checkpoint.pt", checkpoint | dict(step=91))
@@ -586,6 +740,14 @@ def test_a_classifier_of_other_classes_is_refused(change, run, run_script, brief
     code, printed = run_script(finetune, run, *CPU, "--predict", tmp_path / "new.txt")
     assert code == 2 and "classifier.pt" in printed.splitlines()[-1], printed
     assert "Traceback" not in printed
+
+
+def test_a_blank_guess_is_shown_in_quotes(text_run):
+    tokenizer = load.tokenizer_of(load.load_run(text_run)[1])
+    shown = load.show_token(tokenizer.bytes_of.index(b"\n"), tokenizer)
+    assert shown == r"'\n'"
+    first = tokenizer.encode("ship").tolist()[0]
+    assert load.show_token(first, tokenizer) == tokenizer.decode([first])
 
 
 # ---------------------------------------------------------------- the columns of texts
@@ -640,14 +802,14 @@ def test_tf_idf_takes_no_statistics_from_test_texts(text_run):
 
 # ---------------------------------------------------------------- the columns of images
 
-def image_task(run, data=None, code=None, noise=0.0, autocast=nullcontext()):
+def image_task(run, data=None, code=None, noise=0.0, autocast=None):
     """noise: the standard deviation of what is added to every pretrained weight."""
     model, checkpoint = load.load_run(run)
     for parameter in model.parameters():
         parameter.data += noise * torch.randn(parameter.shape)
     if data is None:
         data = images.load_images("shapes", limit=100)
-    return ImageTask(data, model, autocast, torch.device("cpu"), torch.float32,
+    return ImageTask(data, model, autocast or nullcontext(), torch.device("cpu"), torch.float32,
                      partial(load.new_model, checkpoint), flip=True, code=code)
 
 

@@ -6,17 +6,18 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
-import pytest
-import torch
-
 import graph
 import graph_baselines as baselines
 import graph_data
+import numpy as np
+import pytest
+import torch
 from conftest import assert_equal_states, log_of, read_log
+
 from minissl import UserError
 from minissl.training.files import load_checkpoint
 from minissl.training.run import Run
+
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = "--steps 60 --evaluate-every 30 --width 16 --size 8 --splits 2 --draws 1 --device cpu"

@@ -1,5 +1,6 @@
 """Images: CIFAR-10 and the user's arrays, what is refused, and how they are split."""
 
+import errno
 import gzip
 import io
 import re
@@ -16,6 +17,7 @@ from minissl.data import images
 from minissl.data.batches import Batches
 from minissl.data.shapes import SHAPES, shape_data
 from minissl.data.splits import HELD_OUT, TEST, TRAIN
+
 
 SPLITS = (TRAIN, HELD_OUT, TEST)
 
@@ -237,13 +239,41 @@ def test_an_array_in_fortran_order_is_read(tmp_path):
     assert (data[:].permute(0, 2, 3, 1).numpy() == array).all()
 
 
-def test_masks_of_0_and_1_are_taken_with_a_note(tmp_path):
-    masks = np.random.default_rng(0).integers(0, 2, (40, 8, 8)).astype(np.uint8)
-    for factor, expected in (1, ["nearly black (white is 255)"]), (255, []):
-        data = images.load_images(save(tmp_path, factor * masks))
-        assert data[:].max() == factor
-        assert len(data.notes) == len(expected)
-        assert all(words in note for words, note in zip(expected, data.notes))
+def test_masks_of_0_and_1_are_taken_with_a_warning(tmp_path, capsys):
+    masks = np.random.default_rng(0).integers(0, 2, (400, 8, 8)).astype(np.uint8)
+    path = save(tmp_path, masks)
+    assert images.load_images(path)[:].max() == 1
+    assert capsys.readouterr().err == (
+        f"warning: {path}: all values are 0 or 1 (of 255), so the images are black; "
+        f"if 1 means white, save 255 * x\n")
+    images.load_images(save(tmp_path, 255 * masks))
+    masks[1, 0, 0] = 2                                 # not among the 100 that are looked at first
+    images.load_images(save(tmp_path, masks))
+    assert capsys.readouterr().err == ""
+
+
+def test_images_of_0_alone_are_called_black(tmp_path, capsys):
+    path = save(tmp_path, np.zeros((3, 8, 8), np.uint8))
+    assert len(images.load_images(path, keep_all=True)) == 3
+    assert capsys.readouterr().err == (
+        f"warning: {path}: all values are 0 (of 255), so the images are black; "
+        f"if they were floats from 0 to 1, save (255 * x).astype(np.uint8)\n")
+
+
+def test_labels_need_not_be_read(tmp_path):
+    path = save(tmp_path, noise(40, 8, 8), np.repeat([0, 1], 20))
+    (tmp_path / "a.labels.npy").write_bytes(b"damaged")
+    data = images.load_images(path, labels=False)
+    assert data.classes == [] and (data.labels == -1).all()
+    data = images.own_images(Path(path), keep_all=True, labels=False)
+    assert data.classes == [] and len(data) == 40
+    assert "a.labels.npy cannot be read" in refusal(path)
+
+
+def test_an_ending_in_capital_letters_is_accepted(tmp_path):
+    path = Path(save(tmp_path, noise(40, 8, 8), np.repeat([0, 1], 20)))
+    path.rename(tmp_path / "a.NPY")
+    assert images.load_images(tmp_path / "a.NPY").classes == ["0", "1"]
 
 
 def test_unlabelled_images_shift_no_class(tmp_path):
@@ -351,6 +381,13 @@ def test_copies_cost_no_class_a_split(tmp_path):
     assert len(np.unique(data[:].flatten(1).numpy(), axis=0)) == len(data) == 32
 
 
+def test_one_copy_is_counted_in_the_singular(tmp_path):
+    array = noise(40, 8, 8)
+    array[1] = array[0]
+    data = images.load_images(save(tmp_path, array))
+    assert data.notes == ["left out 1 copy of other images"]
+
+
 def test_of_copies_the_labelled_one_is_kept(tmp_path):
     array = noise(60, 8, 8)
     array[30:] = array[:30]
@@ -407,6 +444,10 @@ def test_a_wrong_array_is_named_with_what_is_expected(array, found, tmp_path):
 def test_too_few_images_are_counted(tmp_path):
     path = save(tmp_path, noise(3, 8, 8))
     assert refusal(path) == f"--data {path}: found 3 images; expected at least 20"
+    path = save(tmp_path, noise(1, 8, 8))
+    assert refusal(path) == f"--data {path}: found 1 image; expected at least 20"
+    path = save(tmp_path, np.repeat(noise(1, 8, 8), 20, axis=0))
+    assert refusal(path) == f"--data {path}: found 1 different image; expected at least 20"
     path = save(tmp_path, noise(0, 8, 8))
     assert refusal(path, keep_all=True).startswith((f"--data {path}: found 0 images", path))
 
@@ -453,6 +494,42 @@ def test_damaged_arrays_are_refused(tmp_path):
     np.save(objects, np.array([{}] * 20))
     cut_header = b"\x93NUMPY\x01\x00v\x00{"
     open_brace = b"\x93NUMPY\x01\x00\x0a\x00{        \n"
-    for content in b"", cut_header, open_brace, good[:-1], huge, objects.getvalue():
+    for content in b"", cut_header, open_brace, good[:-1], huge:
         (tmp_path / "a.npy").write_bytes(content)
-        assert "a.npy cannot be read as a NumPy array" in refusal(tmp_path / "a.npy")
+        sentence = refusal(tmp_path / "a.npy")
+        assert "a.npy cannot be read as a NumPy array" in sentence
+        assert sentence.endswith(
+            '): write it again with numpy.save; see "Your own images" in README.md')
+
+
+def test_an_array_of_objects_is_refused_with_advice(tmp_path):
+    different_sizes = np.empty(20, object)
+    for n in range(20):
+        different_sizes[n] = noise(8, 8 + n)
+    path = tmp_path / "a.npy"
+    np.save(path, different_sizes, allow_pickle=True)
+    assert refusal(path) == (
+        f"{path}: the array holds Python objects, not numbers: if the images have different "
+        f"sizes, resize them to one size, and save them as uint8; {images.README}")
+    np.save(tmp_path / "a.labels.npy", np.array(["cat"] * 20, object), allow_pickle=True)
+    np.save(path, noise(20, 8, 8))
+    assert refusal(path) == (
+        f"{tmp_path / 'a.labels.npy'}: the array holds Python objects, not numbers: "
+        f"save whole numbers, such as the classes' numbers; {images.README}")
+
+
+def test_an_npz_archive_is_refused_with_advice(tmp_path):
+    with open(tmp_path / "a.npy", "wb") as file:
+        np.savez(file, noise(20, 8, 8))
+    assert refusal(tmp_path / "a.npy") == (
+        f"{tmp_path / 'a.npy'}: this is an .npz or another zip archive, not a NumPy array: "
+        f"save one array with numpy.save")
+
+
+def test_an_array_that_may_not_be_read_is_named(tmp_path, monkeypatch):
+    def refuse(path, mode):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    path = save(tmp_path, noise(20, 8, 8))
+    monkeypatch.setattr(np.lib.format, "open_memmap", refuse)      # root may read every file
+    assert refusal(path) == f"{path}: permission denied; make it readable"

@@ -7,16 +7,19 @@ import numpy as np
 import pytest
 import torch
 
-from minissl import UserError, contrastive
+from minissl import UserError, contrastive, transformer
 from minissl.data.images import Images
 from minissl.data.splits import HELD_OUT, TEST, TRAIN
+from minissl.data.text_sources import load_texts
 from minissl.evaluation import features, previews
 from minissl.evaluation.previews import (
     AutoencoderPreview,
     ContrastivePreview,
     NeighbourPreview,
+    TextPreview,
     preview_size,
 )
+from minissl.transformer import TextEncoder
 
 
 CPU = torch.device("cpu")
@@ -145,6 +148,56 @@ def test_without_labels_there_is_no_knn(split, partly_labelled, tmp_path):
     partly_labelled.labels[partly_labelled.split == split] = -1
     preview = NeighbourPreview(partly_labelled, tmp_path, nullcontext(), CPU)
     assert preview(flatten) == ""
+
+
+def test_labels_of_one_class_give_no_knn(partly_labelled, tmp_path, capsys):
+    labels = partly_labelled.labels
+    labels[labels >= 0] = 1
+    preview = NeighbourPreview(partly_labelled, tmp_path, nullcontext(), CPU)
+    assert "one class only: b" in capsys.readouterr().out
+    assert preview(flatten) == ""
+
+
+@pytest.fixture
+def labelled_texts(tmp_path):
+    """30 texts in the folders sea and city."""
+    for name in ("sea", "city"):
+        (tmp_path / "texts" / name).mkdir(parents=True)
+        for n in range(15):
+            path = tmp_path / "texts" / name / f"{n:02}.txt"
+            path.write_text(f"the {name} has number {n} and a few more words", encoding="utf-8")
+    return load_texts(str(tmp_path / "texts"), tmp_path / "data", 300)
+
+
+def text_preview(texts, folder, mask_share=0.2):
+    return TextPreview(texts, 32, mask_share, folder, nullcontext(), CPU)
+
+
+def small_encoder(texts):
+    torch.manual_seed(0)
+    no_pairs = torch.zeros(0, dtype=torch.int64)
+    return TextEncoder(len(texts.tokenizer), no_pairs, 32, 1, 2, 32, 16).eval()
+
+
+def test_texts_of_one_class_give_no_knn(labelled_texts, tmp_path, capsys):
+    model = small_encoder(labelled_texts)
+    assert text_preview(labelled_texts, tmp_path)(model)["knn"] != ""
+    assert "one class only" not in capsys.readouterr().out
+    of_sea = labelled_texts.select(labelled_texts.labels == 1)
+    preview = text_preview(of_sea, tmp_path)
+    assert "one class only: sea" in capsys.readouterr().out
+    assert preview(model)["knn"] == ""
+
+
+def test_a_preview_without_masks_has_no_masked_loss(labelled_texts, tmp_path, monkeypatch):
+    def no_masks(tokens, lengths, *arguments):
+        return tokens, torch.full_like(tokens, transformer.IGNORE_INDEX)
+
+    monkeypatch.setattr(transformer, "mask_tokens", no_masks)
+    preview = text_preview(labelled_texts, tmp_path)
+    row = preview(small_encoder(labelled_texts))
+    assert row["held_out"] == row["bits_per_byte"] == row["accuracy"] == ""
+    assert 0 <= row["knn"] <= 100
 
 
 # ---------------------------------------------------------------- numbers

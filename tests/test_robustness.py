@@ -17,6 +17,7 @@ import soak
 from minissl.training import files
 from minissl.training.run import Run
 
+
 SCRIPTS = ["train_mlm", "train_ae", "train_contrastive"]
 NAN = float("nan")
 INFINITE = float("inf")

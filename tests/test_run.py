@@ -322,6 +322,9 @@ def test_another_data_set_is_refused(tmp_path):
     ("seconds", "hours"),
     ("\n1,", "\nx,"),                                         # not a number
     ("\n6,", "\n6\n6,"),                                      # a line that is torn
+    ("\n3,", "\n3,1,2,3,4,5,6,7,8\n3,"),                      # a line that is too long
+    (".", ".x."),                                             # not a number elsewhere
+    ("step,seconds", "step;seconds"),
 ])
 def test_a_log_that_cannot_be_read_stops_a_resumption(part, damaged_part, tmp_path):
     settings = Settings(tmp_path / "run", resume=True, steps=7)
@@ -337,10 +340,36 @@ def test_a_log_that_cannot_be_read_stops_a_resumption(part, damaged_part, tmp_pa
     assert read_log(tmp_path / "run")[-1]["step"] == "7"
 
 
+@pytest.mark.parametrize("content, sentence", [
+    ("", "it has no rows"),
+    ("step,seconds,loss\n", "it has no rows"),
+    ("step;seconds;loss\n1;0.1;2\n", "it has no column step; saved by a spreadsheet"),
+    ("step,seconds,loss\n1,0.1\n", "row 1 has too few values"),
+])
+def test_a_log_with_missing_values_is_damaged(content, sentence, tmp_path):
+    train(Settings(tmp_path / "run"))
+    path = tmp_path / "run" / "metrics.csv"
+    path.write_text(content, encoding="utf-8")
+    with pytest.raises(UserError, match=f"{sentence}.*; move it away to continue"):
+        train(Settings(tmp_path / "run", resume=True, steps=7))
+    assert path.read_text(encoding="utf-8") == content
+
+
+def test_a_log_that_a_spreadsheet_has_saved_is_read(tmp_path):
+    train(Settings(tmp_path / "run"))
+    path = tmp_path / "run" / "metrics.csv"
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n"))
+    train(Settings(tmp_path / "run", resume=True, steps=7))
+    assert [row["step"] for row in read_log(tmp_path / "run")] == ["1", "3", "6", "7"]
+
+
 # ---------------------------------------------------------------- signals
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_stops_a_run_after_its_step(number, tmp_path, capsys):
+@pytest.mark.parametrize("number, advice", [
+    (signal.SIGINT, "press Ctrl-C again to stop at once"),
+    (signal.SIGTERM, "send the signal again to stop at once"),
+])
+def test_a_signal_stops_a_run_after_its_step(number, advice, tmp_path, capsys):
     def interrupt(run, step):
         if step == 1:
             signal.raise_signal(number)
@@ -349,7 +378,7 @@ def test_a_signal_stops_a_run_after_its_step(number, tmp_path, capsys):
         train(Settings(tmp_path / "run"), before_end=interrupt)
     assert load_checkpoint(tmp_path / "run")["step"] == 2
     assert f"--run {tmp_path / 'run'} --resume" in str(stop.value)
-    assert "press Ctrl-C again to stop at once" in capsys.readouterr().err
+    assert advice in capsys.readouterr().err
     assert signal.getsignal(number) == signal.SIG_DFL         # so a second one ends at once
 
 

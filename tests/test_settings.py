@@ -17,6 +17,7 @@ import torch
 from minissl import UserError
 from minissl.training import files, settings
 
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -72,6 +73,7 @@ def test_a_class_without_source_has_flags_without_help(monkeypatch):
     (["--kind", "c"], "--kind: 'c' is not one of a, b (see --help)"),
     (["--steps"], "--steps: expected one argument (see --help)"),
     (["stray"], "unrecognized arguments: stray (see --help)"),
+    (["--on=True"], "--on takes no value (see --help)"),
 ])
 def test_a_wrong_flag_is_one_sentence_and_code_2(flags, sentence, capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["script.py", *flags])
@@ -102,6 +104,25 @@ def test_an_empty_value_is_refused_for_every_text(flag, value):
         read(flag, value)
     with pytest.raises(UserError, match=f"{flag}: the value is empty"):
         read(f"{flag}={value}")
+
+
+def test_a_stray_path_is_taken_for_data(tmp_path):
+    stray = tmp_path / "my images.npy"
+    stray.touch()
+    with pytest.raises(UserError, match=f"did you mean --data {re.escape(str(stray))}\\?"):
+        read(str(stray))
+    with pytest.raises(UserError, match=r"^unrecognized arguments: \S+ \(see --help\)$"):
+        read("runs/mlm", str(tmp_path), cls=OfARun)   # it has no --data
+
+
+def test_a_tilde_is_the_home_in_every_text(monkeypatch):
+    for name in ("HOME", "USERPROFILE"):
+        monkeypatch.setenv(name, "home")
+    found = read("--data=~/a.npy", "--answer", "a~b", "--rows", "~/b", "c")
+    assert found.data == "home/a.npy"
+    assert found.answer == "a~b"
+    assert found.rows == ["home/b", "c"]
+    assert read("~/run", cls=OfARun).folder == "home/run"
 
 
 @dataclass
@@ -237,7 +258,9 @@ def test_output_without_room_is_a_sentence():
     if not Path("/dev/full").exists():
         pytest.skip("this system has no /dev/full")
     exit_code, _, err = run_python(FEW_LINES, "> /dev/full")
-    assert exit_code == 1 and err == "-c: No space left on device\n"
+    assert exit_code == 1 and err == (
+        "-c: No space left on device; the disk is full: free some space, then start again\n"
+    )
 
 
 def test_scripts_run_with_closed_streams(tmp_path):
@@ -321,6 +344,12 @@ class WithBatches:
 
 
 @dataclass
+class WithAModel:
+    batch_size: int = 1
+    width: int = 8
+
+
+@dataclass
 class WithoutBatches:
     limit: int = 0
 
@@ -329,6 +358,8 @@ class WithoutBatches:
 def test_too_little_memory_names_flags_that_exist(main, ended):
     code, said = ended(main, WithBatches)
     assert code == 1 and "not enough memory: try a lower --batch-size or fewer" in said
+    code, said = ended(main, WithAModel)
+    assert code == 1 and "try a lower --batch-size or a smaller model (--width)" in said
     code, said = ended(main, WithoutBatches)
     assert code == 1 and "not enough memory: try fewer examples (--limit" in said
     assert "batch" not in said
@@ -357,6 +388,19 @@ def test_a_lost_process_promises_no_checkpoint(ended, monkeypatch):
     assert code == 1 and "continues from the last checkpoint, if there is one" in said
     code, said = ended(lost, WithoutBatches)
     assert code == 1 and "another process has ended" in said and "--resume" not in said
+
+
+def test_a_full_disk_says_how_to_go_on(ended):
+    @dataclass
+    class Resumable:
+        resume: bool = False
+
+    def main():
+        raise OSError(28, "No space left on device", "x")
+
+    _, said = ended(main, Resumable)
+    assert "x: No space left on device; the disk is full: free some space, then" in said
+    assert said.endswith("then continue with --resume\n")
 
 
 @pytest.mark.parametrize("error, code, sentence", [

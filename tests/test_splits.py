@@ -4,8 +4,14 @@ import numpy as np
 import pytest
 
 from minissl.data.splits import (
-    HELD_OUT, TEST, TRAIN, drop_duplicates, fingerprint, incomplete_classes,
-    small_classes, split_blocks
+    HELD_OUT,
+    TEST,
+    TRAIN,
+    drop_duplicates,
+    fingerprint,
+    incomplete_classes,
+    small_classes,
+    split_blocks,
 )
 
 

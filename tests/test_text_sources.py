@@ -1,5 +1,6 @@
 """Where texts come from: what the loaders return, and what they say of odd files."""
 
+import errno
 import gzip
 import hashlib
 import io
@@ -8,8 +9,8 @@ import tarfile
 
 import numpy as np
 import pytest
-
 from conftest import story
+
 from minissl import UserError, tokenizer
 from minissl.data import text_sources
 from minissl.data.splits import HELD_OUT, TEST, TRAIN
@@ -85,8 +86,11 @@ def test_hidden_and_empty_files_are_passed_over_and_counted(tmp_path, capsys):
     texts = load_texts(folder_of(tmp_path, files), tmp_path.parent / "d1", 300)
     assert strings(texts) == ["some words here", "some more words"]
     printed = capsys.readouterr().err
-    for part in ("2 hidden", "4 empty", "1 not .txt", "1 empty folders", "1 links"):
-        assert part in printed
+    assert printed.startswith("passed over: ")
+    counts = printed.removeprefix("passed over: ").splitlines()[0].split(", ")
+    assert set(counts) == {
+        "2 hidden", "4 empty", "1 not .txt", "1 empty folder", "1 link to a folder"
+    }
 
 
 def test_the_outermost_folder_of_a_file_is_its_class(tmp_path):
@@ -97,7 +101,7 @@ def test_the_outermost_folder_of_a_file_is_its_class(tmp_path):
     texts = load_texts(folder_of(tmp_path / "texts", files), tmp_path, 300)
     assert texts.classes == ["x", "y"] and len(texts) == 20
     assert np.bincount(texts.split).tolist() == [14, 2, 4]
-    assert texts.notes[:2] == ["texts: 20 texts, one a file", "classes: x, y"]
+    assert texts.notes[:2] == ["folder texts: 20 texts, one a file", "classes: x, y"]
 
 
 @pytest.mark.parametrize("names, named", [
@@ -207,7 +211,7 @@ def test_the_lines_of_a_very_large_file_are_joined(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name, content, sentence", [
     ("a.txt", b"", "the file is empty"),
-    ("a.txt", b" \n \n", "holds no text"),
+    ("a.txt", b" \n \n", "a.txt holds only white space: give a file with some text"),
     ("a.txt", b"good\nbad \xff here", "not UTF-8: byte 9 is 0xff; save it as UTF-8"),
     ("a.txt", b"\xef\xbb\xbfgood \xff", "not UTF-8: byte 8 is 0xff"),
     ("a.txt", b"x" * 2**20 + b"caf\xe9!", "not UTF-8: byte 1048579 is 0xe9"),
@@ -236,6 +240,18 @@ def test_a_path_that_is_not_there_is_named(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="empty: expected .txt files with text in them"):
         load_texts(str(tmp_path / "empty"), tmp_path)
+
+
+@pytest.mark.parametrize("name", ["my.txt", "folder"])
+def test_a_text_that_may_not_be_read_is_named(name, tmp_path, monkeypatch):
+    def refuse(path):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    folder_of(tmp_path, {"my.txt": "some words", "folder/a.txt": "some words"})
+    monkeypatch.setattr(text_sources, "is_blank", refuse)         # root may read every file
+    monkeypatch.setattr(text_sources.os, "listdir", refuse)
+    with pytest.raises(UserError, match=f"{name}: permission denied; make it readable"):
+        load_texts(str(tmp_path / name), tmp_path)
 
 
 def test_a_file_with_a_very_long_name_is_read(tmp_path):

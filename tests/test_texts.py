@@ -1,18 +1,21 @@
 """Texts: the same tokens in every form, the cache, and the pairs of neighbours."""
 
+import errno
 import os
 import time
 from collections import Counter
 
 import numpy as np
 import pytest
-
 from conftest import story
+
 from minissl import UserError, tokenizer
-from minissl.data import text_sources, texts as texts_module
+from minissl.data import text_sources
+from minissl.data import texts as texts_module
 from minissl.data.splits import TRAIN
 from minissl.data.text_sources import load_texts
 from minissl.data.texts import Texts, add_counts, encode_texts, frequent_pairs
+from minissl.training import files as files_module
 
 
 def strings(texts):
@@ -137,7 +140,7 @@ def test_texts_beyond_the_sample_are_encoded(corpus, tmp_path, monkeypatch):
 
 def test_a_vocabulary_smaller_than_wanted_is_said(tmp_path):
     folder = write_files(tmp_path / "texts", {"a.txt": "la la la", "b.txt": "so so so"})
-    sentence = "the text has pairs for a vocabulary of 262 only, not 400"
+    sentence = "the text is too short for 400 subwords, so the vocabulary has 262"
     assert sentence in load_texts(folder, tmp_path, 400).notes
     assert not any("vocabulary" in note for note in load_texts(folder, tmp_path, 262).notes)
 
@@ -235,6 +238,48 @@ def test_a_cache_that_cannot_be_replaced_gets_a_sentence(corpus, tmp_path, monke
     monkeypatch.setattr(os, "replace", refuse)
     with pytest.raises(UserError, match="neither be read nor replaced: delete it, or give"):
         load_texts(str(corpus), tmp_path, 400)
+
+
+def test_a_data_dir_that_is_a_file_gets_a_sentence(corpus, tmp_path, capsys):
+    path = tmp_path / "empty.txt"
+    path.touch()
+    with pytest.raises(UserError) as caught:
+        load_texts(str(corpus), path, 400)
+    assert str(caught.value) == (
+        f"--data-dir {path}: is not a writable folder; give another --data-dir"
+    )
+    with pytest.raises(UserError, match="empty.txt: is not a writable folder"):
+        load_texts("imdb", path)
+    assert "damaged" not in capsys.readouterr().err
+
+
+def test_a_cache_in_a_read_only_folder_is_used(corpus, tmp_path, monkeypatch):
+    first = load_texts(str(corpus), tmp_path, 400)
+    monkeypatch.setattr(files_module, "is_writable", lambda path: False)
+    assert np.array_equal(load_texts(str(corpus), tmp_path, 400).tokens, first.tokens)
+    with pytest.raises(UserError, match="is not a writable folder; give another --data-dir"):
+        load_texts(str(corpus), tmp_path, 300)
+
+
+def test_a_full_disk_is_named(corpus, tmp_path, monkeypatch):
+    def no_space(*arguments):
+        raise OSError(errno.ENOSPC, "No space left on device")    # as file.write does
+
+    monkeypatch.setattr(texts_module, "write_cache", no_space)
+    with pytest.raises(OSError) as caught:
+        load_texts(str(corpus), tmp_path, 400)
+    assert caught.value.errno == errno.ENOSPC
+    assert caught.value.filename.startswith(str(tmp_path / "cache"))
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_an_unreadable_cache_is_not_called_damaged(tmp_path, monkeypatch, capsys):
+    def refuse(cache):
+        raise PermissionError(errno.EACCES, "Permission denied", str(cache))
+
+    monkeypatch.setattr(texts_module, "open_cache", refuse)
+    assert texts_module.read_cache(tmp_path) is None
+    assert capsys.readouterr().err == ""
 
 
 def test_left_overs_of_killed_runs_go_after_a_day(corpus, tmp_path):

@@ -11,8 +11,17 @@ import numpy as np
 import pytest
 
 from minissl.tokenizer import (
-    FIRST_BYTE, FIRST_MERGE, MASK, PAD, PIECE, Tokenizer, normalise, split_pieces, train
+    FIRST_BYTE,
+    FIRST_MERGE,
+    MASK,
+    PAD,
+    PIECE,
+    Tokenizer,
+    normalise,
+    split_pieces,
+    train,
 )
+
 
 SENNRICH = ["low"] * 5 + ["lower"] * 2 + ["newest"] * 6 + ["widest"] * 3
 

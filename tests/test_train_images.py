@@ -468,7 +468,10 @@ def test_a_moved_run_continues_where_it_lies(run_script, tmp_path, monkeypatch):
 def test_a_run_is_resumed_by_its_own_script_alone(runs, run_script):
     code, printed = run_script(train_ae, "--run", runs / "simclr", "--resume")
     assert code == 2
-    assert "was made by another script" in last_line(printed)
+    assert "was made by train_contrastive.py: resume it with" in last_line(printed)
+    code, printed = run_script(train_contrastive, "--run", runs / "ae", "--resume")
+    assert code == 2
+    assert "was made by train_ae.py: resume it with" in last_line(printed)
 
 
 @pytest.mark.parametrize("left", ["lock", "config.json"])
@@ -500,6 +503,10 @@ def test_a_run_killed_before_its_first_checkpoint_restarts(
     (train_contrastive, ["--data", "no_such_name"], "expected shapes, cifar10 or a .npy"),
     (train_contrastive, ["--method", "dino"], "'dino' is not one of simclr, byol"),
     (train_contrastive, ["--method", "byol", "--temperature", 0.2], "--method byol has none"),
+    (train_contrastive, ["--target-rate", 0.9], "--target-rate: leave it out, --method simclr"),
+    (train_contrastive, ["--hue", 0.6], "--hue 0.6: must be at most 0.5"),
+    (train_contrastive, ["--save-every", -1], "--save-every -1.0: must be at least 0"),
+    (train_ae, ["--save-every", -1], "--save-every -1.0: must be at least 0"),
     (train_ae, ["--beta", -1], "--beta -1.0: must be at least 0"),
     (train_ae, ["--beta", 1], "give both or neither"),
     (train_ae, ["--masked", 1], "--masked 1.0: must be at most 0.95"),

@@ -491,6 +491,8 @@ def test_fill_refuses_too_few_masks_and_too_long_texts(text, sentence, trained, 
     (["--data", "not/there"], "not/there: file not found"),
     (["--batch-size", "9999"], "a step needs 319,968 tokens"),
     (["--resume"], "checkpoint.pt: file not found"),
+    (["--save-every", "-1"], "--save-every -1.0: must be at least 0"),
+    (["--data-dir", __file__], "test_train_mlm.py: is not a writable folder; give another"),
 ])
 def test_a_wrong_setting_gets_one_sentence(flags, sentence, corpus, tmp_path, run_script):
     run = tmp_path / "run"
@@ -514,6 +516,7 @@ def test_a_run_is_never_overwritten(trained, corpus, run_script):
 @pytest.mark.parametrize("flags, sentence", [
     (["--width", 64], "--width 64: the run in"),
     (["--width", 64], "was started with 32"),
+    (["--document-weight", 0], "--document-weight 0.0: the run in"),   # no --embedding-steps
     (["--steps", 50], "has already made 90 steps"),
 ])
 def test_a_run_is_not_resumed_with_other_settings(flags, sentence, trained, run_script):

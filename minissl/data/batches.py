@@ -31,7 +31,7 @@ def generator(seed, purpose, step):
 
 
 class Batches:
-    """Which of n examples each step takes. Each epoch has an order of its own.
+    """Which of n examples each step takes. Each epoch has another order.
 
     The last n mod size examples of an epoch are left out, so all batches are equal.
 
@@ -43,9 +43,10 @@ class Batches:
     def __init__(self, n, size, seed, purpose, equal_shares=True):
         processes = distributed.WORLD_SIZE
         if n < size:
+            images = "is only 1 image" if n == 1 else f"are only {n:,} images"
             raise UserError(
-                f"--batch-size {size}: there are only {n:,} images to learn from; "
-                f"give more images, or a smaller batch size"
+                f"--batch-size {size}: there {images} to learn from; give more images, "
+                f"a smaller --batch-size, or a larger --limit if you gave one"
             )
         if equal_shares and size % processes:
             raise UserError(
@@ -83,7 +84,7 @@ class WholeTexts:
         if size < distributed.WORLD_SIZE:
             raise UserError(
                 f"too little text: {len(texts)} for {distributed.WORLD_SIZE} processes; "
-                f"give more text, or start fewer processes"
+                f"give more text, a larger --limit if you gave one, or start fewer processes"
             )
         self.texts, self.seed = texts, seed
         self.batches = Batches(len(texts), size, seed, "document order", equal_shares=False)
@@ -119,7 +120,8 @@ class Windows:
         if total < batch_size * window:
             raise UserError(
                 f"a step needs {batch_size * window:,} tokens (batch size × window), but "
-                f"the data has {total:,}; give more text, or a smaller --batch-size or --window"
+                f"the data has {total:,}; give more text, a smaller --batch-size or --window, "
+                f"or a larger --limit if you gave one"
             )
         self.texts, self.seed = texts, seed
         longest = (texts.lengths + 1) // 2 if rest else texts.lengths

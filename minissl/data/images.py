@@ -9,6 +9,7 @@ Read next: ../evaluation/features.py.
 
 import math
 import re
+import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -17,9 +18,17 @@ import torch
 
 from minissl import UserError
 from minissl.data.shapes import SHAPES, shape_data
-from minissl.data.splits import (HELD_OUT, TEST, TRAIN, drop_duplicates, evenly_spaced,
-                                 fingerprint, small_classes, split_blocks)
-from minissl.training.files import download, read_archive
+from minissl.data.splits import (
+    HELD_OUT,
+    TEST,
+    TRAIN,
+    drop_duplicates,
+    evenly_spaced,
+    fingerprint,
+    small_classes,
+    split_blocks,
+)
+from minissl.training.files import download, read_archive, unreadable
 
 
 @dataclass
@@ -77,22 +86,23 @@ class Images:
         return self.select(indices)
 
 
-def load_images(data, data_dir="data", limit=0, keep_all=False):
+def load_images(data, data_dir="data", limit=0, keep_all=False, labels=True):
     """Images by name ("shapes", "cifar10") or from a file NAME.npy.
 
     limit: keep only this many images of each split (0: all).
     keep_all: keep the rows of NAME.npy as they are, copies included and however few there are;
     `limit` then keeps the first rows. So row n of the features belongs to row n of the array.
+    labels: read NAME.labels.npy. If False, the images of NAME.npy have no labels.
 
     Raises UserError if the data cannot be used; its sentence says why.
     """
     if data == "shapes":
-        pixels, labels, split = shape_data(limit)
-        images = Images(pixels, torch.arange(len(pixels)), labels, split, SHAPES)
+        pixels, shapes, split = shape_data(limit)
+        images = Images(pixels, torch.arange(len(pixels)), shapes, split, SHAPES)
     elif data == "cifar10":
         images = cifar10(Path(data_dir))
     else:
-        images = own_images(Path(data), keep_all)
+        images = own_images(Path(data), keep_all, labels=labels)
     if not limit:
         return images
     if keep_all:
@@ -107,7 +117,7 @@ def load_images(data, data_dir="data", limit=0, keep_all=False):
 def describe(images):
     """A description of the training images with a checksum, by which a run knows its data."""
     n, C, H, W = images.subset(TRAIN).shape
-    return f"{n:,} images of {H} × {W} × {C}, checksum {fingerprint(images)}"
+    return f"{_counted(n, 'image')} of {H} × {W} × {C}, checksum {fingerprint(images)}"
 
 
 def mean_and_std(images):
@@ -197,30 +207,36 @@ EXPECTED = (f"expected uint8 images (N, H, W, C) or (N, H, W) with 1 or 3 channe
             f"at least {SMALLEST} × {SMALLEST} pixels; {README}")
 
 
-def own_images(path, keep_all=False, flag="--data"):
+def own_images(path, keep_all=False, flag="--data", labels=True):
     """Images from NAME.npy, uint8 (N, H, W, C) or (N, H, W), with labels from NAME.labels.npy.
 
     The file with the labels, N whole numbers, may be missing. If an image occurs several times,
     one copy is kept.
 
     keep_all: keep every image, and accept any number of them. flag: the command-line flag that
-    gave the path, for messages.
+    gave the path, for messages. labels: False leaves NAME.labels.npy unread.
 
     Raises UserError if an array is of another form.
     """
-    if path.is_dir() or path.suffix != ".npy":
+    if path.is_dir() or path.suffix.lower() != ".npy":
         names = "shapes, cifar10 or " if flag == "--data" else ""
         raise UserError(f"{flag} {path}: expected {names}a .npy file of uint8 images; {README}")
     if not path.exists():
         raise UserError(f"{flag} {path}: file not found")
     name = f"{flag} {path}"
-    array = _map_array(path)
+    remedy = "if the images have different sizes, resize them to one size, and save them as uint8"
+    array = _map_array(path, remedy)
     _check_images(array, name)
     fewest = 1 if keep_all else FEWEST
     if len(array) < fewest:
-        raise UserError(f"{name}: found {len(array)} images; expected at least {fewest}")
-    labels, classes = _read_labels(path.with_name(path.stem + ".labels.npy"), len(array))
-    notes = _note_if_dark(array)
+        found = _counted(len(array), "image")
+        raise UserError(f"{name}: found {found}; expected at least {fewest}")
+    if labels:
+        labels, classes = _read_labels(path.with_name(path.stem + ".labels.npy"), len(array))
+    else:
+        labels, classes = np.full(len(array), -1), []
+    _warn_if_black(array, path)
+    notes = []
     pixels = torch.from_numpy(array)
     if pixels.ndim == 3:
         pixels = pixels[..., None]
@@ -235,10 +251,12 @@ def own_images(path, keep_all=False, flag="--data"):
     undivided = np.full(len(array), TRAIN, np.uint8)
     kept = np.flatnonzero(drop_duplicates(hashes, undivided, labels))
     if len(kept) < fewest:
-        raise UserError(f"{name}: found {len(kept)} different images; "
-                        f"expected at least {fewest}")
-    if len(kept) < len(array):
-        notes.append(f"left out {len(array) - len(kept):,} copies of other images")
+        found = _counted(len(kept), "different image")
+        raise UserError(f"{name}: found {found}; expected at least {fewest}")
+    dropped = len(array) - len(kept)
+    if dropped:
+        copies = "1 copy" if dropped == 1 else f"{dropped:,} copies"
+        notes.append(f"left out {copies} of other images")
     labels = labels[kept]
     split = hold_out_two(split_blocks(labels), labels)
     small = small_classes(labels, classes)
@@ -269,17 +287,29 @@ def hold_out_two(split, labels):
     return split
 
 
-def _map_array(path):
+def _map_array(path, remedy):
     """The array of a .npy file, mapped: only the parts that are read take memory.
+
+    remedy: what the user can do if the array holds Python objects.
 
     Mode "c" allows writes into memory but not into the file. It makes the array writable for
     torch, which warns of read-only arrays, and it works for a file that is read-only.
     """
     try:
         return np.lib.format.open_memmap(path, mode="c")
+    except PermissionError:
+        raise unreadable(path) from None
     except Exception as error:      # a damaged header raises OverflowError, TokenError and others
         reason = str(error)[:100]
-        raise UserError(f"{path} cannot be read as a NumPy array ({reason})") from None
+    with open(path, "rb") as file:
+        is_zip = file.read(4) == b"PK\x03\x04"
+    if is_zip:
+        raise UserError(f"{path}: this is an .npz or another zip archive, not a NumPy array: "
+                        f"save one array with numpy.save")
+    if "Python objects" in reason:
+        raise UserError(f"{path}: the array holds Python objects, not numbers: {remedy}; {README}")
+    raise UserError(f"{path} cannot be read as a NumPy array ({reason}): "
+                    f"write it again with numpy.save; {README}")
 
 
 def _check_images(array, name):
@@ -310,7 +340,7 @@ def _read_labels(path, n):
     """labels (n,) int64, -1 where there is none, and the class names, from NAME.labels.npy."""
     if not path.exists():
         return np.full(n, -1), []
-    given = _map_array(path)
+    given = _map_array(path, "save whole numbers, such as the classes' numbers")
     expected = (f"expected one whole number from 0 to 9999 for each of the {n:,} images, "
                 f"and -1 for an image without a label")
     if given.shape != (n,) or given.dtype.kind not in "iu":
@@ -325,14 +355,23 @@ def _read_labels(path, n):
     return labels, [str(value) for value in values]
 
 
-def _note_if_dark(array):
-    """A list with one note if the images, such as masks of 0 and 1, are nearly black."""
+def _warn_if_black(array, path):
+    """Print a warning if all values are 0 or 1, as of masks, or of floats that were cast."""
     sample = array[evenly_spaced(len(array), 100)]
-    brightest = sample.max()
-    if brightest > 1:
-        return []
-    return [f"no value is above {brightest} in {len(sample)} images looked at, so the images "
-            f"are nearly black (white is 255)"]
+    if sample.max() > 1 or array.max() > 1:            # the whole array only if the sample is dark
+        return
+    if array.max() == 0:
+        problem = ("all values are 0 (of 255), so the images are black; "
+                   "if they were floats from 0 to 1, save (255 * x).astype(np.uint8)")
+    else:
+        problem = ("all values are 0 or 1 (of 255), so the images are black; "
+                   "if 1 means white, save 255 * x")
+    print(f"warning: {path}: {problem}", file=sys.stderr)
+
+
+def _counted(n, noun):
+    """A number and its noun, such as "1 image" or "2,000 images"."""
+    return f"1 {noun}" if n == 1 else f"{n:,} {noun}s"
 
 
 def _listing(names, most=10):

@@ -24,10 +24,24 @@ import numpy as np
 from minissl import UserError
 from minissl.data.splits import HELD_OUT, TEST, TRAIN, evenly_spaced, split_blocks
 from minissl.data.texts import (
-    CACHE_FORMAT, SAMPLE_BYTES, Source, encode_documents, encode_texts, list_names,
-    read_cache, remove_left_overs
+    CACHE_FORMAT,
+    SAMPLE_BYTES,
+    Source,
+    encode_documents,
+    encode_texts,
+    list_names,
+    read_cache,
+    remove_left_overs,
 )
-from minissl.training.files import download, file_hash, progress, read_archive
+from minissl.training.files import (
+    check_data_dir,
+    download,
+    file_hash,
+    progress,
+    read_archive,
+    unreadable,
+)
+
 
 TEXT_BYTES = 2**20        # a longer paragraph or line of a file is read as several texts
 
@@ -59,7 +73,10 @@ def load_texts(
     elif data == "imdb":
         source = imdb_source(Path(data_dir))
     else:
-        source = path_source(Path(data), whole_files=keep_all)
+        try:
+            source = path_source(Path(data), whole_files=keep_all)
+        except PermissionError as error:
+            raise unreadable(error.filename) from None
         if keep_all:
             strings = [text for text, _, _ in source.documents]
             if limit:
@@ -89,6 +106,7 @@ def load_cached(source, stem, data_dir, vocabulary_size, tokenizer):
         texts = read_cache(cache)
     if texts:
         return texts
+    check_data_dir(data_dir)
     encode_documents(source, cache, vocabulary_size, tokenizer)
     texts = read_cache(cache)
     if not texts:                   # it is another user's, perhaps, and still damaged
@@ -278,6 +296,8 @@ def file_source(path):
         raise UserError(f"{path}: expected a name that ends in .txt")
     if path.stat().st_size == 0:
         raise UserError(f"{path}: the file is empty")
+    if is_blank(path):
+        raise UserError(f"{path} holds only white space: give a file with some text")
     if path.stat().st_size > SAMPLE_BYTES:
         # Millions of lines are not millions of documents: neighbours are joined.
         least = 2048
@@ -308,8 +328,11 @@ def folder_source(folder, whole_files):
     least = math.inf if whole_files else 4 * TEXT_BYTES
     documents = read_files(files, names, split_blocks(labels), least)
     is_cut = any(file.stat().st_size > least for file in files)
-    unit = f"from {len(files):,} files" if is_cut else "one a file"
-    return Source(hash_of_files(files, folder), documents, folder.resolve().name, unit, notes)
+    unit = "one a file"
+    if is_cut:
+        unit = "from 1 file" if len(files) == 1 else f"from {len(files):,} files"
+    name = f"folder {folder.resolve().name}"
+    return Source(hash_of_files(files, folder), documents, name, unit, notes)
 
 
 def check_class_names(folder, classes):
@@ -325,6 +348,7 @@ def check_class_names(folder, classes):
 def text_files(folder):
     """Return the .txt files of a folder in sorted order; print what was passed over."""
     files, passed_over = [], Counter()
+    os.listdir(folder)              # raises PermissionError, where rglob would list nothing
     for path in sorted(folder.rglob("*")):
         is_hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
         if is_hidden:
@@ -332,9 +356,9 @@ def text_files(folder):
                 passed_over["hidden"] += 1
         elif path.is_dir():
             if path.is_symlink():                    # rglob does not list the files of a link
-                passed_over["links to folders"] += 1
+                passed_over["link to a folder"] += 1
             if not any(path.iterdir()):
-                passed_over["empty folders"] += 1
+                passed_over["empty folder"] += 1
         elif path.suffix.lower() != ".txt":
             passed_over["not .txt"] += 1
         elif is_blank(path):
@@ -342,8 +366,12 @@ def text_files(folder):
         else:
             files.append(path)
     if passed_over:
-        kinds = ", ".join(f"{count} {kind}" for kind, count in passed_over.items())
-        print(f"passed over: {kinds}", file=sys.stderr)
+        plurals = {"link to a folder": "links to folders", "empty folder": "empty folders"}
+        kinds = []
+        for kind, count in passed_over.items():
+            words = plurals.get(kind, kind) if count > 1 else kind
+            kinds.append(f"{count:,} {words}")
+        print(f"passed over: {', '.join(kinds)}", file=sys.stderr)
     if not files:
         raise UserError(f"{folder}: expected .txt files with text in them, found none")
     return files

@@ -38,7 +38,12 @@ import torch
 
 from minissl import UserError
 from minissl.data.splits import (
-    TEST, TRAIN, drop_duplicates, evenly_spaced, incomplete_classes, split_blocks
+    TEST,
+    TRAIN,
+    drop_duplicates,
+    evenly_spaced,
+    incomplete_classes,
+    split_blocks,
 )
 from minissl.tokenizer import PAD, Tokenizer, train
 from minissl.training.files import file_hash, progress
@@ -208,6 +213,7 @@ def encode_documents(source, cache, vocabulary_size, tokenizer):
 
     Arguments: source, whose documents leave their split to split_blocks where it is None;
     cache, a Path; vocabulary_size, of the tokenizer that is trained if `tokenizer` is None.
+    Raises OSError, with the path in it, if the disk is full.
     """
     documents = source.documents
     notes = list(source.notes)
@@ -215,8 +221,8 @@ def encode_documents(source, cache, vocabulary_size, tokenizer):
         tokenizer, documents = learn_tokenizer(documents, vocabulary_size)
         if len(tokenizer) < vocabulary_size:
             notes.append(
-                f"the text has pairs for a vocabulary of {len(tokenizer):,} only, "
-                f"not {vocabulary_size:,}"
+                f"the text is too short for {vocabulary_size:,} subwords, "
+                f"so the vocabulary has {len(tokenizer):,}"
             )
     cache.parent.mkdir(parents=True, exist_ok=True)
     temporary = tempfile.TemporaryDirectory(
@@ -225,7 +231,12 @@ def encode_documents(source, cache, vocabulary_size, tokenizer):
     with temporary as path:
         folder = Path(path) / cache.name     # others may read it, unlike the one around it
         folder.mkdir()
-        write_cache(folder, documents, tokenizer, notes, source.describe)
+        try:
+            write_cache(folder, documents, tokenizer, notes, source.describe)
+        except OSError as error:
+            if error.strerror is None or error.filename is not None:
+                raise
+            raise OSError(error.errno, error.strerror, str(cache)) from None
         put_in_place(folder, cache)
 
 
@@ -357,10 +368,10 @@ def put_in_place(folder, cache):
 
 
 def read_cache(cache):
-    """Return the Texts of a cache folder; None if it is not there or damaged."""
+    """Return the Texts of a cache folder; None if it is not there, not readable or damaged."""
     try:
         return open_cache(cache)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
         return None
     except Exception as error:       # a damaged zip fails in many ways: BadZipFile, KeyError, ...
         print(f"the cache {cache} is damaged ({error}); making it anew", file=sys.stderr)
@@ -388,9 +399,11 @@ def open_cache(cache):
 
 def remove_left_overs(folder):
     """Remove the temporary folders of runs that were killed, if they are older than a day."""
-    if not folder.is_dir():
+    try:
+        paths = list(folder.iterdir())
+    except OSError:                                  # it is not there, or not readable
         return
-    for path in folder.iterdir():
+    for path in paths:
         if not LEFT_OVER.fullmatch(path.name):
             continue
         try:

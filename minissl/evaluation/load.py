@@ -22,6 +22,7 @@ from minissl.tokenizer import MASK, Tokenizer
 from minissl.training.files import checkpoint_errors, load_checkpoint
 from minissl.transformer import TextEncoder
 
+
 # The method that a checkpoint names -> the class of its model. A new method adds its own.
 MODELS = dict(mlm=TextEncoder, autoencoder=Autoencoder, simclr=SimCLR, byol=BYOL)
 
@@ -73,6 +74,7 @@ def check_images(images, model, name):
 def check_split(data, checkpoint, name, kind):
     """Warn if the run may have been trained on images or texts that are now in the test set.
 
+    Of other data nobody can know that, and a note asks the user to make sure of it.
     The run's checkpoint describes the data that it was trained on. The description contains a
     fingerprint of two parts: one for the examples, one for their split.
     data: Images or Texts, loaded with the --limit of the pretraining; name: the --data that they
@@ -84,10 +86,21 @@ def check_split(data, checkpoint, name, kind):
         return
     examples, _ = now.split("-")
     trained_name = checkpoint["settings"]["data"]
-    same_source = Path(name).resolve() == Path(trained_name).resolve()
-    if same_source or examples in trained_on:
+    if is_same_source(name, trained_name) or examples in trained_on:
         print(f"warning: the split has changed since pretraining, so test {kind} may have been "
               f"trained on; pretrain a new run on this data to be sure")
+    else:
+        print(f"note: make sure that the run was not trained on the test examples of {name}")
+
+
+BUILT_IN = ("pydocs", "imdb", "shapes", "cifar10")      # names of data that are not paths
+
+
+def is_same_source(name, other):
+    """Whether two values of --data name the same data, such as d/a.npy and ./d/a.npy."""
+    if name in BUILT_IN or other in BUILT_IN:
+        return name == other
+    return Path(name).resolve() == Path(other).resolve()
 
 
 # ---------------------------------------------------------------- use
@@ -132,7 +145,10 @@ def fill(run, text):
     tokenizer = tokenizer_of(checkpoint)
     tokens = encode_with_masks(text, tokenizer)
     positions = [i for i, token in enumerate(tokens) if token == MASK]
-    if not positions or len(tokens) > model.window:
+    if not positions:
+        raise UserError("--fill: found 0 [MASK]; write at least one [MASK], in capital letters, "
+                        "where a word is missing")
+    if len(tokens) > model.window:
         raise UserError(f"--fill: found {len(positions)} [MASK] and {len(tokens)} tokens; expected "
                         f"at least one [MASK] and at most {model.window} tokens")
 
@@ -141,9 +157,18 @@ def fill(run, text):
         probabilities = model.token_logits(x).softmax(1)        # (M, V)
     for n, row in enumerate(probabilities, 1):
         best = row.topk(5)
-        guesses = [f"{tokenizer.decode([token])} {probability:.2f}"
-                   for probability, token in zip(best.values.tolist(), best.indices.tolist())]
+        guesses = []
+        for probability, token in zip(best.values.tolist(), best.indices.tolist()):
+            guesses.append(f"{show_token(token, tokenizer)} {probability:.2f}")
         print(f"[MASK] {n}: {', '.join(guesses)}")
+
+
+def show_token(token, tokenizer):
+    """The string of a token. White space, which nobody would see, is in quotes: ' ' or '\\n'."""
+    text = tokenizer.decode([token])
+    if text.strip():
+        return text
+    return repr(tokenizer.bytes_of[token].decode("utf-8", "replace"))
 
 
 def check_masked_words(checkpoint, run):

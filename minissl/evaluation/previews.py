@@ -45,6 +45,19 @@ def preview_size(image_shape, most=512):
     return max(4, min(most, PREVIEW_BYTES // bytes_of_one))
 
 
+def has_two_classes(examples):
+    """Whether the labels of the examples, Images or Texts, are of two classes or more.
+
+    Among labels of one class every neighbour is right. Prints a note if there is only one.
+    """
+    classes = np.unique(examples.labels[examples.labels >= 0])
+    if len(classes) == 1:
+        name = examples.classes[classes[0]]
+        print(f"data: the previews found one class only: {name}; "
+              f"knn needs two classes, so it is left out")
+    return len(classes) > 1
+
+
 class NeighbourPreview:
     """The nearest neighbours of held-out images among training images.
 
@@ -58,9 +71,13 @@ class NeighbourPreview:
         self.folder, self.autocast, self.device = folder, autocast, device
         self.train_images = data.subset(TRAIN, 2000)
         self.held_out = data.subset(HELD_OUT, 500)
+        self.has_classes = has_two_classes(self.train_images)
 
     def __call__(self, encode):
-        """-> the accuracy of the nearest neighbours in %, or "" if too few have labels."""
+        """-> the accuracy of the nearest neighbours in %, or "" if too few have labels.
+
+        It is also "" if the training images have labels of one class only.
+        """
         train = image_features(encode, self.train_images, self.autocast, self.device)
         queries = image_features(encode, self.held_out, self.autocast, self.device)
         if not (train.isfinite().all() and queries.isfinite().all()):
@@ -69,7 +86,7 @@ class NeighbourPreview:
 
         train_labels, query_labels = self.train_images.labels, self.held_out.labels
         known, asked = train_labels >= 0, query_labels >= 0
-        if not known.any() or not asked.any():
+        if not self.has_classes or not asked.any():
             return ""
         percent = knn_accuracy(
             train[known], train_labels[known], queries[asked], query_labels[asked]
@@ -212,6 +229,7 @@ class TextPreview:
             self.bytes += len(self.tokenizer.bytes_of[token])
         self.labelled_train = self._labelled(texts, TRAIN, 1000)
         self.labelled_held_out = self._labelled(texts, HELD_OUT, 500)
+        self.has_classes = has_two_classes(self.labelled_train)
 
     @staticmethod
     def _labelled(texts, split, most):
@@ -220,6 +238,8 @@ class TextPreview:
 
     @torch.no_grad()
     def __call__(self, model):
+        if len(self.masked_targets) == 0:            # then there is nothing to average
+            return dict(held_out="", bits_per_byte="", accuracy="", knn=self._knn(model))
         loss, guesses = self._predict(model)
         bits = loss / math.log(2) * len(guesses)
         self._show(guesses)
@@ -251,7 +271,7 @@ class TextPreview:
 
     def _knn(self, model):
         train, held_out = self.labelled_train, self.labelled_held_out
-        if len(train) == 0 or len(held_out) == 0:
+        if not self.has_classes or len(held_out) == 0:
             return ""
         features = text_features(model, train, self.autocast, self.device)
         queries = text_features(model, held_out, self.autocast, self.device)

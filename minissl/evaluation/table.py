@@ -37,6 +37,7 @@ from minissl.optim import Muon, lr_schedule, step_optimizers
 from minissl.training.files import progress, read_checkpoint, write_checkpoint
 from minissl.training.machine import move_to_device
 
+
 MANY_LABELS = 5000      # above this number training is cheap for each label, and so it changes
 
 
@@ -500,6 +501,7 @@ def write_classifier(run, model, conditions):
         data        what it was trained on, by name or path
         limit       the --limit of that training
         labels      how many labelled examples it was trained on
+        checksum    of that data and its labels
     """
     state = dict(format=CLASSIFIER_FORMAT, model=model.state_dict(), **conditions)
     write_checkpoint(Path(run) / "classifier.pt", state)
@@ -511,7 +513,7 @@ def read_classifier(run):
     Raises UserError if there is none, or something else.
     """
     path = Path(run) / "classifier.pt"
-    remedy = f"run {command_for(run)} first, without --probe and --predict"
+    remedy = f"run: {command_for(run)}"
     saved = read_checkpoint(path, CLASSIFIER_FORMAT, remedy)
     for name in ("model", *CONDITIONS):
         if name not in saved:
@@ -527,7 +529,7 @@ def build_classifier(saved, body, step, run):
     """
     if saved["step"] != step:
         raise UserError(f"{run} has been trained further since its classifier was made; "
-                        f"run {command_for(run)} again")
+                        f"run: {command_for(run)}")
     try:
         mean = saved["model"]["mean"]
         weights = torch.zeros(len(mean) + 1, len(saved["classes"]))
@@ -535,10 +537,10 @@ def build_classifier(saved, body, step, run):
         classifier.load_state_dict(saved["model"])
     except (KeyError, TypeError, RuntimeError):
         raise UserError(f"the classifier.pt of {run} does not fit the run; delete it, and "
-                        f"run {command_for(run)} again") from None
+                        f"run: {command_for(run)}") from None
     return classifier.eval()
 
 
 def command_for(run):
     """The command that makes a classifier, for messages."""
-    return f"finetune.py {shlex.quote(str(run))}"
+    return f"python finetune.py {shlex.quote(str(run))}"

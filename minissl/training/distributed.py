@@ -26,7 +26,9 @@ themselves.
 
 import contextlib
 import os
+import signal
 import sys
+import threading
 
 import torch
 import torch.distributed as dist
@@ -52,17 +54,15 @@ def read_environment(environment):
     for name in VARIABLES:
         value = environment.get(name, "")
         if not value.isdecimal():
-            raise UserError(
-                f"WORLD_SIZE={environment['WORLD_SIZE']} is set in the environment, but "
-                f"{name} is {value!r}: start the script with torchrun, or unset WORLD_SIZE"
-            )
+            raise does_not_fit(environment, name)
         values.append(int(value))
     rank, world_size, _, _ = values
-    if world_size > 1 and not environment.get("MASTER_ADDR"):
-        raise UserError(
-            f"WORLD_SIZE={world_size} is set in the environment, but MASTER_ADDR is not: "
-            f"start the script with torchrun, or unset WORLD_SIZE"
-        )
+    if world_size > 1:
+        if not environment.get("MASTER_ADDR"):
+            raise does_not_fit(environment, "MASTER_ADDR")
+        port = environment.get("MASTER_PORT", "")
+        if not port.isdecimal() or not 0 < int(port) < 2**16:
+            raise does_not_fit(environment, "MASTER_PORT")
     if rank >= world_size:
         raise UserError(
             f"RANK={rank} in the environment does not fit WORLD_SIZE={world_size}: "
@@ -71,12 +71,36 @@ def read_environment(environment):
     return values
 
 
+def does_not_fit(environment, name):
+    """The error for a variable that is missing, or has a value that cannot be right."""
+    value = environment.get(name)
+    shown = repr(value) if value else "not set"
+    return UserError(
+        f"WORLD_SIZE={environment['WORLD_SIZE']} is set in the environment, but {name} is "
+        f"{shown}: start the script with torchrun, or unset WORLD_SIZE"
+    )
+
+
 try:
     RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE = read_environment(os.environ)
     ENVIRONMENT_ERROR = None
 except UserError as error:              # an import must not fail; `check` raises it
     RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE = 0, 1, 0, 1
     ENVIRONMENT_ERROR = error
+
+
+def is_under_torchrun():
+    """Whether torchrun has started this process. Variables may also be left over."""
+    return bool(os.environ.get("TORCHELASTIC_RUN_ID"))
+
+
+def is_silent():
+    """Whether another process on this machine says what all of them would say.
+
+    A number that is left over in LOCAL_RANK does not mean that there is another process.
+    """
+    has_others = dist.is_initialized() or is_under_torchrun()
+    return LOCAL_RANK > 0 and has_others
 
 
 # ---------------------------------------------------------------- beginning and end
@@ -100,10 +124,40 @@ def join(device):
         device = torch.device("cuda", LOCAL_RANK)
         torch.cuda.set_device(device)
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        if not is_under_torchrun():
+            say_what_it_waits_for()
+        with ctrl_c_ends_at_once():
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     if RANK > 0:
         sys.stdout = open(os.devnull, "w", encoding="utf-8")
     return device
+
+
+@contextlib.contextmanager
+def ctrl_c_ends_at_once():
+    """Let the system itself handle Ctrl-C in the block.
+
+    While torch waits for other processes, Python does not get to see the signal.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def say_what_it_waits_for():
+    """Print on stderr that other processes have to come. If none does, this one hangs."""
+    others = WORLD_SIZE - 1
+    processes = "process" if others == 1 else "processes"
+    print(
+        f"waiting for {others} other {processes}, because WORLD_SIZE={WORLD_SIZE} is set; "
+        f"if you did not use torchrun, press Ctrl-C and unset WORLD_SIZE",
+        file=sys.stderr, flush=True,
+    )
 
 
 def leave():

@@ -22,6 +22,7 @@ import re
 import secrets
 import sys
 import tarfile
+import textwrap
 import time
 import urllib.error
 import urllib.request
@@ -33,6 +34,7 @@ import numpy as np
 import torch
 
 from minissl import UserError
+
 
 try:
     import fcntl
@@ -58,6 +60,20 @@ def is_writable(path):
     return path.is_dir() and os.access(path, os.W_OK)
 
 
+def nearest_existing(path):
+    """The path itself if it exists, or else the nearest folder above it that does."""
+    candidates = [path, *path.absolute().parents]
+    return next(candidate for candidate in candidates if candidate.exists())
+
+
+def check_data_dir(folder):
+    """Raise UserError unless files can be created in the folder, which need not exist yet."""
+    if not is_writable(nearest_existing(Path(folder))):
+        raise UserError(
+            f"--data-dir {folder}: is not a writable folder; give another --data-dir"
+        )
+
+
 def file_hash(path, algorithm="sha256"):
     """The checksum of a file's bytes, as hexadecimal digits."""
     digest = hashlib.new(algorithm)
@@ -67,6 +83,11 @@ def file_hash(path, algorithm="sha256"):
             digest.update(block)
             block = file.read(2**20)
     return digest.hexdigest()
+
+
+def unreadable(path):
+    """The error for a file that this user may not read. It need not be damaged."""
+    return UserError(f"{path}: permission denied; make it readable")
 
 
 # ---------------------------------------------------------------- downloads and archives
@@ -81,7 +102,9 @@ def download(url, path, md5, pauses=(1, 4, 16), patience=30):
         pauses: seconds to wait before each further attempt
         patience: seconds without a byte until a connection counts as broken
     Raises UserError when all attempts have failed, and says which file to put where.
+    Raises it also if the folder, which is that of --data-dir, is not writable.
     """
+    check_data_dir(path.parent)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
     with _alone_in(path.parent, f"{path.name}: waiting for another process to download"):
@@ -199,6 +222,8 @@ def read_archive(path, wanted, largest, url):
                 yield match, archive.extractfile(member).read()
             while stream.read(2**20):
                 pass                    # to the end, where the checksum is
+    except PermissionError:
+        raise unreadable(path) from None
     except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
         raise UserError(
             f"{path}: the archive is damaged or incomplete ({error}); "
@@ -306,9 +331,9 @@ def read_csv(path):
     """The table as a list of dicts of strings, one for each row.
 
     A value that is missing at the end of a row is None. Values that are too many are a
-    list under the key None.
+    list under the key None. The mark with which spreadsheets begin a file is skipped.
     """
-    with open(path, encoding="utf-8", newline="") as file:
+    with open(path, encoding="utf-8-sig", newline="") as file:
         return list(csv.DictReader(file))
 
 
@@ -327,24 +352,27 @@ def write_checkpoint(path, state):
 def load_checkpoint(folder):
     """The checkpoint of a run's folder; see `read_checkpoint`."""
     path = Path(folder) / "checkpoint.pt"
-    if not path.exists():
-        has_begun = any((path.parent / name).exists() for name in ("config.json", "lock"))
-        if has_begun:
-            raise UserError(
-                f"{path.parent} was stopped before its first checkpoint: "
-                f"start it again, without --resume"
-            )
+    is_run = any((path.parent / name).exists() for name in ("config.json", "lock"))
+    if is_run and not path.exists():
+        raise UserError(
+            f"{path.parent} was stopped before its first checkpoint: "
+            f"start it again, without --resume"
+        )
     remedy = "give the folder of a run that this version of minissl has made"
-    return read_checkpoint(path, CHECKPOINT_FORMAT, remedy)
+    if_damaged = remedy
+    if is_run:
+        if_damaged = "restore it from a copy, or delete it and start again"
+    return read_checkpoint(path, CHECKPOINT_FORMAT, remedy, if_damaged)
 
 
-def read_checkpoint(path, format, remedy):
+def read_checkpoint(path, format, remedy, if_damaged=None):
     """A dict of tensors, numbers, strings, lists and dicts, on the CPU.
 
     Code in the file is not run, and every checksum is compared.
 
     Raises UserError if there is no such file, or it is damaged, or its "format" is not
     the expected one. remedy: the end of these sentences, what the user can do.
+    if_damaged: the same for a damaged file, if that differs.
     """
     if not path.exists():
         raise UserError(f"{path}: file not found; {remedy}")
@@ -355,10 +383,12 @@ def read_checkpoint(path, format, remedy):
         if damaged:
             raise ValueError(f"the checksum of {damaged} is wrong")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except PermissionError:
+        raise unreadable(path) from None
     except Exception as error:          # a damaged file can raise nearly anything
         raise UserError(
             f"{path} cannot be read as a checkpoint ({_shortened(error)}): "
-            f"it is damaged, or another program wrote it; {remedy}"
+            f"it is damaged, or another program wrote it; {if_damaged or remedy}"
         ) from None
     found = checkpoint.get("format") if isinstance(checkpoint, dict) else None
     if found != format:
@@ -384,4 +414,6 @@ def checkpoint_errors(folder):
 
 def _shortened(error):
     """The beginning of an error's message, or its type if there is no message."""
-    return " ".join(str(error).split())[:100] or type(error).__name__
+    without_colours = re.sub(r"\x1b\[[0-9;]*m", "", str(error))
+    short = textwrap.shorten(without_colours, 100, placeholder=" ...")
+    return short or type(error).__name__

@@ -36,17 +36,31 @@ from minissl.training.files import (
     is_writable,
     load_checkpoint,
     lock,
+    nearest_existing,
     read_csv,
+    unreadable,
     write_atomically,
     write_checkpoint,
     write_csv,
 )
+
 
 # These settings may differ when a run is resumed. The data may lie elsewhere, because a
 # checksum identifies it.
 MAY_CHANGE = {
     "steps", "device", "resume", "run", "data", "data_dir", "fill",
     "evaluate_every", "save_every",
+}
+
+# These settings are derived from others when they are not given. A sentence about a
+# change names the others first, because the user has given those.
+DERIVED = ["embedding_steps", "crop", "jitter", "hue", "grey"]
+
+SCRIPTS = {                             # which script trains with a method
+    "mlm": "train_mlm.py",
+    "autoencoder": "train_ae.py",
+    "simclr": "train_contrastive.py",
+    "byol": "train_contrastive.py",
 }
 
 
@@ -59,6 +73,23 @@ def diverged(what, when, folder):
         f"the {what} not finite {when}: start another run with a lower --learning-rate and "
         f"another --run; {folder} keeps its last good checkpoint, if there is one"
     )
+
+
+def check_rows(rows):
+    """Raise ValueError unless these are the rows of a run's log, as `read_csv` returns them."""
+    if not rows:
+        raise ValueError("it has no rows")
+    for name in ("step", "seconds"):
+        if name not in rows[0]:
+            raise ValueError(f"it has no column {name}; saved by a spreadsheet?")
+    for n, row in enumerate(rows, 1):
+        if None in row or None in row.values():
+            raise ValueError(f"row {n} has too few values, or too many")
+        int(row["step"])
+        float(row["seconds"])
+        for value in row.values():
+            if value:                   # it is "" where nothing was measured
+                float(value)
 
 
 class Run:
@@ -89,8 +120,7 @@ class Run:
     def _check_free(self):
         """A new run needs a folder that is writable and holds nothing of value."""
         folder = self.folder
-        above = [folder, *folder.absolute().parents]
-        existing = next(path for path in above if path.exists())
+        existing = nearest_existing(folder)
         if not is_writable(existing):
             raise UserError(
                 f"--run {folder}: {existing} is not a writable folder; give another name"
@@ -110,11 +140,17 @@ class Run:
     def _check_settings(self, old):
         new = asdict(self.settings)
         if old.keys() != new.keys():
+            script = SCRIPTS.get(self.checkpoint.get("method"))
+            maker = "another script or version of minissl"
+            if script and script != Path(sys.argv[0]).name:
+                maker = script
             raise UserError(
-                f"{self.folder} was made by another script or version of minissl: "
-                f"resume it with that one"
+                f"{self.folder} was made by {maker}: resume it with that one"
             )
-        for name, value in new.items():
+        names = [name for name in new if name not in DERIVED]
+        names += [name for name in DERIVED if name in new]
+        for name in names:
+            value = new[name]
             if name not in MAY_CHANGE and old[name] != value:
                 raise UserError(
                     f"--{name.replace('_', '-')} {value}: the run in {self.folder} was "
@@ -130,20 +166,22 @@ class Run:
     def _read_rows(self):
         """The rows of metrics.csv up to the checkpoint's step.
 
-        Later rows are dropped: their steps are trained and logged again.
+        Later rows are dropped: their steps are trained and logged again. The file is
+        written whole or not at all, so a part of it is damage and not the work of a kill.
         """
         path = self.folder / "metrics.csv"
         if not path.exists():
             return []
         try:
             rows = read_csv(path)
+            check_rows(rows)
             steps = [int(row["step"]) for row in rows]
-            for row in rows:
-                float(row["seconds"])
-        except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
+        except PermissionError:
+            raise unreadable(path) from None
+        except (OSError, ValueError, csv.Error) as error:
             raise UserError(
-                f"{path} cannot be read as the log of a run ({error}); delete it to continue "
-                f"with a new log: the checkpoint beside it is not affected"
+                f"{path} cannot be read as the log of a run ({error}); move it away to "
+                f"continue with a new log: the checkpoint beside it is not affected"
             ) from None
         return [row for row, step in zip(rows, steps) if step <= self.checkpoint["step"]]
 
@@ -232,8 +270,10 @@ class Run:
     def _stop(self, number, frame):
         self.stopping = True
         if distributed.WORLD_SIZE == 1:         # torchrun itself sends a second signal
-            message = "\nstopping after this step; press Ctrl-C again to stop at once"
-            print(message, file=sys.stderr)
+            again = "send the signal again"
+            if number == signal.SIGINT:
+                again = "press Ctrl-C again"
+            print(f"\nstopping after this step; {again} to stop at once", file=sys.stderr)
             signal.signal(number, signal.SIG_DFL)
 
     # ---------------------------------------------------------------- after each step

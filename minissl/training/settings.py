@@ -9,6 +9,7 @@ the name, the type, the default and the reason for it stand on one line.
 
 import argparse
 import contextlib
+import errno
 import inspect
 import math
 import os
@@ -48,10 +49,17 @@ def read_settings(cls, description, argv=None):
 class Parser(argparse.ArgumentParser):
     def error(self, message):
         """argparse would print the usage and exit. Here a mistake is one sentence."""
+        message = message.removeprefix("argument ")
         required = re.search("arguments are required: (.*)", message)
         if required:
             message = f"{required[1]} is missing: give it before all flags"
-        raise UserError(f"{message.removeprefix('argument ')} (see --help)")
+        switch = re.match("(.*): ignored explicit argument", message)
+        if switch:
+            message = f"{switch[1]} takes no value"
+        stray = re.match("unrecognized arguments: (.*)", message)
+        if stray and Path(stray[1]).exists() and "--data " in self.format_usage():
+            message += f"; did you mean --data {stray[1]}?"
+        raise UserError(f"{message} (see --help)")
 
 
 def make_parser(cls, description):
@@ -110,9 +118,13 @@ def flag_options(kind, metavar):
 
 
 def read_text(text):
+    """The text. A ~ at its beginning is the user's home, as in a shell.
+
+    A shell itself leaves it as it is in --run=~/runs/x.
+    """
     if not text.strip():                    # such as "$UNSET" in a shell
-        raise argparse.ArgumentTypeError("the value is empty; give a name, a path or a text")
-    return text
+        raise argparse.ArgumentTypeError("the value is empty")
+    return os.path.expanduser(text)
 
 
 def read_whole_number(text):
@@ -207,7 +219,7 @@ def run_script(main):
     except BrokenPipeError:
         end_script(141)
     except OSError as error:
-        end_script(1, describe_os_error(error))
+        end_script(1, describe_os_error(error) + how_to_go_on(error, main))
     except KeyboardInterrupt as stop:
         end_script(130, str(stop) or "interrupted", once=True)
     except Exception as error:
@@ -237,7 +249,7 @@ def open_streams():
 
 def end_script(code, sentence="", once=False):
     """Exit with this code. once: of several processes on a machine, only the first speaks."""
-    if sentence and not (once and distributed.LOCAL_RANK > 0):
+    if sentence and not (once and distributed.is_silent()):
         with contextlib.suppress(OSError):            # nobody may read this any more
             print(f"{Path(sys.argv[0]).name}: {sentence}", file=sys.stderr)
     sys.exit(code)
@@ -259,6 +271,14 @@ def describe_os_error(error):
     if error.filename is None:
         return error.strerror
     return f"{error.filename}: {error.strerror}"
+
+
+def how_to_go_on(error, main):
+    """What to do after an error of the system, or "" if its own words have to do."""
+    if error.errno != errno.ENOSPC:
+        return ""
+    then = "continue with --resume" if has_flag(main, "resume") else "start again"
+    return f"; the disk is full: free some space, then {then}"
 
 
 OUT_OF_MEMORY = [
@@ -293,6 +313,8 @@ def how_to_save_memory(main):
     advice = []
     if has_flag(main, "batch_size"):
         advice.append("a lower --batch-size")
+    if has_flag(main, "width"):
+        advice.append("a smaller model (--width)")
     if has_flag(main, "limit"):
         advice.append("fewer examples (--limit, or a smaller file)")
     return " or ".join(advice) or "less data"
