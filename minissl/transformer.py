@@ -229,7 +229,8 @@ class Attention(nn.Module):
     def forward(self, x, visible):
         """x (B, T, D) -> (B, T, D).
 
-        visible (B, 1, 1, T) bool is False at padding. It is None if there is no padding.
+        visible, (B, 1, 1, T) or (T, T) bool, is False where a token (the last but one axis)
+        must not look (the last axis). It is None if every token may look at every other.
         """
         B, T, D = x.shape
         qkv = self.query_key_value(x).view(B, T, 3, self.heads, D // self.heads)
@@ -272,15 +273,17 @@ class TextEncoder(nn.Module):
         document_columns: d, how many of the D columns make the document vector. A narrow
             vector gives better features from few labels (64 instead of 256 columns:
             EXPERIMENTS.md, "Text"). Without the document term, take all D.
+        causal: whether a token sees only itself and the tokens before it, as in GPT. The
+            pair that ends at a token does not look ahead either.
     """
 
     def __init__(
         self, vocabulary_size, pairs, width=256, layers=2, heads=4, window=128,
-        document_columns=64,
+        document_columns=64, causal=False,
     ):
         super().__init__()
         V, P, d = vocabulary_size, len(pairs), document_columns
-        self.window, self.document_columns = window, d
+        self.window, self.document_columns, self.causal = window, d, causal
         self.register_buffer("pairs", pairs)                              # (P,)
         self.token_embedding = nn.Embedding(V, width)
         self.pair_embedding = nn.Embedding(P + 1, min(d, 64), padding_idx=P)
@@ -323,6 +326,9 @@ class TextEncoder(nn.Module):
         visible = None
         if lengths is not None and not bool((lengths == T).all()):
             visible = is_real(lengths, T)[:, None, None]                  # (B, 1, 1, T)
+        if self.causal:     # this hides the padding as well, because it lies behind the end
+            position = torch.arange(T, device=tokens.device)
+            visible = position <= position[:, None]                       # (T, T)
         x = self.token_embedding(tokens)                                  # (B, T, D)
         pair = self.pair_embedding(self.pair_ids(tokens))                 # (B, T, ≤ d)
         x = x + F.pad(pair, (0, x.shape[-1] - pair.shape[-1]))

@@ -311,3 +311,16 @@ def test_no_batch_of_a_preview_exceeds_its_bytes(
     assert whole <= views * previews.PREVIEW_BYTES
     assert len(batches) == 2 * 16                             # 80 training and 80 held-out images
     assert max(batches) <= features.BYTES_A_BATCH
+
+
+def test_knn_of_many_images_half_of_them_labelled_is_right(tmp_path):
+    """The previews look at 2,000 of 6,000 images, of which 3,000 have a label."""
+    labels = np.arange(6000) % 3
+    pixels = torch.zeros(6000, 1, 8, 8, dtype=torch.uint8)
+    for label in range(3):
+        pixels[labels == label, 0, label] = 200                       # a bright row for each class
+    split = np.repeat(np.uint8([TRAIN, HELD_OUT]), [4500, 1500])
+    given = np.where(np.arange(6000) % 4 < 2, labels, -1)
+    data = Images(pixels, torch.arange(6000), given, split, ["a", "b", "c"])
+    preview = NeighbourPreview(data, tmp_path, nullcontext(), CPU)
+    assert preview(lambda x: x.flatten(1)) == 100

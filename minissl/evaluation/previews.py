@@ -71,27 +71,34 @@ class NeighbourPreview:
         self.folder, self.autocast, self.device = folder, autocast, device
         self.train_images = data.subset(TRAIN, 2000)
         self.held_out = data.subset(HELD_OUT, 500)
-        self.has_classes = has_two_classes(self.train_images)
+        self.labelled_train = data.subset(TRAIN, 2000, labelled=True)
+        self.labelled_held_out = data.subset(HELD_OUT, 500, labelled=True)
+        self.has_classes = has_two_classes(self.labelled_train)
 
     def __call__(self, encode):
         """-> the accuracy of the nearest neighbours in %, or "" if too few have labels.
 
         It is also "" if the training images have labels of one class only.
         """
-        train = image_features(encode, self.train_images, self.autocast, self.device)
-        queries = image_features(encode, self.held_out, self.autocast, self.device)
-        if not (train.isfinite().all() and queries.isfinite().all()):
-            raise diverged("features are", "in a preview", self.folder)
+        train = self._features(encode, self.train_images)
+        queries = self._features(encode, self.held_out)
         self._write_pictures(train, queries)
 
-        train_labels, query_labels = self.train_images.labels, self.held_out.labels
-        known, asked = train_labels >= 0, query_labels >= 0
-        if not self.has_classes or not asked.any():
+        known, asked = self.labelled_train, self.labelled_held_out
+        if not self.has_classes or len(asked) == 0:
             return ""
-        percent = knn_accuracy(
-            train[known], train_labels[known], queries[asked], query_labels[asked]
-        )
+        if not torch.equal(known.rows, self.train_images.rows):     # some have no label
+            train = self._features(encode, known)
+        if not torch.equal(asked.rows, self.held_out.rows):
+            queries = self._features(encode, asked)
+        percent = knn_accuracy(train, known.labels, queries, asked.labels)
         return round(percent, 2)
+
+    def _features(self, encode, images):
+        features = image_features(encode, images, self.autocast, self.device)
+        if not features.isfinite().all():
+            raise diverged("features are", "in a preview", self.folder)
+        return features
 
     def _write_pictures(self, train, queries):
         centre = train.mean(0)
