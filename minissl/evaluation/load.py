@@ -173,6 +173,9 @@ def show_token(token, tokenizer):
 
 def check_masked_words(checkpoint, run):
     """Raise UserError if the run has not trained the layer that fills in masked words."""
+    if checkpoint["model_settings"].get("causal"):
+        raise UserError(f"--fill: {run} was trained by examples/gpt.py, which continues texts: "
+                        f"give it a --prompt, or give another run")
     with checkpoint_errors(run):
         masked_weight = checkpoint["settings"]["masked_weight"]
         first_stage = checkpoint["settings"]["embedding_steps"]
