@@ -49,7 +49,7 @@ import torch
 
 from minissl import UserError
 from minissl.data.images import load_images, own_images
-from minissl.data.splits import HELD_OUT, fingerprint, incomplete_classes
+from minissl.data.splits import HELD_OUT, fingerprint, incomplete_classes, list_names
 from minissl.data.text_sources import load_texts, read_texts
 from minissl.data.texts import encode_texts
 from minissl.evaluation import load, probes
@@ -231,7 +231,7 @@ def keep_complete_classes(data, name):
         raise UserError(f"--data {name}: no labelled example is held out to choose by; {advice}")
     if left_out:
         print(f"left out, without an example to train on or without one to test on: "
-              f"{listing(left_out)}")
+              f"{list_names(left_out)}")
     selected = labelled.select(np.isin(labelled.labels, kept))
     return replace(selected, labels=np.searchsorted(kept, selected.labels),
                    classes=[data.classes[label] for label in kept])
@@ -243,17 +243,6 @@ def count(n, thing):
     ('1 example', '1,000 labels')
     """
     return f"{n:,} {thing}" if n == 1 else f"{n:,} {thing}s"
-
-
-def listing(names, most=10):
-    """The names as a phrase, shortened if there are many.
-
-    >>> listing(["sea", "city"]), listing(["a", "b", "c"], most=2)
-    ('sea, city', 'a, b and 1 more')
-    """
-    if len(names) <= most:
-        return ", ".join(names)
-    return ", ".join(names[:most]) + f" and {len(names) - most} more"
 
 
 # ---------------------------------------------------------------- 3. the table
@@ -325,7 +314,7 @@ def measure_table(settings, task):
     after the last complete row.
     """
     chance = 100 * float(torch.bincount(task.labels[task.test]).max()) / len(task.test)
-    print(f"the table has {len(task.classes)} classes: {listing(task.classes)}")
+    print(f"the table has {len(task.classes)} classes: {list_names(task.classes)}")
     print(f"labelled: {len(task.train):,} to draw from, {len(task.held_out):,} held out for "
           f"choices, {len(task.test):,} to test on (the commonest class: {chance:.1f} %)")
     rows = possible_rows(settings, task)
@@ -623,7 +612,7 @@ def print_predictions(logits, saved, names):
     """A line for each example: class, probability, name, with tabs between them."""
     limit = f" (--limit {saved['limit']})" if saved["limit"] else ""
     print(f"classifier: trained on {saved['labels']:,} labels of {saved['data']}{limit}; "
-          f"classes {listing(saved['classes'])}", file=sys.stderr)
+          f"classes {list_names(saved['classes'])}", file=sys.stderr)
     for name, row in zip(names, logits.softmax(1)):
         print(f"{saved['classes'][int(row.argmax())]}\t{float(row.max()):.2f}\t{name}")
 

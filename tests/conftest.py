@@ -1,5 +1,6 @@
 """What several test files share: a corpus, a finished tiny run, a way to run a script."""
 
+import contextlib
 import csv
 import os
 import random
@@ -148,3 +149,18 @@ def assert_equal_states(one, other):
     assert one.keys() == other.keys()
     for name in one:
         assert torch.equal(one[name], other[name]), name
+
+
+@contextlib.contextmanager
+def stopped_at(last_step):
+    """Inside the block, every run stops after this step (from 0), as Ctrl-C does."""
+    from minissl.training.run import Run
+    end_step = Run.end_step
+
+    def stop(self, step, losses, items):
+        self.stopping = step == last_step
+        end_step(self, step, losses, items)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Run, "end_step", stop)
+        yield

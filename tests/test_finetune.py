@@ -362,7 +362,7 @@ def test_one_example_is_singular(run_script, run, capsys):
 
 def test_many_class_names_are_shortened():
     names = [str(n) for n in range(100)]
-    assert finetune.listing(names) == "0, 1, 2, 3, 4, 5, 6, 7, 8, 9 and 90 more"
+    assert finetune.list_names(names) == "0, 1, 2, 3, 4, 5, 6, 7, 8, 9 and 90 more"
 
 
 # ---------------------------------------------------------------- a trial beside a result

@@ -11,7 +11,7 @@ import gpt_baselines
 import numpy as np
 import pytest
 import torch
-from conftest import assert_equal_states, log_of, read_log, story
+from conftest import assert_equal_states, log_of, read_log, stopped_at, story
 
 import finetune
 from minissl.data.batches import Windows
@@ -20,7 +20,6 @@ from minissl.evaluation import load
 from minissl.tokenizer import MASK, PAD, train
 from minissl.training.files import load_checkpoint
 from minissl.training.machine import AttentionByHand, speed_up_on_cpu
-from minissl.training.run import Run
 from minissl.transformer import IGNORE_INDEX, TextEncoder
 
 
@@ -320,17 +319,10 @@ def test_at_the_start_the_loss_is_the_unigram_entropy(
     assert float(row["bits_per_byte"]) == pytest.approx(float(row["unigram"]), rel=0.03)
 
 
-def test_a_stopped_run_resumes_bit_for_bit(corpus, run_of_gpt, run_script, tmp_path, monkeypatch):
+def test_a_stopped_run_resumes_bit_for_bit(corpus, run_of_gpt, run_script, tmp_path):
     whole, _ = run_of_gpt
     data = ["--data", corpus, "--data-dir", whole.parent / "data"]
-    end_step = Run.end_step
-
-    def stop_at_20(self, step, losses, items):
-        self.stopping = step == 20                            # as Ctrl-C does
-        end_step(self, step, losses, items)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Run, "end_step", stop_at_20)
+    with stopped_at(20):
         code, printed = run_script(gpt, *data, "--run", tmp_path / "run", *SMALL)
     assert code == 130, printed
     code, printed = run_script(gpt, "--run", tmp_path / "run", "--resume")

@@ -12,11 +12,10 @@ import graph_data
 import numpy as np
 import pytest
 import torch
-from conftest import assert_equal_states, log_of, read_log
+from conftest import assert_equal_states, log_of, read_log, stopped_at
 
 from minissl import UserError
 from minissl.training.files import load_checkpoint
-from minissl.training.run import Run
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -418,18 +417,11 @@ def test_shuffled_links_cannot_be_predicted(run_script, tmp_path):
     assert 40 < float(result_of(printed)["auc"]) < 62
 
 
-def test_a_stopped_run_ends_at_the_same_bytes(own_links, run_script, tmp_path, monkeypatch):
+def test_a_stopped_run_ends_at_the_same_bytes(own_links, run_script, tmp_path):
     data = ["--data", own_links]
     code, printed = run_script(graph, *data, "--run", tmp_path / "whole", *SMALL)
     assert code == 0, printed
-    end_step = Run.end_step
-
-    def stop_at_20(self, step, losses, items):
-        self.stopping = step == 20                            # as Ctrl-C does
-        end_step(self, step, losses, items)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Run, "end_step", stop_at_20)
+    with stopped_at(20):
         code, _ = run_script(graph, *data, "--run", tmp_path / "run", *SMALL)
     assert code == 130
     code, resumed_printed = run_script(graph, "--run", tmp_path / "run", "--resume")

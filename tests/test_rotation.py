@@ -9,12 +9,11 @@ import numpy as np
 import pytest
 import rotation
 import torch
-from conftest import assert_equal_states, read_log
+from conftest import assert_equal_states, read_log, stopped_at
 
 import finetune
 from minissl.evaluation import load
 from minissl.training.files import load_checkpoint
-from minissl.training.run import Run
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -93,19 +92,10 @@ def test_the_example_learns_and_is_probed(bright_above, run_script, tmp_path):
     assert accuracy > 90
 
 
-def test_a_stopped_example_resumes_bit_for_bit(
-    bright_above, run_script, tmp_path, monkeypatch
-):
+def test_a_stopped_example_resumes_bit_for_bit(bright_above, run_script, tmp_path):
     data = ["--data", bright_above]
     assert run_script(rotation, *data, "--run", tmp_path / "whole", *SMALL)[0] == 0
-    end_step = Run.end_step
-
-    def stop_at_20(self, step, losses, items):
-        self.stopping = step == 20                            # as Ctrl-C does
-        end_step(self, step, losses, items)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Run, "end_step", stop_at_20)
+    with stopped_at(20):
         code, printed = run_script(rotation, *data, "--run", tmp_path / "run", *SMALL)
     assert code == 130, printed
     assert run_script(rotation, "--run", tmp_path / "run", "--resume")[0] == 0

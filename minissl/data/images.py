@@ -25,6 +25,7 @@ from minissl.data.splits import (
     drop_duplicates,
     evenly_spaced,
     fingerprint,
+    list_names,
     small_classes,
     split_blocks,
 )
@@ -262,7 +263,7 @@ def own_images(path, keep_all=False, flag="--data", labels=True):
     small = small_classes(labels, classes)
     if small:
         notes.append("classes with fewer than three images have no test image: "
-                     + _listing(small))
+                     + list_names(small))
     return Images(pixels, torch.from_numpy(kept), labels, split, classes, notes)
 
 
@@ -372,10 +373,3 @@ def _warn_if_black(array, path):
 def _counted(n, noun):
     """A number and its noun, such as "1 image" or "2,000 images"."""
     return f"1 {noun}" if n == 1 else f"{n:,} {noun}s"
-
-
-def _listing(names, most=10):
-    """The names in one line; of a long list the beginning, and how many more there are."""
-    if len(names) <= most:
-        return ", ".join(names)
-    return ", ".join(names[:most]) + f" and {len(names) - most:,} more"

@@ -93,6 +93,18 @@ def incomplete_classes(split, labels, classes):
     return names
 
 
+def list_names(names, most=10):
+    """Return names as one string.
+
+    >>> list_names(["a", "b", "c"]), list_names(["a", "b", "c"], most=1)
+    ('a, b, c', 'a and 2 more')
+    """
+    text = ", ".join(names[:most])
+    if len(names) > most:
+        text += f" and {len(names) - most:,} more"
+    return text
+
+
 def drop_duplicates(hashes, split, labels):
     """Return a mask (N,) that is True for the examples to keep.
 

@@ -22,14 +22,20 @@ from pathlib import Path
 import numpy as np
 
 from minissl import UserError
-from minissl.data.splits import HELD_OUT, TEST, TRAIN, evenly_spaced, split_blocks
+from minissl.data.splits import (
+    HELD_OUT,
+    TEST,
+    TRAIN,
+    evenly_spaced,
+    list_names,
+    split_blocks,
+)
 from minissl.data.texts import (
     CACHE_FORMAT,
     SAMPLE_BYTES,
     Source,
     encode_documents,
     encode_texts,
-    list_names,
     read_cache,
     remove_left_overs,
 )

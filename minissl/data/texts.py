@@ -43,6 +43,7 @@ from minissl.data.splits import (
     drop_duplicates,
     evenly_spaced,
     incomplete_classes,
+    list_names,
     split_blocks,
 )
 from minissl.tokenizer import PAD, Tokenizer, train
@@ -238,18 +239,6 @@ def encode_documents(source, cache, vocabulary_size, tokenizer):
                 raise
             raise OSError(error.errno, error.strerror, str(cache)) from None
         put_in_place(folder, cache)
-
-
-def list_names(names, most=10):
-    """Return names as one string.
-
-    >>> list_names(["a", "b", "c"]), list_names(["a", "b", "c"], most=1)
-    ('a, b, c', 'a and 2 more')
-    """
-    text = ", ".join(names[:most])
-    if len(names) > most:
-        text += f" and {len(names) - most:,} more"
-    return text
 
 
 def learn_tokenizer(documents, vocabulary_size):
