@@ -16,10 +16,15 @@ combines two shapes:
 These rules keep the outline exact. Away from it the value may be smaller than the true
 distance. The technique is described in Hart, "Sphere tracing" (The Visual Computer, 1996).
 
+The drawing code also tells what it drew, and `write_captions` puts that into words, for
+examples/clip.py.
+
 Read next: images.py.
 """
 
 import math
+import random
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -127,8 +132,23 @@ def distance(shape, x, y):
 
 # ---------------------------------------------------------------- Pictures
 
+@dataclass
+class Drawn:
+    """What was drawn: of each of n pictures its class, colour, size and place."""
+    labels: torch.Tensor             # (n,) int64, numbers in SHAPES
+    colour: torch.Tensor             # (n, 3): red, green and blue in [0, 1]
+    radius: torch.Tensor             # (n,), as a share of the picture's side
+    centre: torch.Tensor             # (n, 2): x and y, likewise; (0, 0) is the upper left corner
+
+
 def draw_shapes(n, generator, size=32):
-    """Draw n pictures -> (n, 3, size, size) uint8, and their labels (n,) int64.
+    """Draw n pictures -> (n, 3, size, size) uint8, and their labels (n,) int64."""
+    pixels, drawn = draw_and_tell(n, generator, size)
+    return pixels, drawn.labels
+
+
+def draw_and_tell(n, generator, size=32):
+    """Draw n pictures -> (n, 3, size, size) uint8, and what was Drawn.
 
     Every quantity is drawn from `generator` for each picture separately. Lengths are in pixels,
     colours in [0, 1].
@@ -150,8 +170,9 @@ def draw_shapes(n, generator, size=32):
     radius = uniform(0.2, 0.42, 1, 1) * size
     turn = uniform(0, 2 * math.pi, 1, 1)
     room = size - 2 * radius
-    x = column.expand(size, size) - radius - uniform(0, 1, 1, 1) * room
-    y = row.expand(size, size) - radius - uniform(0, 1, 1, 1) * room
+    share_x, share_y = uniform(0, 1, 1, 1), uniform(0, 1, 1, 1)
+    x = column.expand(size, size) - radius - share_x * room
+    y = row.expand(size, size) - radius - share_y * room
     along = (x * turn.cos() + y * turn.sin()) / radius
     across = (y * turn.cos() - x * turn.sin()) / radius
     outline = torch.empty(n, size, size)
@@ -190,7 +211,10 @@ def draw_shapes(n, generator, size=32):
     picture.lerp_(ink, inside.expand_as(picture))
     picture += 0.03 * torch.randn(picture.shape, generator=generator)
     pixels = (picture.clamp_(0, 1) * 255).round_().to(torch.uint8)
-    return pixels, labels
+    centre = torch.cat([radius + share_x * room, radius + share_y * room], dim=1)     # (n, 2, 1)
+    drawn = Drawn(labels, colour.clamp(0, 1).flatten(1), radius.flatten() / size,
+                  centre.flatten(1) / size)
+    return pixels, drawn
 
 
 def shape_data(limit=0):
@@ -199,18 +223,99 @@ def shape_data(limit=0):
     limit: draw only this many for each split (0: all). Returns pixels (N, 3, 32, 32) uint8 as a
     tensor, labels (N,) int64 and split (N,) uint8 as arrays.
     """
+    pixels, drawn, split = shape_data_and_tell(limit)
+    return pixels, drawn.labels.numpy(), split
+
+
+def shape_data_and_tell(limit=0):
+    """The data set as `shape_data` has it: pixels, what was Drawn, and the split."""
     splits = [TRAIN, HELD_OUT, TEST]
     sizes = [45_000, 5_000, 10_000]
     if limit:
         sizes = [min(limit, size) for size in sizes]
     total = sum(sizes)
-    pixels, labels = [], []
+    pixels, parts = [], []
     for split, size in zip(splits, sizes):
         for begin in range(0, size, 1000):
             progress(f"shapes: {1000 * len(pixels):,} of {total:,} drawn")
             n = min(1000, size - begin)
-            drawn = draw_shapes(n, generator(0, f"shapes {split}", begin))
-            pixels.append(drawn[0])
-            labels.append(drawn[1])
+            pictures, drawn = draw_and_tell(n, generator(0, f"shapes {split}", begin))
+            pixels.append(pictures)
+            parts.append(drawn)
+    drawn = {}
+    for name in ("labels", "colour", "radius", "centre"):
+        drawn[name] = torch.cat([getattr(part, name) for part in parts])
     split = np.repeat(np.uint8(splits), sizes)
-    return torch.cat(pixels), torch.cat(labels).numpy(), split
+    return torch.cat(pixels), Drawn(**drawn), split
+
+
+# ---------------------------------------------------------------- Captions
+
+COLOURS = ["grey", "blue", "green", "turquoise", "red", "pink", "yellow"]
+SIZES = ["small", "medium-sized", "large"]
+PLACES = [
+    "upper left", "top", "upper right",
+    "left", "middle", "right",
+    "lower left", "bottom", "lower right",
+]
+
+
+def name_traits(drawn):
+    """What was Drawn, by name: (n, 4) int64, numbers in SHAPES, COLOURS, SIZES and PLACES.
+
+    Colour: a channel is on if it is nearer to the strongest channel than to the weakest. Red and
+    green on give yellow, for example. If all channels lie within 0.2, the colour is grey.
+    Size: a third of the radii for each name.
+    Place: the centre is in the middle, from left to right or from top to bottom, if it lies
+    within 0.08 of it.
+    """
+    low = drawn.colour.amin(1, keepdim=True)
+    high = drawn.colour.amax(1, keepdim=True)
+    is_on = drawn.colour > (low + high) / 2                               # (n, 3)
+    colour = (is_on * torch.tensor([4, 2, 1])).sum(1)                     # 1 to 6
+    is_grey = (high - low)[:, 0] < 0.2
+    colour = colour.masked_fill(is_grey, 0)
+    size = torch.bucketize(drawn.radius, torch.tensor([0.273, 0.347]))
+    column, row = torch.bucketize(drawn.centre, torch.tensor([0.42, 0.58])).unbind(1)
+    return torch.stack([drawn.labels, colour, size, 3 * row + column], dim=1)
+
+
+SIZE_WORDS = {
+    "small": ["small", "little", "tiny"],
+    "medium-sized": ["medium-sized", "medium"],
+    "large": ["large", "big", "huge"],
+}
+PLACE_WORDS = {
+    "top": ["at the top", "near the upper edge"],
+    "left": ["on the left", "near the left edge"],
+    "middle": ["in the middle", "in the centre"],
+    "right": ["on the right", "near the right edge"],
+    "bottom": ["at the bottom", "near the lower edge"],
+}
+SENTENCES = [
+    "a {size} {colour} {shape} {place}",
+    "{place} there is a {size} {colour} {shape}",
+    "the {shape} {place} is {size} and {colour}",
+    "{place} we see a {colour} {shape}, and it is {size}",
+    "a {colour} {shape} lies {place}, a {size} one",
+]
+
+
+def write_captions(traits, seed=0):
+    """A caption for each row of traits (n, 4), in varied wording: a list of n strings.
+
+    The wording comes from `seed` alone, so it tells nothing about the picture.
+    """
+    rng = random.Random(seed)
+    captions = []
+    for shape, colour, size, place in traits.tolist():
+        place = PLACES[place]
+        places = PLACE_WORDS.get(place, [f"in the {place}", f"in the {place} corner"])
+        caption = rng.choice(SENTENCES).format(
+            shape=SHAPES[shape],
+            colour=COLOURS[colour],
+            size=rng.choice(SIZE_WORDS[SIZES[size]]),
+            place=rng.choice(places),
+        )
+        captions.append(caption)
+    return captions
