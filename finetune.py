@@ -21,6 +21,8 @@ label, so its labels are always the same. It is trained twice, in two orders.
     untrained     images: a linear probe of the same encoder with random weights
     from scratch  the same model, trained on the labels alone
     linear probe  logistic regression on the features of the pretrained encoder
+    self-trained  images: a probe that also learns from its own guesses for the other training
+                  images, after nearest neighbours have corrected them
     fine-tuned    the probe and the encoder trained further on the labels (for texts, the
                   encoder's embeddings)
 
@@ -49,7 +51,7 @@ import torch
 
 from minissl import UserError
 from minissl.data.images import load_images, own_images
-from minissl.data.splits import HELD_OUT, fingerprint, incomplete_classes, list_names
+from minissl.data.splits import HELD_OUT, TRAIN, fingerprint, incomplete_classes, list_names
 from minissl.data.text_sources import load_texts, read_texts
 from minissl.data.texts import encode_texts
 from minissl.evaluation import load, probes
@@ -115,8 +117,7 @@ class Settings:
 # What each of these flags leaves unused. With no flag of them there is a whole table.
 UNUSED = {
     "predict": ("labels", "probe", "limit", "data", "data_dir", "no_flip", "overwrite"),
-    "features": ("labels", "probe", "no_flip"),
-    "probe": ("no_flip",),
+    "features": ("labels", "probe"),
 }
 
 
@@ -505,13 +506,16 @@ def make_table(settings, model, checkpoint, machine):
     warn_of_another_split(settings, checkpoint, data)
     for note in data.notes:
         print(f"data: {note}")
+    unlabelled = data.select((data.labels < 0) & (data.split == TRAIN))
     data = keep_complete_classes(data, name)
     if is_text:
+        flip = None
         task = TextTask(data, model, autocast, device)
     else:
-        flip = not (settings.no_flip or trained.get("no_flip"))
+        flip = load.may_mirror(checkpoint) and not settings.no_flip
         task = ImageTask(data, model, autocast, device, precision,
-                         partial(load.new_model, checkpoint), flip, trained.get("code"))
+                         partial(load.new_model, checkpoint), flip, trained.get("code"),
+                         unlabelled)
     new, classifier, labels, chance = measure_table(settings, task)
 
     # Printed first: what was measured must not be lost if the disk is full.
@@ -530,7 +534,8 @@ def make_table(settings, model, checkpoint, machine):
     if not settings.probe:
         shape = None if is_text else list(data.shape[1:])
         keep_classifier(folder, classifier,
-                        dict(source, classes=data.classes, shape=shape, labels=labels))
+                        dict(source, classes=data.classes, shape=shape, labels=labels,
+                             flip=flip))
         picture = folder / "finetune.svg"
         if not settings.limit or not picture.exists():
             figure = report.label_figure(path, xmlns="http://www.w3.org/2000/svg")
@@ -553,7 +558,9 @@ def write_features(settings, model, checkpoint, machine):
         features = text_features(model.to(device), data, autocast, device, progress)
     else:
         load.check_images(data, model, name)
-        features = image_features(model.to(device).encode, data, autocast, device, progress)
+        mirror = load.may_mirror(checkpoint) and not settings.no_flip
+        features = image_features(
+            model.to(device).encode, data, autocast, device, progress, mirror=mirror)
     write_npy(path, features.numpy())
     N, D = features.shape
     print("; ".join([f"{path}: {N:,} × {D} features", *data.notes]))
@@ -595,7 +602,8 @@ def predict_images(settings, model, checkpoint, machine):
     load.check_images(images, model, f"--predict {path}")
     check_shape(images.shape[1:], saved["shape"], path)
     classifier = build_classifier(saved, model, checkpoint["step"], settings.run)
-    logits = image_features(classifier.to(device), images, autocast, device)
+    logits = image_features(
+        classifier.to(device), images, autocast, device, mirror=saved["flip"])
     print_predictions(logits, saved, range(len(images)))
 
 

@@ -61,6 +61,7 @@ class Settings:
     regularizer: Literal["none", "sparse", "decorrelated"] = "none"  # desired property of the code
     noise: float = 0.0  # standard deviation of noise on the input, where white is 1
     masked: float = 0.0  # share of the 8 × 8 patches that are cut out of the input
+    no_flip: bool = False  # no mirror images: for digits, letters and the like
     evaluate_every: int = 200  # steps between two previews
     save_every: float = 30  # seconds between two checkpoints
 
@@ -152,7 +153,8 @@ def main():
 
     # From here on the run has a folder. A resumed run loads its checkpoint here.
     preview = previews.AutoencoderPreview(
-        data, corrupt, run.folder, autocast, device
+        data, corrupt, run.folder, autocast, device,
+        mirror=not settings.no_flip,
     )
     chance = dict(squared_error=preview.error_of_the_mean_image(), regularizer=None)
     first_step = run.begin(

@@ -25,7 +25,7 @@ import torch
 
 from minissl import UserError, contrastive
 from minissl.data.batches import Batches, generator
-from minissl.data.images import describe, load_images, mean_and_std
+from minissl.data.images import describe, load_images, mean_and_whitening
 from minissl.data.splits import TRAIN
 from minissl.evaluation import previews
 from minissl.optim import lr_schedule, muon_and_adam, step_optimizers
@@ -156,7 +156,7 @@ def main():
 
     # The arguments of the model go into the checkpoint, so that finetune.py can build it.
     torch.manual_seed(settings.seed)
-    model_settings = dict(width=settings.width, **mean_and_std(train_images))
+    model_settings = dict(width=settings.width, **mean_and_whitening(train_images))
     if settings.method == "byol":
         model = contrastive.BYOL(**model_settings)
         compute_loss, chance = byol_loss, dict(loss=2.0)
@@ -179,7 +179,8 @@ def main():
 
     # From here on the run has a folder. A resumed run loads its checkpoint here.
     preview = previews.ContrastivePreview(
-        data, random_numbers, make_views, run.folder, autocast, device
+        data, random_numbers, make_views, run.folder, autocast, device,
+        mirror=not settings.no_flip,
     )
     first_step = run.begin(
         model,

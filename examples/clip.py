@@ -49,7 +49,7 @@ from clip_data import load_pairs
 from minissl import UserError
 from minissl.contrastive import ImageEncoder
 from minissl.data.batches import Batches
-from minissl.data.images import mean_and_std
+from minissl.data.images import mean_and_whitening
 from minissl.evaluation.previews import NeighbourPreview
 from minissl.optim import Muon, lr_schedule, step_optimizers
 from minissl.training import distributed
@@ -104,13 +104,13 @@ class Settings:
 class CLIP(nn.Module):
     """Two towers with a linear projection each, and a temperature exp(−t).
 
-    Arguments: mean, std and width as for ImageEncoder; text, the arguments of TextEncoder
+    Arguments: mean, whitening and width as for ImageEncoder; text, the arguments of TextEncoder
     but its pairs; size, of the vectors u and v.
     """
 
-    def __init__(self, mean, std, width, text, size):
+    def __init__(self, mean, whitening, width, text, size):
         super().__init__()
-        self.image_encoder = ImageEncoder(mean, std, width)
+        self.image_encoder = ImageEncoder(mean, whitening, width)
         no_pairs = torch.empty(0, dtype=torch.int64)
         self.text_encoder = TextEncoder(**text, pairs=no_pairs, document_columns=text["width"])
         self.image_projection = nn.Linear(4 * width, size, bias=False)
@@ -160,7 +160,7 @@ def make_model(settings, train_pairs, device, precision):
         vocabulary_size=len(train_pairs.texts.tokenizer), width=settings.text_width,
         layers=settings.layers, heads=4, window=settings.window,
     )
-    statistics = mean_and_std(train_pairs.images)
+    statistics = mean_and_whitening(train_pairs.images)
     model_settings = dict(**statistics, width=settings.width, text=text, size=settings.size)
     model = move_to_device(CLIP(**model_settings), device)
     # The text encoder's output layers get no gradient here, so they stay as they are.

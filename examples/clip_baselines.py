@@ -15,7 +15,7 @@ import torch
 
 from minissl import contrastive
 from minissl.data.batches import Batches, generator
-from minissl.data.images import mean_and_std
+from minissl.data.images import mean_and_whitening
 from minissl.data.splits import evenly_spaced
 from minissl.data.texts import encode_texts
 from minissl.evaluation import probes
@@ -149,7 +149,7 @@ def train_simclr(images, settings, machine):
     device, precision, autocast = machine
     steps = settings.steps * 5 // 4
     torch.manual_seed(settings.seed)
-    model = contrastive.SimCLR(width=settings.width, **mean_and_std(images))
+    model = contrastive.SimCLR(width=settings.width, **mean_and_whitening(images))
     model = move_to_device(model, device)
     optimizers = muon_and_adam(model, 0.02, weight_decay=0.02, precision=precision)
     batches = Batches(len(images), settings.batch_size, settings.seed, "image order")

@@ -42,7 +42,7 @@ import finetune
 from minissl import UserError
 from minissl.contrastive import ImageEncoder
 from minissl.data.batches import Batches
-from minissl.data.images import describe, load_images, mean_and_std
+from minissl.data.images import describe, load_images, mean_and_whitening
 from minissl.data.splits import TRAIN
 from minissl.evaluation import load
 from minissl.evaluation.previews import NeighbourPreview
@@ -88,13 +88,13 @@ class Settings:
 class RotationModel(nn.Module):
     """An image encoder with a layer that tells four directions apart.
 
-    Arguments: mean, std and width as for ImageEncoder.
+    Arguments: mean, whitening and width as for ImageEncoder.
     """
 
-    def __init__(self, mean, std, width=32):
+    def __init__(self, mean, whitening, width=32):
         super().__init__()
         self.channels = len(mean)                             # finetune.py asks for it
-        self.encoder = ImageEncoder(mean, std, width)
+        self.encoder = ImageEncoder(mean, whitening, width)
         self.head = nn.Linear(4 * width, 4)
 
     def encode(self, x):
@@ -151,7 +151,7 @@ def main():
     # ------------------------------------------------------------ Model
 
     torch.manual_seed(settings.seed)
-    model_settings = dict(width=settings.width, **mean_and_std(train_images))
+    model_settings = dict(width=settings.width, **mean_and_whitening(train_images))
     model = RotationModel(**model_settings)
     model = move_to_device(sync_batch_norm(model), device)
     optimizers = muon_and_adam(model, settings.learning_rate, precision=precision)

@@ -19,6 +19,7 @@ What the scripts need, in three folders:
     evaluation/
         features.py      what an encoder says about whole texts and images
         probes.py        nearest neighbours, logistic regression, tf-idf
+        self_training.py a probe that also learns from images without labels
         previews.py      what training shows while it runs
         load.py          a finished run, opened again
         table.py         the columns of finetune.py's table

@@ -97,7 +97,10 @@ def window_batch(size):
 
 
 def image_model(cls, *size, **options):
-    return cls(*size, mean=torch.zeros(3), std=torch.ones(3), width=4, **options).double()
+    statistics = dict(mean=torch.zeros(3), std=torch.ones(3))
+    if issubclass(cls, contrastive.SimCLR):
+        statistics = dict(mean=torch.zeros(3), whitening=torch.eye(12))
+    return cls(*size, **statistics, width=4, **options).double()
 
 
 def text_model():

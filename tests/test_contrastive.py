@@ -12,7 +12,8 @@ from minissl import contrastive
 from minissl.contrastive import BYOL, ImageEncoder, SimCLR, byol_loss, info_nce
 
 
-ZEROS, ONES = torch.zeros(3), torch.ones(3)      # mean and std of colour images
+ZEROS, EYE = torch.zeros(3), torch.eye(12)       # of colour images: whitening does nothing
+COLUMNS = 20 * 64 + 512                          # of the features at width 64
 
 
 # ---------------------------------------------------------------- InfoNCE
@@ -189,7 +190,7 @@ def target_state(model):
 
 def test_byol_predicts_the_other_view_by_the_target():
     torch.manual_seed(0)
-    model = BYOL(ZEROS, ONES, width=8)
+    model = BYOL(ZEROS, EYE, width=8)
     views = torch.rand(3, 4, 3, 16, 16)
     predictions, targets = model(views)
     projections = model.project(views)
@@ -203,7 +204,7 @@ def test_byol_predicts_the_other_view_by_the_target():
 
 
 def test_the_target_starts_as_a_copy_without_gradient():
-    model = BYOL(ZEROS, ONES, width=8)
+    model = BYOL(ZEROS, EYE, width=8)
     assert not any(p.requires_grad for p in model.target.parameters())
     for online, target in zip(online_state(model), target_state(model).values()):
         assert torch.equal(online, target)
@@ -211,7 +212,7 @@ def test_the_target_starts_as_a_copy_without_gradient():
 
 def test_a_forward_pass_does_not_move_the_target():
     torch.manual_seed(0)
-    model = BYOL(ZEROS, ONES, width=8)
+    model = BYOL(ZEROS, EYE, width=8)
     before = target_state(model)
     model(torch.rand(2, 4, 3, 16, 16))
     for name, value in target_state(model).items():
@@ -221,7 +222,7 @@ def test_a_forward_pass_does_not_move_the_target():
 
 def test_the_target_moves_by_its_rate_buffers_included():
     torch.manual_seed(0)
-    model = BYOL(ZEROS, ONES)
+    model = BYOL(ZEROS, EYE)
     before = target_state(model)
     predictions, targets = model(torch.rand(2, 4, 3, 16, 16))
     byol_loss(predictions.flatten(0, 1), targets.flatten(0, 1)).backward()
@@ -239,13 +240,13 @@ def test_the_target_moves_by_its_rate_buffers_included():
         if not torch.equal(value, before[name]):
             moved.append(name)
     assert len(moved) > 20
-    assert "0.layers.1.running_mean" in moved
+    assert "0.to_second.1.running_mean" in moved
 
 
 def test_every_column_of_byols_projections_varies_alike():
     torch.manual_seed(0)
     views = torch.rand(2, 32, 3, 16, 16)
-    byol, simclr = BYOL(ZEROS, ONES, width=8), SimCLR(ZEROS, ONES, width=8)
+    byol, simclr = BYOL(ZEROS, EYE, width=8), SimCLR(ZEROS, EYE, width=8)
     for z in (byol.project(views), byol.project_by_target(views)):
         spread = z.flatten(0, 1).std(0, correction=0)         # (D,)
         assert (spread - 1).abs().max() < 0.01
@@ -489,33 +490,92 @@ def test_a_view_does_not_depend_on_the_other_images(C):
     (3, 32, 32), (1, 28, 28), (3, 33, 47), (1, 8, 8), (3, 64, 64),
 ])
 def test_the_encoder_takes_any_size(C, H, W):
-    model = SimCLR(torch.zeros(C), torch.ones(C))
+    model = SimCLR(torch.zeros(C), torch.eye(4 * C))
     assert model(torch.rand(2, 3, C, H, W)).shape == (2, 3, 128)
-    assert model.eval().encode(torch.rand(5, C, H, W)).shape == (5, 256)
+    assert model.eval().encode(torch.rand(5, C, H, W)).shape == (5, COLUMNS)
 
 
 def test_an_image_of_odd_size_is_padded_with_its_border():
     torch.manual_seed(0)
-    encoder = ImageEncoder(ZEROS, ONES, width=8).eval()
+    encoder = ImageEncoder(ZEROS, EYE, width=8).eval()
     x = torch.rand(2, 3, 9, 11)
     padded = F.pad(x, (0, 1, 0, 1), mode="replicate")
     torch.testing.assert_close(encoder(x), encoder(padded))
 
 
-def test_pixels_are_standardized_by_mean_and_std():
+def test_each_square_of_pixels_is_whitened_by_the_matrix():
     torch.manual_seed(0)
-    mean, std = torch.tensor([0.2, 0.5, 0.7]), torch.tensor([0.1, 0.2, 0.3])
-    encoder = ImageEncoder(mean, std, width=8).eval()
-    plain = ImageEncoder(ZEROS, ONES, width=8).eval()
-    plain.layers = encoder.layers
-    x = torch.rand(2, 3, 16, 16)
-    standardized = (x - mean[:, None, None]) / std[:, None, None]
-    torch.testing.assert_close(encoder(x), plain(standardized))
+    mean, whitening = torch.tensor([0.2, 0.5, 0.7]), torch.randn(12, 12)
+    encoder = ImageEncoder(mean, whitening, width=8).eval()
+    x = torch.rand(1, 3, 8, 8)
+    white = torch.zeros(1, 12, 4, 4)
+    for row in range(4):
+        for column in range(4):
+            square = x[0, :, 2 * row:2 * row + 2, 2 * column:2 * column + 2]
+            numbers = (square - mean[:, None, None]).flatten()            # channel by channel
+            white[0, :, row, column] = whitening @ numbers
+    second = encoder.to_second(white)
+    found_second, found_last = encoder.maps(x)
+    torch.testing.assert_close(found_second, second)
+    torch.testing.assert_close(found_last, encoder.to_last(second))
+    torch.testing.assert_close(encoder(x), found_last.mean((2, 3)))
+
+
+def test_whitening_is_computed_in_float32():
+    torch.manual_seed(0)
+    encoder = ImageEncoder(ZEROS, torch.eye(12), width=8).eval()
+    seen = []
+    encoder.to_second[0].register_forward_pre_hook(lambda layer, inputs: seen.append(inputs[0]))
+    x = torch.rand(2, 3, 8, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        encoder(x)
+    assert torch.equal(seen[0], F.pixel_unshuffle(x, 2))
+
+
+def test_the_kernels_begin_as_the_identity():
+    layer = contrastive.convolution(3, 5)
+    x = torch.rand(2, 3, 6, 7)
+    torch.testing.assert_close(layer(x)[:, :3], x)
+    assert layer.weight[3:].abs().min() > 0                   # the others are random
+
+
+def unit(rows):
+    return rows / np.linalg.norm(rows, axis=1, keepdims=True)
+
+
+def strip_means(maps, strips):
+    """The mean of each horizontal strip; a row on the border of two strips counts in both."""
+    H = maps.shape[2]
+    means = []
+    for n in range(strips):
+        first, last = n * H / strips, (n + 1) * H / strips
+        rows = [row for row in range(H) if row + 1 > first and row < last]
+        means.append(maps[:, :, rows].mean((2, 3)))
+    return np.concatenate(means, axis=1)
+
+
+@pytest.mark.parametrize("cls", [SimCLR, BYOL])
+@pytest.mark.parametrize("H, W", [(16, 24), (40, 16), (8, 8)])
+def test_features_join_three_depths_each_of_length_1(H, W, cls):
+    torch.manual_seed(0)
+    model = cls(ZEROS, EYE, width=8).eval()
+    x = torch.rand(3, 3, H, W)
+    second, last = (maps.detach().numpy() for maps in model.encoder.maps(x))
+    assert second.shape[2:] == (H // 4, W // 4) and last.shape[2:] == (H // 8, W // 8)
+    average = last.mean((2, 3))
+    dense, norm = model.projection_head[0], model.projection_head[1]
+    hidden = average @ dense.weight.detach().numpy().T
+    hidden = hidden / np.sqrt(1 + norm.eps)                   # no statistics have been taken yet
+    hidden = np.maximum(hidden, 0)
+    parts = [average, strip_means(last, 2), strip_means(second, 4), hidden]
+    expected = np.concatenate([unit(part) for part in parts], axis=1)
+    features = model.encode(x).detach().numpy()
+    np.testing.assert_allclose(features, expected, atol=1e-5)
 
 
 def test_features_do_not_depend_on_the_batch_and_move_nothing():
     torch.manual_seed(0)
-    model = SimCLR(ZEROS, ONES).eval()
+    model = SimCLR(ZEROS, EYE).eval()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     images = torch.rand(7, 3, 16, 16)
     with torch.no_grad():
@@ -527,7 +587,7 @@ def test_features_do_not_depend_on_the_batch_and_move_nothing():
 
 def test_every_parameter_receives_a_gradient():
     torch.manual_seed(0)
-    model = SimCLR(ZEROS, ONES)
+    model = SimCLR(ZEROS, EYE)
     for module in model.modules():
         if isinstance(module, contrastive.ResidualBlock):
             nn.init.ones_(module.norm2.weight)                # it starts at 0: wake the block up
@@ -538,7 +598,7 @@ def test_every_parameter_receives_a_gradient():
 
 def test_the_encoder_costs_49_million_multiply_adds():
     """As its docstring says: each kernel is used once for each place of its output."""
-    encoder = ImageEncoder(ZEROS, ONES)
+    encoder = ImageEncoder(ZEROS, EYE)
     counts = []
 
     def count(layer, inputs, output):

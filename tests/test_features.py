@@ -54,14 +54,15 @@ def write_text_run(folder, **settings):
     return folder
 
 
-def write_image_run(folder, channels=3):
+def write_image_run(folder, channels=3, no_flip=False):
     """The folder of a run of train_contrastive.py with random weights."""
     torch.manual_seed(0)
-    shape = dict(mean=[0.5] * channels, std=[0.2] * channels, width=8)
+    shape = dict(mean=[0.5] * channels, whitening=torch.eye(4 * channels).tolist(), width=8)
     folder.mkdir(exist_ok=True)
     write_checkpoint(folder / "checkpoint.pt", dict(
         format=CHECKPOINT_FORMAT, method="simclr", step=30, data="",
-        model=SimCLR(**shape).state_dict(), model_settings=shape, settings=dict(run=str(folder))))
+        model=SimCLR(**shape).state_dict(), model_settings=shape,
+        settings=dict(run=str(folder), no_flip=no_flip)))
     return folder
 
 
@@ -136,6 +137,16 @@ def test_every_image_counts_whatever_the_batch(batch):
     assert torch.equal(features, pixels.flatten(1).float() / 255)
 
 
+def test_features_are_the_mean_over_image_and_mirror_image():
+    pixels = torch.randint(0, 256, (5, 3, 8, 8), dtype=torch.uint8)
+
+    def square(x):
+        return x.flatten(1) ** 2
+    given = [image_features(square, each, nullcontext()) for each in (pixels, pixels.flip(3))]
+    features = image_features(square, pixels, nullcontext(), mirror=True)
+    torch.testing.assert_close(features, (given[0] + given[1]) / 2)
+
+
 def test_a_batch_of_large_images_is_bounded_by_its_bytes():
     seen = []
 
@@ -154,6 +165,16 @@ def test_a_batch_of_large_images_is_bounded_by_its_bytes():
 
 
 # ---------------------------------------------------------------- a run opened again
+
+@pytest.mark.parametrize("no_flip", [False, True])
+def test_load_encoder_mirrors_as_the_training_did(no_flip, tmp_path):
+    run = write_image_run(tmp_path / "run", no_flip=no_flip)
+    array = np.random.default_rng(0).integers(0, 256, (4, 16, 16, 3), np.uint8)
+    features = load.load_encoder(run)(array)
+    of_mirror_images = load.load_encoder(run)(array[:, :, ::-1])
+    assert torch.allclose(features, of_mirror_images, atol=1e-5) != no_flip
+
+
 
 def test_load_encoder_takes_strings_from_a_list_or_a_generator(tmp_path):
     run = write_text_run(tmp_path / "run")
@@ -188,7 +209,7 @@ def test_load_encoder_takes_grey_and_colour_arrays(tmp_path):
         array = rng.integers(0, 256, shape, np.uint8)
         encode = load.load_encoder(write_image_run(tmp_path / str(channels), channels))
         features = encode(array)
-        assert features.shape == (5, 32) and features.dtype == torch.float32
+        assert features.shape == (5, 20 * 8 + 512) and features.dtype == torch.float32
         torch.testing.assert_close(encode(array[2:3])[0], features[2], rtol=1e-4, atol=1e-5)
 
 

@@ -66,10 +66,11 @@ def make_image_run(folder, method="simclr", name="shapes", limit=100):
     """A run of an encoder with random weights, on the images with this name."""
     data = images.load_images(name, limit=limit)
     settings = dict(data=name, data_dir="data", limit=limit)
-    shape = dict(width=8, **images.mean_and_std(data))
+    shape = dict(width=8, **images.mean_and_whitening(data))
     cls = contrastive.SimCLR
     if method == "autoencoder":
         cls = Autoencoder
+        shape = dict(width=8, **images.mean_and_std(data))
         shape.update(size=list(data.shape[2:]), code=16)
         settings["code"] = 16
     torch.manual_seed(0)
@@ -460,8 +461,8 @@ def test_the_same_row_twice_is_measured_once():
     assert settings.labels == ["1", "all", "2"]
 
 
-CONDITIONS = dict(step=90, classes=["a", "b"], shape=None, data="a.txt", limit=0, labels=100,
-                  checksum="1")
+CONDITIONS = dict(step=90, classes=["a", "b"], shape=None, flip=None, data="a.txt", limit=0,
+                  labels=100, checksum="1")
 
 
 @pytest.mark.parametrize("change, replaced", [
@@ -847,6 +848,20 @@ def test_features_are_standardized_by_training_images_alone(image_runs):
     torch.testing.assert_close(task.std, found.std(0, correction=0).clamp(min=1e-6))
 
 
+def test_self_training_also_sees_images_without_labels(image_runs):
+    model, checkpoint = load.load_run(image_runs / "simclr")
+    data = two_classes(100, [120, 20, 60])
+    more = data.select(np.arange(40))
+    tasks = [ImageTask(data, model, nullcontext(), torch.device("cpu"), torch.float32,
+                       partial(load.new_model, checkpoint), True, None, unlabelled)
+             for unlabelled in (more, None)]
+    columns = [task.self_training() for task in tasks]
+    assert [len(column.pool) for column in columns] == [160, 120]
+    # The same images without a label have the same features as in the table.
+    torch.testing.assert_close(columns[0].x[120:], columns[0].x[:40], atol=1e-3, rtol=1e-3)
+    assert accuracy_of(columns[0], tasks[0], tasks[0].train[:20]) == 100
+
+
 def test_the_rate_of_fine_tuning_rises_and_falls(image_runs, monkeypatch):
     rates = {Muon: [], torch.optim.Adam: []}
     for optimizer, seen in rates.items():
@@ -884,9 +899,9 @@ def test_a_probe_does_not_move_the_encoder(image_runs, brief):
     tuned = columns["fine-tuned"].fit(indices, (0.002, 0.5), 0)
     assert equal(before, task.model.state_dict())
     stays = {name for name, _ in tuned.body.named_buffers()}        # batch norm, with few labels
+    stays.add("projection_head.3.weight")                           # after the hidden layer
     for name, value in tuned.body.state_dict().items():
-        expected = name in stays or name.startswith("projection_head")
-        assert torch.equal(value, before[name]) == expected, name
+        assert torch.equal(value, before[name]) == (name in stays), name
 
 
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
@@ -912,17 +927,35 @@ def test_the_head_is_float32_so_that_classes_do_not_tie():
 
 def test_images_are_not_mirrored_where_that_is_forbidden(
         image_run, run_script, monkeypatch, brief):
-    flips, augment = set(), contrastive.augment
+    flips, augment, read = set(), contrastive.augment, table.image_features
 
-    def watched(*arguments, **named):
+    def watched_augment(*arguments, **named):
         flips.add(named["flip"])
         return augment(*arguments, **named)
-    monkeypatch.setattr(contrastive, "augment", watched)
+
+    def watched_features(*arguments, **named):
+        flips.add(named["mirror"])
+        return read(*arguments, **named)
+    monkeypatch.setattr(contrastive, "augment", watched_augment)
+    monkeypatch.setattr(table, "image_features", watched_features)
     for flags, expected in ([], {True}), (["--no-flip"], {False}):
         flips.clear()
         code, printed = run_script(finetune, image_run, *CPU, "--labels", 3, "--seeds", 1,
                                    "--limit", 100, *flags)
         assert code == 0 and flips == expected, printed
+        assert table.read_classifier(image_run)["flip"] == (not flags)
+
+
+def test_written_features_are_mirrored_unless_forbidden(image_run, run_script, tmp_path):
+    model, _ = load.load_run(image_run)
+    pixels = images.load_images("shapes", limit=20, keep_all=True)
+    for flags, mirror in ([], True), (["--no-flip"], False):
+        path = tmp_path / f"{mirror}.npy"
+        code, printed = run_script(finetune, image_run, *CPU, "--features", path, *flags,
+                                   "--precision", "float32", "--limit", 20)
+        assert code == 0, printed
+        expected = features.image_features(model.encode, pixels, nullcontext(), mirror=mirror)
+        np.testing.assert_allclose(np.load(path), expected, atol=1e-5)
 
 
 def test_no_batch_of_large_images_exceeds_its_bytes(image_runs, monkeypatch, brief):
@@ -969,11 +1002,13 @@ def test_the_classifier_of_the_last_row_labels_new_images(
     assert equal(saved["model"], last.state_dict())
     assert not equal(saved["model"], first.state_dict())
     assert saved["shape"] == [3, 32, 32] and saved["labels"] == 50 and saved["limit"] == 100
+    assert saved["flip"]
 
     new = save_test_images(tmp_path / "new.npy")
     code, printed = run_script(finetune, image_run, *CPU, "--predict", tmp_path / "new.npy")
     with torch.no_grad():
-        probabilities = last(new[:].float() / 255).softmax(1)
+        x = new[:].float() / 255
+        probabilities = ((last(x) + last(x.flip(3))) / 2).softmax(1)
     lines = [line.split("\t") for line in printed.splitlines() if "\t" in line]
     assert [line[2] for line in lines] == [str(n) for n in range(100)]
     assert [line[0] for line in lines] == [new.classes[i] for i in probabilities.argmax(1)]

@@ -84,6 +84,39 @@ def test_the_std_of_a_constant_channel_is_not_0():
     assert 0 < std[1] < 0.01 < std[0]
 
 
+def squares_of(pixels):
+    """The 4C numbers of each square of 2 × 2 pixels, as rows, by loops."""
+    rows = []
+    for image in pixels.double().numpy() / 255:
+        C, H, W = image.shape
+        for top in range(0, H - 1, 2):
+            for left in range(0, W - 1, 2):
+                rows.append(image[:, top:top + 2, left:left + 2].reshape(4 * C))
+    return np.array(rows)
+
+
+@pytest.mark.parametrize("C, H, W", [(3, 8, 8), (1, 9, 11)])
+def test_whitened_squares_are_uncorrelated(C, H, W):
+    rng = np.random.default_rng(0)
+    smooth = rng.normal(size=(40, C, H, W)).cumsum(2).cumsum(3)           # neighbours are alike
+    pixels = torch.from_numpy(np.clip(128 + 15 * smooth, 0, 255).astype(np.uint8))
+    mean, whitening = map(np.array, images.mean_and_whitening(pixels).values())
+    assert mean == pytest.approx(pixels.double().mean((0, 2, 3)).numpy() / 255)
+    white = (squares_of(pixels) - mean.repeat(4)) @ whitening.T
+    centre = white.mean(0)
+    second_moment = white.T @ white / len(white)
+    assert np.abs(centre).max() < 0.3
+    off_diagonal = second_moment - np.diag(np.diag(second_moment))
+    assert np.abs(off_diagonal).max() < 0.02
+    assert (np.diag(second_moment) > 0.9).all() and (np.diag(second_moment) < 1.01).all()
+
+
+def test_whitening_does_not_magnify_what_never_changes():
+    pixels = torch.full((20, 3, 8, 8), 7, dtype=torch.uint8)
+    whitening = np.array(images.mean_and_whitening(pixels)["whitening"])
+    assert np.isfinite(whitening).all() and np.abs(whitening).max() <= 255.001
+
+
 def test_the_selected_images_move_to_a_gpu_if_they_fit(monkeypatch):
     pixels = torch.arange(10).byte().view(10, 1, 1, 1).expand(10, 1, 8, 8)
     no_labels, split = np.full(10, -1), np.zeros(10, np.uint8)

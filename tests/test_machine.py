@@ -191,8 +191,8 @@ def test_attention_by_hand_in_bfloat16_is_close():
 def models():
     pairs = torch.tensor([2 * 20 + 3])
     return [
-        contrastive.SimCLR([0.5] * 3, [0.2] * 3, width=8),
-        contrastive.BYOL([0.5] * 3, [0.2] * 3, width=8),
+        contrastive.SimCLR([0.5] * 3, torch.eye(12), width=8),
+        contrastive.BYOL([0.5] * 3, torch.eye(12), width=8),
         transformer.TextEncoder(20, pairs, width=8, layers=2, heads=2, document_columns=4),
     ]
 
@@ -223,7 +223,7 @@ def test_speed_up_on_cpu_swaps_all_layers_it_knows():
 
 def test_a_sped_up_model_computes_the_same_in_bfloat16():
     torch.manual_seed(0)
-    model = contrastive.SimCLR([0.5] * 3, [0.2] * 3, width=8)
+    model = contrastive.SimCLR([0.5] * 3, torch.eye(12), width=8)
     views = torch.rand(2, 8, 3, 16, 16)
     with torch.autocast("cpu", torch.bfloat16):
         expected = model(views)

@@ -278,7 +278,7 @@ def text_encoder():
 def image_models():
     return [
         autoencoder.Autoencoder((33, 20), [0.5] * 3, [0.2] * 3, code=8, width=8),
-        contrastive.SimCLR([0.5] * 3, [0.2] * 3, width=8),
+        contrastive.SimCLR([0.5] * 3, torch.eye(12), width=8),
     ]
 
 
@@ -318,7 +318,7 @@ def test_the_preview_of_an_autoencoder():
 def test_fine_tuning_of_images(freeze_norm, monkeypatch):
     use_adam_as_on_mps(monkeypatch)
     data = load_images("shapes", limit=40)
-    model = contrastive.SimCLR([0.5] * 3, [0.2] * 3, width=8)
+    model = contrastive.SimCLR([0.5] * 3, torch.eye(12), width=8)
     task = ImageTask(
         data, model, nullcontext(), torch.device("cpu"), torch.float32,
         new_model=None, flip=True, code=None,

@@ -56,7 +56,7 @@ def test_images_are_turned_by_quarters_with_their_answers():
 @torch.no_grad()
 def test_the_loss_equals_a_loop():
     torch.manual_seed(0)
-    model = rotation.RotationModel([0.5], [0.2], width=8).eval()
+    model = rotation.RotationModel([0.5], torch.eye(4), width=8).eval()
     images = torch.rand(3, 1, 16, 16)
     loss, terms = rotation.rotation_loss(model, images)
     expected = 0.0
@@ -70,7 +70,7 @@ def test_the_loss_equals_a_loop():
 
 
 def test_the_loss_of_a_guess_is_ln_4():
-    model = rotation.RotationModel([0.5], [0.2], width=8)
+    model = rotation.RotationModel([0.5], torch.eye(4), width=8)
     torch.nn.init.zeros_(model.head.weight)
     torch.nn.init.zeros_(model.head.bias)
     loss, _ = rotation.rotation_loss(model, torch.rand(3, 1, 16, 16))

@@ -188,12 +188,12 @@ def test_the_losses_are_logged_by_their_names():
     settings = SimpleNamespace(
         temperature=0.3, similarity="dot", beta=0.5, regularizer="sparse"
     )
-    simclr = contrastive.SimCLR([0.5] * 3, [0.2] * 3, width=8)
+    simclr = contrastive.SimCLR([0.5] * 3, torch.eye(12), width=8)
     loss, terms = train_contrastive.simclr_loss(simclr, views, settings)
     torch.testing.assert_close(loss, contrastive.info_nce(simclr(views), 0.3, "dot"))
     assert terms == dict(loss=loss)
 
-    byol = contrastive.BYOL([0.5] * 3, [0.2] * 3, width=8)
+    byol = contrastive.BYOL([0.5] * 3, torch.eye(12), width=8)
     loss, terms = train_contrastive.byol_loss(byol, views, settings)
     assert terms == dict(loss=loss)
 
@@ -335,7 +335,8 @@ def test_a_short_training_beats_the_untrained_encoder(name, run_script, tmp_path
             of_method = accuracies.setdefault(row["method"], [])
             of_method.append(float(row["test_accuracy"]))
     mean = {method: np.mean(values) for method, values in accuracies.items()}
-    columns = {"pixels", "untrained", "from scratch", "linear probe", "fine-tuned"}
+    columns = {"pixels", "untrained", "from scratch", "linear probe", "self-trained",
+               "fine-tuned"}
     if name == "ae":
         columns.add("pixel PCA")
     assert mean.keys() == columns

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from minissl import UserError
 from minissl.data.shapes import SHAPES, shape_data
@@ -121,21 +122,57 @@ def describe(images):
     return f"{_counted(n, 'image')} of {H} × {W} × {C}, checksum {fingerprint(images)}"
 
 
-def mean_and_std(images):
-    """The mean and the standard deviation of each channel, of pixels scaled to [0, 1].
+def sample_of_pixels(images):
+    """The pixels of some images, scaled to [0, 1]: (n, C, H, W) float32.
 
-    images: (N, C, H, W) uint8. Returns dict(mean, std), each a list of C numbers. They are
-    taken from 10,000 evenly spaced images, or from fewer (at least 100) if these are larger
-    than 64 MiB.
+    images: (N, C, H, W) uint8. They are 10,000 evenly spaced images, or fewer (at least 100) if
+    these are larger than 64 MiB.
     """
     affordable = max(100, 2**26 // math.prod(images.shape[1:]))
     n = min(len(images), 10_000, affordable)
     indices = torch.linspace(0, len(images) - 1, n).long()
-    pixels = images[indices].float() / 255
+    return images[indices].float() / 255
+
+
+def mean_and_std(images):
+    """The mean and the standard deviation of each channel, of pixels scaled to [0, 1].
+
+    images: (N, C, H, W) uint8, of which a sample counts. Returns dict(mean, std), each a list
+    of C numbers.
+    """
+    pixels = sample_of_pixels(images)
     mean = pixels.mean((0, 2, 3))
     std = pixels.std((0, 2, 3), correction=0)
     std = std.clamp(min=1e-3)                          # models divide by it: it must not be 0
     return dict(mean=mean.tolist(), std=std.tolist())
+
+
+def mean_and_whitening(images):
+    """The mean of each channel, and the matrix that whitens squares of 2 × 2 pixels.
+
+    Neighbouring pixels are nearly equal, and so are the three colours: most of what 4C numbers
+    of a square say is its brightness. Multiplied by `whitening`, the 4C numbers of a square
+    (minus the mean) are uncorrelated and have the variance 1: brightness, edges and colours
+    count the same. The rows are the principal components of the squares, from strong to weak,
+    each divided by its standard deviation. A component weaker than one step of brightness,
+    1/255, is noise, so it stays weaker.
+
+    images: (N, C, H, W) uint8, of which a sample counts. Returns dict(mean, whitening): C
+    numbers, and 4C lists of 4C numbers, in the order of F.pixel_unshuffle.
+    """
+    pixels = sample_of_pixels(images)
+    mean = pixels.mean((0, 2, 3))
+    H, W = pixels.shape[2:]
+    pixels = pixels[:, :, :H // 2 * 2, :W // 2 * 2] - mean[:, None, None]
+    squares = F.pixel_unshuffle(pixels, 2)                    # (n, 4C, H/2, W/2)
+    squares = squares.transpose(0, 1).flatten(1)              # (4C, n · H/2 · W/2)
+    covariance = (squares @ squares.T / squares.shape[1]).double()
+    variance, components = torch.linalg.eigh(covariance)      # (4C,), from weak to strong
+    rows = components.T / (variance.clamp(min=0) + 255**-2).sqrt()[:, None]
+    rows = rows.flip(0)
+    # A component and its negative are equally good: let the largest number be positive.
+    largest = rows.gather(1, rows.abs().argmax(1, keepdim=True))
+    return dict(mean=mean.tolist(), whitening=(rows * largest.sign()).tolist())
 
 
 # ---------------------------------------------------------------- CIFAR-10

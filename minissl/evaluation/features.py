@@ -68,19 +68,23 @@ def images_a_batch(shape, most):
 
 
 @torch.no_grad()
-def image_features(encode, images, autocast, device="cpu", progress=no_progress, batch=250):
+def image_features(encode, images, autocast, device="cpu", progress=no_progress, batch=250,
+                   mirror=False):
     """encode over all of N images -> features (N, D) float32, on the CPU.
 
     encode: from x (B, C, H, W), floats in [0, 1], to (B, D); images: a uint8 tensor (N, C, H, W)
     or Images; autocast: the context for the forward pass; progress: a function that shows one
-    line; batch: at most this many images at a time.
+    line; batch: at most this many images at a time; mirror: the features are the mean of those
+    of the image and of its mirror image, which costs two forward passes.
     """
     size = images_a_batch(images.shape[1:], batch)
     features = []
     for begin in range(0, len(images), size):
         x = images[begin:begin + size].to(device).float() / 255           # (B, C, H, W)
         with autocast:
-            encoded = encode(x)
-        features.append(encoded.float().cpu())
+            encoded = encode(x).float()
+            if mirror:
+                encoded = (encoded + encode(x.flip(3)).float()) / 2
+        features.append(encoded.cpu())
         progress(f"encoding: {min(begin + size, len(images)):,} of {len(images):,} images")
     return torch.cat(features)

@@ -46,6 +46,14 @@ def new_model(checkpoint, seed):
     return MODELS[checkpoint["method"]](**checkpoint["model_settings"])
 
 
+def may_mirror(checkpoint):
+    """Whether images may be mirrored: True unless the run was trained with --no-flip.
+
+    Then the features of an image are averaged over the image and its mirror image.
+    """
+    return not checkpoint["settings"].get("no_flip", False)
+
+
 def tokenizer_of(checkpoint):
     """The Tokenizer of a checkpoint of train_mlm.py."""
     with checkpoint_errors(checkpoint["settings"]["run"]):
@@ -132,7 +140,8 @@ def load_encoder(run):
             images = images[..., None]
         images = images.permute(0, 3, 1, 2)                     # (N, C, H, W)
         check_images(images, model, "the array")
-        return image_features(model.encode, images, nullcontext())
+        mirror = may_mirror(checkpoint)
+        return image_features(model.encode, images, nullcontext(), mirror=mirror)
     return encode_images
 
 

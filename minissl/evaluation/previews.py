@@ -64,11 +64,12 @@ class NeighbourPreview:
     Writes neighbours.png and map.png.
 
     Arguments: data, Images; folder, of the run; autocast, the context of forward passes;
-    device.
+    device; mirror, whether features are averaged over the mirror image.
     """
 
-    def __init__(self, data, folder, autocast, device):
+    def __init__(self, data, folder, autocast, device, mirror=False):
         self.folder, self.autocast, self.device = folder, autocast, device
+        self.mirror = mirror
         self.train_images = data.subset(TRAIN, 2000)
         self.held_out = data.subset(HELD_OUT, 500)
         self.labelled_train = data.subset(TRAIN, 2000, labelled=True)
@@ -95,7 +96,9 @@ class NeighbourPreview:
         return round(percent, 2)
 
     def _features(self, encode, images):
-        features = image_features(encode, images, self.autocast, self.device)
+        features = image_features(
+            encode, images, self.autocast, self.device, mirror=self.mirror
+        )
         if not features.isfinite().all():
             raise diverged("features are", "in a preview", self.folder)
         return features
@@ -126,15 +129,17 @@ class ContrastivePreview:
     Writes views.png and the pictures of NeighbourPreview.
 
     Arguments: data, Images; random_numbers and make_views, the functions of the training
-    script; folder, autocast and device as for NeighbourPreview.
+    script; folder, autocast, device and mirror as for NeighbourPreview.
     """
 
-    def __init__(self, data, random_numbers, make_views, folder, autocast, device):
+    def __init__(
+        self, data, random_numbers, make_views, folder, autocast, device, mirror=False
+    ):
         self.folder, self.autocast, self.device = folder, autocast, device
         images = data.subset(HELD_OUT, preview_size(data.shape[1:]))
         numbers = random_numbers(len(images), "preview", 0)
         self.views = make_views(images[:], numbers)[:2]                   # (2, B, C, h, w)
-        self.neighbours = NeighbourPreview(data, folder, autocast, device)
+        self.neighbours = NeighbourPreview(data, folder, autocast, device, mirror)
 
     def write_views(self):
         """Show in views.png what the model sees: two views of each of twelve images."""
@@ -160,15 +165,15 @@ class AutoencoderPreview:
     Writes reconstructions.png, walks.png and the pictures of NeighbourPreview.
 
     Arguments: data, Images; corrupt(images, step), the corruption of the training script;
-    folder, autocast and device as for NeighbourPreview.
+    folder, autocast, device and mirror as for NeighbourPreview.
     """
 
-    def __init__(self, data, corrupt, folder, autocast, device):
+    def __init__(self, data, corrupt, folder, autocast, device, mirror=False):
         self.folder, self.autocast = folder, autocast
         images = data.subset(HELD_OUT, preview_size(data.shape[1:]))
         self.images = images[:].to(device).float() / 255                  # (B, C, H, W)
         self.corrupted = corrupt(self.images, "preview")
-        self.neighbours = NeighbourPreview(data, folder, autocast, device)
+        self.neighbours = NeighbourPreview(data, folder, autocast, device, mirror)
 
     def error_of_the_mean_image(self):
         """The squared error of an autoencoder that always shows the mean: its chance level."""

@@ -122,54 +122,79 @@ def logistic_regression(x, labels, classes, strength, start=None, tolerance=1e-5
     """Weights (D + 1, C) that minimize  mean cross-entropy + strength/2 ‖W‖².
 
     The last row is the bias, which is not penalized. x: (N, D) float32, dense or SparseRows;
-    labels (N,) int64; classes C; start (D + 1, C), where the search begins.
+    labels (N,) int64, or (N, C) float32, the weight of each class for each example; classes C;
+    start (D + 1, C), where the search begins.
 
-    The loss is convex, so L-BFGS finds its one minimum from any start. It ends when no slope is
-    above `tolerance`, when float32 shows no more gain, or after 200 iterations.
+    The loss is convex, so L-BFGS finds its one minimum from any start. It ends when no slope
+    (in the units of `minimize`) is above `tolerance`, when the loss gains less than 1e-9, or
+    after 200 iterations.
     """
     D = x.shape[1]
     labels = torch.as_tensor(labels)
     if start is None:
         start = torch.zeros(D + 1, classes)
-    bias = torch.tensor([D])
+    if not isinstance(x, SparseRows):
+        return minimize(x, labels, strength, start, tolerance)
 
-    if isinstance(x, SparseRows):
-        # A term that no example contains gets the weight 0, so the search leaves it out.
-        used, indices = x.indices.unique(return_inverse=True)
-        x = SparseRows(indices, x.offsets, x.values, len(used))
-        searched = torch.cat([used, bias])
-        weights = minimize(x, labels, strength, start[searched], tolerance)
-        return torch.zeros(D + 1, classes).index_copy(0, searched, weights)
-
-    if D > len(labels):
-        # The penalty keeps W in the span of the N examples, so the search stays there.
-        basis, _ = torch.linalg.qr(x.T)                                   # (D, N)
-        start = torch.cat([basis.T @ start[:-1], start[bias]])            # (N + 1, C)
-        weights = minimize(x @ basis, labels, strength, start, tolerance)
-        return torch.cat([basis @ weights[:-1], weights[-1:]])
-
-    return minimize(x, labels, strength, start, tolerance)
+    # A term that no example contains gets the weight 0, so the search leaves it out.
+    used, indices = x.indices.unique(return_inverse=True)
+    x = SparseRows(indices, x.offsets, x.values, len(used))
+    searched = torch.cat([used, torch.tensor([D])])
+    weights = minimize(x, labels, strength, start[searched], tolerance)
+    return torch.zeros(D + 1, classes).index_copy(0, searched, weights)
 
 
 def minimize(x, labels, strength, start, tolerance):
-    """The search of `logistic_regression`, with one weight for each column of x (N, D)."""
-    weights = start.clone().requires_grad_()                              # (D + 1, C)
-    one_hot = F.one_hot(labels, weights.shape[1]).float()                 # (N, C)
+    """The search of `logistic_regression`, with one weight for each column of x (N, D).
+
+    The search is for v = W / scale. A column with large values has a steep slope, and one with
+    small values a shallow one. `scale` makes them nearly equal, and so the search is short. If
+    the columns are principal axes, as in `probe`, it takes 10 to 20 times fewer iterations.
+    """
+    targets = labels                                                      # (N, C)
+    if labels.ndim == 1:
+        targets = F.one_hot(labels, start.shape[1]).float()
+    total = targets.sum(1, keepdim=True)                                  # (N, 1)
     product, transposed_product = products(x)
-    optimizer = torch.optim.LBFGS([weights], max_iter=200, history_size=10,
+    curvature = 0.1 * mean_squares(x)                                     # (D,) of the loss
+    scale = (curvature + strength).rsqrt()[:, None]                       # (D, 1)
+    scale = torch.cat([scale, torch.ones(1, 1)])                          # the bias: 1
+    v = (start / scale).requires_grad_()                                  # (D + 1, C)
+    optimizer = torch.optim.LBFGS([v], max_iter=200, history_size=10,
                                   tolerance_grad=tolerance, line_search_fn="strong_wolfe")
 
     @torch.no_grad()
     def loss_and_gradient():
+        weights = v * scale
         logits = product(weights[:-1]) + weights[-1]                      # (N, C)
-        error = (logits.softmax(1) - one_hot) / len(labels)               # d loss / d logits
+        error = (total * logits.softmax(1) - targets) / len(labels)       # d loss / d logits
         gradient = transposed_product(error) + strength * weights[:-1]    # (D, C)
-        weights.grad = torch.cat([gradient, error.sum(0, keepdim=True)])
+        v.grad = scale * torch.cat([gradient, error.sum(0, keepdim=True)])
         penalty = strength / 2 * weights[:-1].square().sum()
-        return F.cross_entropy(logits, labels) + penalty
+        # In float32 the last gains of the search would be lost in rounding.
+        if labels.ndim == 2:
+            return F.cross_entropy(logits.double(), labels.double()) + penalty
+        return F.cross_entropy(logits.double(), labels) + penalty
 
     optimizer.step(loss_and_gradient)
-    return weights.detach()
+    return v.detach() * scale
+
+
+def mean_squares(x):
+    """The mean of the squared values of each column of x (N, D), dense or SparseRows: (D,)."""
+    if isinstance(x, SparseRows):
+        sums = torch.zeros(x.columns).index_add_(0, x.indices, x.values**2)
+        return sums / len(x)
+    return x.square().mean(0)
+
+
+def principal_axes(x):
+    """Orthogonal columns (D, min(N, D)) that span the rows of x (N, D); xᵀx is diagonal in them."""
+    N, D = x.shape
+    if D <= N:
+        return torch.linalg.eigh(x.T @ x).eigenvectors
+    span, _ = torch.linalg.qr(x.T)                                        # (D, N)
+    return span @ principal_axes(x @ span)
 
 
 def products(x):
@@ -201,12 +226,19 @@ def probe(x, labels, classes, strengths):
     Returns (weights (D + 1, C), the chosen strength).
     """
     labels = np.asarray(labels)
+    if not isinstance(x, SparseRows):
+        # The penalty keeps W in the span of the rows of x, and turning the axes changes no
+        # length. So the search may use the principal axes, of which there are at most N.
+        axes = principal_axes(x)                                          # (D, min(N, D))
+        x = x @ axes
     fold = assign_folds(labels, classes, 5)
     losses = np.zeros(len(strengths))
     nearby = [None] * len(strengths)            # where the final fit starts
     for f in range(5 if len(labels) <= 5000 else 1):
         inside = np.flatnonzero(fold != f)
         outside = np.flatnonzero(fold == f)
+        if len(inside) == 0 or len(outside) == 0:
+            continue                            # one label a class: nothing to choose by
         x_inside, x_outside = x[inside], x[outside]
         y_outside = torch.from_numpy(labels[outside])
         weights = None
@@ -219,6 +251,8 @@ def probe(x, labels, classes, strengths):
             nearby[i] = weights
     best = int(losses.argmin())
     weights = logistic_regression(x, labels, classes, strengths[best], nearby[best])
+    if not isinstance(x, SparseRows):
+        weights = torch.cat([axes @ weights[:-1], weights[-1:]])
     return weights, strengths[best]
 
 

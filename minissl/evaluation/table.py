@@ -33,6 +33,7 @@ from minissl.data.splits import HELD_OUT, TEST, TRAIN, evenly_spaced
 from minissl.data.texts import frequent_pairs
 from minissl.evaluation import probes
 from minissl.evaluation.features import image_features, images_a_batch, text_features
+from minissl.evaluation.self_training import SelfTraining
 from minissl.optim import Muon, lr_schedule, step_optimizers
 from minissl.training.files import progress, read_checkpoint, write_checkpoint
 from minissl.training.machine import move_to_device
@@ -291,6 +292,7 @@ def rates_and_epochs(rates, n):
 
 # ---------------------------------------------------------------- images
 
+MOST_UNLABELLED = 50_000        # images of which self-training guesses the classes
 IMAGE_LABELS = ["10", "50", "500", "all"]       # a class, the rows of the table
 
 
@@ -316,14 +318,17 @@ class ImageTask:
 
     Arguments: data, Images with labels; model, the pretrained one, with `encode`; autocast,
     device and precision, for its training; new_model(seed), which makes the same model
-    untrained; flip, whether training may mirror images; code, the numbers in an autoencoder's
-    code, or None: with it there is a column of as many principal components.
+    untrained; flip, whether training may mirror images, and features are averaged over the
+    mirror image; code, the numbers in an autoencoder's code, or None: with it there is a column
+    of as many principal components; unlabelled, Images of the training split without a label,
+    for the column "self-trained", or None.
     """
 
     default_labels = IMAGE_LABELS
     choice_draws = 1            # one draw of labels, because a whole encoder is trained on it
 
-    def __init__(self, data, model, autocast, device, precision, new_model, flip, code):
+    def __init__(self, data, model, autocast, device, precision, new_model, flip, code,
+                 unlabelled=None):
         self.model = move_to_device(model, device)
         self.autocast = autocast
         self.device = device
@@ -337,13 +342,16 @@ class ImageTask:
         self.train = np.flatnonzero(data.split == TRAIN)
         self.held_out = np.flatnonzero(data.split == HELD_OUT)
         self.test = np.flatnonzero(data.split == TEST)
+        self.unlabelled = unlabelled
         z, self.mean, self.std = standardize(self.features(self.model), self.train)
         self.probe = LinearColumn(z, self.labels, len(self.classes))
 
-    def features(self, model):
-        """The features of all images by this model, (N, D)."""
+    def features(self, model, images=None):
+        """The features by this model, (N, D), of all images of the table, or of other ones."""
         encode = model.eval().encode
-        return image_features(encode, self.images, self.autocast, self.device, progress)
+        images = self.images if images is None else images
+        return image_features(encode, images, self.autocast, self.device, progress,
+                              mirror=self.flip)
 
     def columns(self):
         """{name: column}, in the order of the table."""
@@ -366,9 +374,21 @@ class ImageTask:
         columns["from scratch"] = Column(
             self.scratch_options, self.fit_from_scratch, self.predict)
         columns["linear probe"] = self.probe
+        columns["self-trained"] = self.self_training()
         columns["fine-tuned"] = Column(
             self.fine_tuning_options, self.fit_fine_tuned, self.predict)
         return columns
+
+    def self_training(self):
+        """The column of a probe that also learns from up to 50,000 images without their labels."""
+        extra = torch.zeros(0, len(self.mean))
+        if self.unlabelled is not None and len(self.unlabelled):
+            most = max(0, MOST_UNLABELLED - len(self.train))
+            sample = evenly_spaced(len(self.unlabelled), most)
+            features = self.features(self.model, self.unlabelled.select(sample))
+            extra = (features - self.mean) / self.std
+        pool = self.train[evenly_spaced(len(self.train), MOST_UNLABELLED)]
+        return SelfTraining(self.probe, pool, extra)
 
     def principal_components(self, pixels, mean):
         """The linear relative of an autoencoder's code: standardized scores (N, D).
@@ -419,10 +439,20 @@ class ImageTask:
         return [(0.0, 0.5), (0.005, 0.5), (0.02, 0.5), (0.05, 0.5)]
 
     def fit_from_scratch(self, indices, option, seed):
-        """A Classifier around an untrained model, trained on these images."""
+        """A Classifier around an untrained model, trained on these images.
+
+        Its features are divided by their root mean square, so that the linear layer learns as
+        fast as for features of the size 1 (EXPERIMENTS.md, "How strong is a model from
+        scratch?").
+        """
         D, C = len(self.mean), len(self.classes)
-        body = self.new_model(seed)
-        classifier = Classifier(body, torch.zeros(D), torch.ones(D), torch.zeros(D + 1, C))
+        body = move_to_device(self.new_model(seed), self.device)
+        size = max(2, images_a_batch(self.images.shape[1:], 250))         # for batch norm
+        x = self.images[indices[:size]].to(self.device).float() / 255
+        with torch.no_grad(), self.autocast:
+            features = deepcopy(body).train().encode(x).float()           # (n, D)
+        scale = features.square().mean().sqrt().cpu().expand(D)
+        classifier = Classifier(body, torch.zeros(D), scale, torch.zeros(D + 1, C))
         return self.train_classifier(classifier, indices, option, seed,
                                      smoothing=0.1, freeze_norm=False)
 
@@ -444,7 +474,7 @@ class ImageTask:
         rate, crop = option
         n = len(indices)
         size = min(n, 64 if n <= MANY_LABELS else 256)
-        size = images_a_batch(self.images.shape[1:], size)
+        size = max(2, images_a_batch(self.images.shape[1:], size))        # for batch norm
         steps = max(images_seen, 4 * n) // size
         if rate == 0:
             steps = 0
@@ -482,13 +512,14 @@ class ImageTask:
     @torch.no_grad()
     def predict(self, model, indices):
         images = self.images.select(indices)
-        return image_features(model, images, self.autocast, self.device).argmax(1)
+        logits = image_features(model, images, self.autocast, self.device, mirror=self.flip)
+        return logits.argmax(1)
 
 
 # ---------------------------------------------------------------- classifier.pt
 
-CLASSIFIER_FORMAT = "minissl classifier 3"
-CONDITIONS = ("step", "classes", "shape", "data", "limit", "labels")
+CLASSIFIER_FORMAT = "minissl classifier 4"
+CONDITIONS = ("step", "classes", "shape", "flip", "data", "limit", "labels")
 
 
 def write_classifier(run, model, conditions):
@@ -498,6 +529,7 @@ def write_classifier(run, model, conditions):
         step        of the pretraining
         classes     their names
         shape       (C, H, W) of the images, or None for texts
+        flip        whether images may be mirrored, or None for texts
         data        what it was trained on, by name or path
         limit       the --limit of that training
         labels      how many labelled examples it was trained on

@@ -41,7 +41,7 @@ try:
 except ImportError:                     # Windows
     fcntl = None
 
-CHECKPOINT_FORMAT = "minissl checkpoint 3"
+CHECKPOINT_FORMAT = "minissl checkpoint 4"
 DAY = 24 * 60 * 60                      # seconds
 
 

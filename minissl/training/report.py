@@ -237,6 +237,7 @@ METHOD_COLOURS = {
     "untrained": "#b78fc9",
     "from scratch": "#d9822b",
     "linear probe": "#1f6feb",
+    "self-trained": "#d1477a",
     "fine-tuned": "#1a7f37",
 }
 OTHER_METHOD = "#69788a"

@@ -1,0 +1,127 @@
+"""Self-training: a probe that also learns from images without labels.
+
+The probe of a few labels guesses the classes of the other training images. Its guesses become
+better if each image listens to its nearest neighbours. A second probe learns from the labels
+and from these guesses:
+
+    p = softmax of the first probe's logits, but one-hot for an image with a label      (U, C)
+    q ← (1 − α) p + α · weighted mean of q over the nearest neighbours, three times     (U, C)
+    soft label of an image = q⁴ / Σ q⁴
+
+The formula of q is the label spreading of Zhou et al. 2004, "Learning with local and global
+consistency", started at the guesses of a probe. Soft pseudo-labels from neighbours are those
+of Iscen et al. 2019, arXiv 1904.04717. The power is the sharpening of Berthelot et al. 2019,
+arXiv 1905.02249.
+
+The classes are not balanced: their sizes are those that the probe guesses. Forcing equal sizes
+helps a little where the classes are equal, and costs more than it can win where they are not
+(EXPERIMENTS.md, "Does self-training help with few labels?").
+
+Read next: table.py, where this is the column "self-trained".
+"""
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from minissl.evaluation import probes
+
+
+AXES = 256              # principal axes on which the second probe is fitted
+NEIGHBOUR_AXES = 128    # of them, where neighbours are searched
+NEIGHBOURS = 10
+MOST_LABELS = 2000      # with more of them the guesses harm, so the column is the probe
+LABEL_SHARE = 0.5       # all labels together weigh this share of all other images, and 1 each
+
+
+def nearest_neighbours(x, k, rows=2000):
+    """The k nearest other rows of each row of x (U, D): cosines (U, k) and indices (U, k)."""
+    x = F.normalize(x, dim=1)
+    cosines, indices = [], []
+    for begin in range(0, len(x), rows):
+        similarity = x[begin:begin + rows] @ x.T                          # (rows, U)
+        similarity.diagonal(begin).fill_(-2)    # an image is not its own neighbour
+        nearest = similarity.topk(k, dim=1)
+        cosines.append(nearest.values)
+        indices.append(nearest.indices)
+    return torch.cat(cosines), torch.cat(indices)
+
+
+def spread(p, cosines, indices, alpha=0.8, repeats=3):
+    """Guesses (U, C) that listen to the neighbours, from p (U, C); see the top of the file.
+
+    cosines, indices (U, k): the neighbours. Each weighs exp(cosine / 0.07), as in
+    `probes.knn_accuracy`.
+    """
+    weights = (cosines / 0.07).softmax(1)[:, :, None]                     # (U, k, 1)
+    q = p
+    for _ in range(repeats):
+        around = (weights * q[indices]).sum(1)                            # (U, C)
+        q = (1 - alpha) * p + alpha * around
+    return q
+
+
+class SelfTraining:
+    """The column "self-trained", as options, fit and predict.
+
+    Arguments: probe, the LinearColumn of the first probe; pool (P,), the indices of the training
+    images, whose labels are not read; extra (E, D), the features of images outside of the table,
+    which have no label, standardized as those of the probe.
+    """
+
+    def __init__(self, probe, pool, extra):
+        self.probe = probe
+        self.predict = probe.predict
+        self.pool = np.concatenate([pool, np.full(len(extra), -1)])       # (U,), -1: no label
+        x = torch.cat([probe.x[pool], extra])                             # (U, D)
+        # `principal_axes` has them from the smallest variance to the largest.
+        self.axes = probes.principal_axes(x)[:, -AXES:].flip(1)           # (D, A)
+        self.x = x @ self.axes                                            # (U, A)
+        self.neighbours = None
+
+    def options(self, n):
+        return [None]
+
+    def find_neighbours(self):
+        """Cosines and indices (U, k) of the neighbours, searched once for all draws.
+
+        Each axis is divided by the square root of its standard deviation, so that the few axes
+        of the largest variance do not decide alone.
+        """
+        if self.neighbours is None:
+            x = self.x[:, :NEIGHBOUR_AXES]
+            x = x / x.square().mean(0).clamp(min=1e-6) ** 0.25
+            self.neighbours = nearest_neighbours(x, min(NEIGHBOURS, len(x) - 1))
+        return self.neighbours
+
+    def fit(self, indices, option=None, seed=None):
+        """(weights (D + 1, C), strength) from the labels of these examples alone.
+
+        Without any other image, and with more than MOST_LABELS, this is the probe. The
+        penalty of the sum of all losses is that of the probe: its strength times the number of
+        labels. There is nothing random in it.
+        """
+        weights, strength = self.probe.fit(indices)
+        is_labelled = np.isin(self.pool, indices)                         # (U,)
+        others = torch.from_numpy(np.flatnonzero(~is_labelled))
+        n = len(indices)
+        if len(others) == 0 or n > MOST_LABELS:
+            return weights, strength
+        one_hot = F.one_hot(self.probe.labels[indices], self.probe.classes).float()
+        row_of = {int(index): row for row, index in enumerate(indices)}
+        drawn = [row_of[int(index)] for index in self.pool[is_labelled]]
+
+        on_axes = torch.cat([self.axes.T @ weights[:-1], weights[-1:]])   # (A + 1, C)
+        p = probes.predict(self.x, on_axes).softmax(1)                    # (U, C)
+        p[torch.from_numpy(is_labelled)] = one_hot[drawn]
+        q = spread(p, *self.find_neighbours()) ** 4
+        soft_labels = (q / q.sum(1, keepdim=True))[others]
+
+        label_weight = 1 + LABEL_SHARE * len(others) / n
+        targets = torch.cat([soft_labels, label_weight * one_hot])
+        targets *= len(targets) / targets.sum()
+        x = torch.cat([self.x[others], self.probe.x[indices] @ self.axes])
+        strength = strength * n / len(targets)
+        fitted = probes.logistic_regression(
+            x, targets, self.probe.classes, strength, on_axes, tolerance=1e-4)
+        return torch.cat([self.axes @ fitted[:-1], fitted[-1:]]), strength

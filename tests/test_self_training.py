@@ -1,0 +1,157 @@
+"""Self-training: what it may see, and that its steps are those of the formulas."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from minissl.evaluation import probes, self_training
+from minissl.evaluation.self_training import SelfTraining, nearest_neighbours, spread
+from minissl.evaluation.table import LinearColumn
+
+
+def clusters(sizes, distance=3.0, columns=6, seed=0):
+    """Features (N, D) in shuffled clusters of these sizes, and the number of each one's cluster."""
+    draws = torch.Generator().manual_seed(seed)
+    labels = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
+    labels = labels[torch.randperm(len(labels), generator=draws)]
+    x = torch.randn(len(labels), columns, generator=draws)
+    x += distance * F.one_hot(labels, columns)
+    return x - x.mean(0), labels
+
+
+def columns_of(x, labels, pool, extra=None):
+    """The probe and the self-trained column of the same features."""
+    probe = LinearColumn(x, labels, int(labels.max()) + 1)
+    if extra is None:
+        extra = x[:0]
+    return probe, SelfTraining(probe, pool, extra)
+
+
+def test_neighbours_are_those_of_a_loop():
+    x, _ = clusters([15, 12])
+    cosines, indices = nearest_neighbours(x, 4, rows=10)
+    for i in range(27):
+        cosine = F.cosine_similarity(x[i:i + 1], x, dim=1)
+        cosine[i] = -2
+        order = sorted(range(27), key=lambda j: -cosine[j])[:4]
+        assert indices[i].tolist() == order
+        torch.testing.assert_close(cosines[i], cosine[order])
+
+
+def test_guesses_spread_as_in_a_loop():
+    torch.manual_seed(0)
+    p = torch.rand(9, 3).softmax(1)
+    cosines, indices = torch.rand(9, 2), torch.randint(0, 9, (9, 2))
+    q = p.numpy().copy()
+    for _ in range(3):
+        before = q.copy()
+        for i in range(9):
+            weights = np.exp(cosines[i].numpy() / 0.07)
+            around = np.zeros(3)
+            for weight, j in zip(weights / weights.sum(), indices[i]):
+                around += weight * before[j]
+            q[i] = 0.2 * p[i].numpy() + 0.8 * around
+    found = spread(p, cosines, indices)
+    np.testing.assert_allclose(found, q, rtol=1e-4)
+    torch.testing.assert_close(found.sum(1), torch.ones(9))
+
+
+def test_weights_of_classes_stand_for_repeated_examples():
+    torch.manual_seed(0)
+    x, labels = torch.randn(20, 4), torch.randint(0, 3, (20,))
+    targets = F.one_hot(labels, 3).float()
+    targets[0] = torch.tensor([2.0, 1, 0])      # example 0 three times, with two labels
+    targets *= 20 / 22
+    found = probes.logistic_regression(x, targets, 3, 0.1)
+    repeated = torch.cat([x[[0, 0, 0]], x[1:]])
+    labels = torch.cat([torch.tensor([0, 0, 1]), labels[1:]])
+    expected = probes.logistic_regression(repeated, labels, 3, 0.1)
+    torch.testing.assert_close(found, expected, atol=1e-3, rtol=1e-3)
+
+
+def test_one_label_for_each_of_two_far_clusters_is_enough():
+    x, labels = clusters([100, 100], distance=8.0)
+    drawn = probes.draw_labels(labels, 1, 0)
+    _, column = columns_of(x, labels, np.arange(150))
+    test = np.arange(150, 200)
+    predictions = column.predict(column.fit(drawn), test)
+    assert probes.accuracy(predictions, labels[test]) == 100
+
+
+@pytest.mark.parametrize("sizes, least", [([300, 300, 300], 3), ([600, 200, 60], 1)])
+def test_it_beats_the_probe_when_labels_are_few(sizes, least):
+    x, labels = clusters(sizes, distance=4.0, columns=60)
+    pool = np.arange(len(x) * 2 // 3)
+    test = np.arange(len(pool), len(x))
+    probe, column = columns_of(x, labels, pool)
+    gains = []
+    for seed in range(5):
+        drawn = probes.draw_labels(labels[pool], 3, seed)
+        accuracies = [probes.accuracy(c.predict(c.fit(drawn), test), labels[test])
+                      for c in (probe, column)]
+        gains.append(accuracies[1] - accuracies[0])
+    assert np.mean(gains) > least, gains
+
+
+def test_labels_beyond_the_draw_are_never_read():
+    x, labels = clusters([60, 60, 60])
+    drawn = probes.draw_labels(labels[:120], 4, 0)
+    garbage = torch.full_like(labels, 10**6)
+    garbage[drawn] = labels[drawn]
+    expected, _ = columns_of(x, labels, np.arange(120))[1].fit(drawn)
+    probe = LinearColumn(x, garbage, 3)
+    found, _ = SelfTraining(probe, np.arange(120), x[:0]).fit(drawn)
+    assert torch.equal(found, expected)
+
+
+def test_examples_outside_of_the_pool_are_never_read():
+    x, labels = clusters([60, 60, 60])
+    changed = x.clone()
+    changed[120:] = float("nan")
+    drawn = probes.draw_labels(labels[:120], 4, 0)
+    found = [columns_of(features, labels, np.arange(120))[1].fit(drawn)[0]
+             for features in (x, changed)]
+    assert torch.equal(*found)
+
+
+def test_without_other_images_it_is_the_probe():
+    x, labels = clusters([20, 20])
+    everything = np.arange(40)
+    probe, column = columns_of(x, labels, everything)
+    assert torch.equal(column.fit(everything)[0], probe.fit(everything)[0])
+
+
+def test_with_many_labels_it_is_the_probe(monkeypatch):
+    x, labels = clusters([40, 40])
+    probe, column = columns_of(x, labels, np.arange(80))
+    for most, same in ((20, True), (21, False)):
+        monkeypatch.setattr(self_training, "MOST_LABELS", most - 1)
+        drawn = np.arange(20)
+        assert torch.equal(column.fit(drawn)[0], probe.fit(drawn)[0]) == same
+
+
+def test_a_few_other_images_change_little():
+    x, labels = clusters([30, 30, 30], columns=20)
+    probe, column = columns_of(x, labels, np.arange(62))
+    drawn = np.arange(60)
+    test = np.arange(62, 90)
+    accuracies = [probes.accuracy(c.predict(c.fit(drawn), test), labels[test])
+                  for c in (probe, column)]
+    assert abs(accuracies[0] - accuracies[1]) < 5, accuracies
+
+
+def test_images_without_a_label_serve_like_any_other():
+    x, labels = clusters([60, 60, 60])
+    drawn = probes.draw_labels(labels[:60], 3, 0)
+    expected, _ = columns_of(x, labels, np.arange(120))[1].fit(drawn)
+    found, _ = columns_of(x[:60], labels[:60], np.arange(60), extra=x[60:120])[1].fit(drawn)
+    torch.testing.assert_close(found, expected)
+
+
+def test_labels_may_come_from_outside_of_the_pool():
+    """The row "all" also draws held-out examples."""
+    x, labels = clusters([60, 60, 60])
+    drawn = np.append(probes.draw_labels(labels[:100], 3, 0), [100, 101, 102])
+    weights, _ = columns_of(x, labels, np.arange(100))[1].fit(drawn)
+    assert weights.shape == (7, 3) and weights.isfinite().all()
