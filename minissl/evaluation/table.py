@@ -442,8 +442,8 @@ class ImageTask:
         """A Classifier around an untrained model, trained on these images.
 
         Its features are divided by their root mean square, so that the linear layer learns as
-        fast as for features of the size 1 (EXPERIMENTS.md, "How strong is a model from
-        scratch?").
+        fast as for features of the size 1 (EXPERIMENTS.md, "Which scale of the features suits
+        training from scratch?").
         """
         D, C = len(self.mean), len(self.classes)
         body = move_to_device(self.new_model(seed), self.device)
