@@ -6,6 +6,7 @@ minissl/autoencoder.py explains the loss and the model.
     python train_ae.py                                        drawn shapes, a few minutes
     python train_ae.py --data cifar10 --run runs/ae-cifar     photographs
     python train_ae.py --masked 0.6 --run runs/ae-masked      with patches cut out
+    python train_ae.py --masked 0.6 --targets normalized      rebuild only these patches
     python train_ae.py --data my_images.npy --run runs/mine
                                            your own: uint8 (N, H, W, C) or (N, H, W)
     python train_ae.py --steps 200 --run runs/quick           on a slow laptop
@@ -23,7 +24,7 @@ import torch
 
 from minissl import UserError, autoencoder
 from minissl.data.batches import Batches, generator
-from minissl.data.images import describe, load_images, mean_and_std
+from minissl.data.images import describe, load_images, mean_and_std, mean_and_whitening
 from minissl.data.splits import TRAIN
 from minissl.evaluation import previews
 from minissl.optim import lr_schedule, muon_and_adam, step_optimizers
@@ -61,6 +62,7 @@ class Settings:
     regularizer: Literal["none", "sparse", "decorrelated"] = "none"  # desired property of the code
     noise: float = 0.0  # standard deviation of noise on the input, where white is 1
     masked: float = 0.0  # share of the 8 × 8 patches that are cut out of the input
+    targets: Literal["pixels", "normalized"] = "pixels"  # normalized: the hidden patches alone
     no_flip: bool = False  # no mirror images: for digits, letters and the like
     evaluate_every: int = 200  # steps between two previews
     save_every: float = 30  # seconds between two checkpoints
@@ -76,6 +78,11 @@ class Settings:
                 f"--masked {self.masked}: must be at most 0.95, so that something is left "
                 f"to rebuild the image from"
             )
+        if self.targets == "normalized" and not self.masked:
+            raise UserError(
+                "--targets normalized: these are the patches that --masked cuts out; "
+                "give --masked, for example 0.6"
+            )
         has_regularizer = self.regularizer != "none"
         if has_regularizer != (self.beta > 0):
             raise UserError(
@@ -86,12 +93,16 @@ class Settings:
 
 # ---------------------------------------------------------------- The loss
 
-def compute_loss(model, images, corrupted, settings):
-    """Rebuild the images from what the encoder gets of them."""
+def compute_loss(model, images, corrupted, hidden, settings):
+    """Rebuild the images, or their hidden patches, from what the encoder gets of them."""
     rebuilt, codes = model(corrupted)                                     # (B, C, H, W), (B, D)
     codes = all_gather(codes)                                             # of all processes
+    if settings.targets == "pixels":
+        hidden = None                                                     # all pixels count
+    else:
+        images, _, _ = autoencoder.normalize_patches(images)
     loss, error, penalty = autoencoder.autoencoder_loss(
-        images, rebuilt, codes, settings.beta, settings.regularizer
+        images, rebuilt, codes, settings.beta, settings.regularizer, hidden
     )
     terms = dict(squared_error=error)
     if settings.beta > 0:
@@ -125,7 +136,7 @@ def main():
     batches = Batches(N, B, settings.seed, "image order")
 
     def corrupt(images, step):
-        """The images as the encoder gets them: with noise, or patches cut out, or neither."""
+        """The images with noise or with patches cut out, and where these were."""
         draws = generator(settings.seed, "corruption", step)
         return autoencoder.corrupt(images, settings.noise, settings.masked, generator=draws)
 
@@ -133,8 +144,10 @@ def main():
 
     # The arguments of the model go into the checkpoint, so that finetune.py can build it.
     torch.manual_seed(settings.seed)
+    statistics = mean_and_std(train_images) | mean_and_whitening(train_images)
     model_settings = dict(
-        size=[H, W], code=settings.code, width=settings.width, **mean_and_std(train_images)
+        size=[H, W], code=settings.code, width=settings.width, targets=settings.targets,
+        **statistics,
     )
     model = autoencoder.Autoencoder(**model_settings)
     # Batch norm takes its statistics from the batches of all processes.
@@ -154,9 +167,10 @@ def main():
     # From here on the run has a folder. A resumed run loads its checkpoint here.
     preview = previews.AutoencoderPreview(
         data, corrupt, run.folder, autocast, device,
+        targets=settings.targets,
         mirror=not settings.no_flip,
     )
-    chance = dict(squared_error=preview.error_of_the_mean_image(), regularizer=None)
+    chance = dict(squared_error=preview.chance(), regularizer=None)
     first_step = run.begin(
         model,
         optimizers,
@@ -177,9 +191,9 @@ def main():
     # every process takes its share; a single process takes all of it.
     for step in range(first_step, settings.steps):
         images = train_images[batches(step)].to(device).float() / 255     # (B, C, H, W)
-        images, corrupted = shard(images, corrupt(images, step))          # this process's
+        images, corrupted, hidden = shard(images, *corrupt(images, step))
         with autocast:
-            loss, terms = compute_loss(model, images, corrupted, settings)
+            loss, terms = compute_loss(model, images, corrupted, hidden, settings)
         loss.backward()
         average_gradients(model)
         step_optimizers(optimizers, learning_rate(step))

@@ -1,14 +1,15 @@
 """A further pretext task in one file: which caption belongs to this image?
 
 Encode B images and their B captions, and let each image find its caption among all captions
-of the batch, and each caption its image. Whoever can do that knows what the words look like.
+of the batch, and each caption its image. A model that can do that knows what words look like.
 A new class then needs no labelled image: its name in a sentence, "a star", is a caption.
 
     s_bj = exp(t) u_b · v_j                         u, v unit vectors of images and captions
     L = −1/(2B) Σ_b ( log softmax_j(s_bj)[b] + log softmax_j(s_jb)[b] )
 
 This is InfoNCE in both directions. It is ln B for a guess. If k captions of a batch say the
-same, nobody can tell them apart, so each of them costs at least ln k: this is the floor.
+same, nobody can tell them apart on unseen pairs, so each of them costs ln k: this is the
+floor.
 
     Radford et al. 2021, "Learning Transferable Visual Models From Natural Language
     Supervision", arXiv 2103.00020
@@ -77,8 +78,8 @@ class Settings:
     width: int = 32  # of the first feature map of the image encoder
     text_width: int = 128  # columns of a token vector
     layers: int = 2  # blocks of the text encoder
-    size: int = 128  # numbers of u and v
-    window: int = 64  # a longer caption is cut after so many tokens
+    size: int = 128  # dimension of u and v
+    window: int = 64  # a longer caption is truncated to this many tokens
     draws: int = 3  # of labels, for the probes
     seed: int = 0  # of all random numbers
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: the best that torch finds
@@ -91,7 +92,7 @@ class Settings:
         require_at_least(self, 2, "batch_size", "draws")
         require_at_least(self, 0, "limit", "save_every")
         require_at_least(self, 1e-9, "learning_rate")
-        if self.text_width % 8 or self.text_width < 8:      # 4 heads turn pairs of columns
+        if self.text_width % 8 or self.text_width < 8:      # rotary positions, in 4 heads
             raise UserError(f"--text-width {self.text_width}: must be a multiple of 8")
         if not all("{class}" in prompt for prompt in self.prompts):
             raise UserError("--prompts: write {class} where the name of the class belongs")
@@ -115,7 +116,7 @@ class CLIP(nn.Module):
         self.text_encoder = TextEncoder(**text, pairs=no_pairs, document_columns=text["width"])
         self.image_projection = nn.Linear(4 * width, size, bias=False)
         self.text_projection = nn.Linear(text["width"], size, bias=False)
-        # At a scale of 1 the loss could not fall far below ln B: cosines end at 1.
+        # As in the paper. With a scale of 1, the loss could fall only about 1 below ln B.
         self.t = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
 
     def encode(self, images):

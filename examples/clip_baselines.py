@@ -1,4 +1,4 @@
-"""What the example clip.py is measured by, and what it is compared with.
+"""Metrics and baselines for clip.py.
 
     floor              what captions that say the same cost at least
     recall             how often the nearest caption, or image, is right
@@ -34,10 +34,11 @@ PROBE_LABELS = (10, 50)     # a class
 # ---------------------------------------------------------------- measures
 
 def floor(meaning):
-    """The least possible loss of a batch, in nats: the mean of ln k.
+    """The least loss of a batch that one can expect on unseen pairs, in nats: the mean of ln k.
 
     k captions of the batch say the same as the caption of an image, its own included. So
-    the best softmax gives each of them 1/k. meaning (B,): equal if captions say the same.
+    the best softmax gives each of them 1/k. (A model that memorises which wording belongs to
+    which training image can fall below this.) meaning (B,): equal if captions say the same.
     """
     meaning = torch.as_tensor(meaning)
     k = (meaning[:, None] == meaning).sum(1)                              # (B,)
@@ -74,7 +75,7 @@ def encode_pairs(model, pairs, machine):
 
 @torch.no_grad()
 def zero_shot(model, u, pairs, prompt, machine):
-    """Which of N images are right by this prompt alone: (N,) bool.
+    """Whether each of N images is classified correctly with this prompt: (N,) bool.
 
     The answer is the class whose sentence is nearest. u (N, size), of the images of pairs.
     """
@@ -100,9 +101,11 @@ def measure(model, pairs, settings, machine, compute_loss):
     model.eval()
     u, v = encode_pairs(model, pairs, machine)
     B = min(settings.batch_size, len(pairs))
+    # In a random order, because own images may be sorted by class.
+    order = torch.randperm(len(pairs), generator=generator(0, "measured order", 0)).numpy()
     losses, floors = [], []
     for begin in range(0, len(pairs) - B + 1, B):
-        batch = slice(begin, begin + B)
+        batch = order[begin:begin + B]
         losses.append(float(compute_loss(u[batch], v[batch], model.t.detach().exp().cpu())))
         floors.append(float(floor(pairs.meaning[batch])))
     pool = evenly_spaced(len(pairs), POOL)
@@ -174,9 +177,9 @@ def train_simclr(images, settings, machine):
 def probe(encode, known, test, draws, machine):
     """Logistic regression on features, from PROBE_LABELS labels of each class.
 
-    The labels are those of the images `known`, and its strength is chosen among those that
-    are drawn. A number of labels that a class does not have is left out. Returns a list of
-    (labels a class, accuracies on all test images, accuracies on those with a new
+    The labels are those of the images `known`, and the penalty is chosen by cross-validation
+    on the drawn labels. A number of labels that a class does not have is left out. Returns a
+    list of (labels a class, accuracies on all test images, accuracies on those with a new
     combination), with a value for each draw.
     """
     device, _, autocast = machine
@@ -258,7 +261,8 @@ def compare(model, measured, train_pairs, test, settings, machine, compute_loss,
     for per_class, *values in probe(model.encode, known, test, settings.draws, machine):
         rows.append(("CLIP, probe", per_class, *values))
     print_table(rows)
-    print("±: over the prompts, each used alone; of probes, over the draws of labels")
+    print("±: standard deviation over the prompts, each used alone; of probes, over the draws")
+    print("SimCLR is read at three depths, as in finetune.py; CLIP's image encoder at its end")
     return result
 
 

@@ -12,6 +12,10 @@ clean x. R asks for a property of the code that rebuilding alone does not ask fo
     sparse          each number is near 0 for most images
     decorrelated    no two numbers are correlated
 
+Most of the squared error of a photograph is the colour and the brightness of large areas.
+So there is a second target: the hidden patches alone, each with mean 0 and variance 1. What
+is left of a patch is its pattern.
+
     Hinton and Salakhutdinov 2006, "Reducing the Dimensionality of Data with Neural Networks"
     Vincent et al. 2008, "Extracting and Composing Robust Features with Denoising
     Autoencoders"
@@ -24,7 +28,10 @@ Differences from the papers:
   the covariance into a correlation.
 - A masked autoencoder is a transformer that never sees the hidden patches. A convolution
   needs its grid, so here the hidden patches are set to the mean colour.
-- The loss is the mean over all pixels, the visible ones included.
+- The loss is the mean over all pixels, the visible ones included. It is over the hidden ones
+  alone, as in He et al., with the normalized patches.
+- The squares of 2 × 2 pixels are whitened first, and kernels begin as the identity. Jordan
+  2024, arXiv 2404.00498, has both for classification.
 
 This file needs torch alone. Read next: train_ae.py.
 
@@ -45,7 +52,7 @@ from torch import nn
 
 # ---------------------------------------------------------------- the loss
 
-def autoencoder_loss(x, x_hat, z, beta=0.0, regularizer="none"):
+def autoencoder_loss(x, x_hat, z, beta=0.0, regularizer="none", hidden=None):
     """‖x − x̂‖² + β R(z), and both terms.
 
     They are averaged so that β means the same for every size of image, batch and code:
@@ -56,7 +63,9 @@ def autoencoder_loss(x, x_hat, z, beta=0.0, regularizer="none"):
         decorrelated     Σ_{i≠j} cov_ij² / D, where cov (D, D) is the covariance of the
                          batch's codes, divided by B − 1
 
-    Arguments: x and x_hat (B, C, H, W); z (B, D); beta ≥ 0; regularizer, one of the three.
+    Arguments: x and x_hat (B, C, H, W); z (B, D); beta ≥ 0; regularizer, one of the three;
+    hidden (B, 1, H, W) bool, at least one pixel of each image: the squared error is the mean
+    over these pixels alone.
     Returns three scalars, in float32 or better: the loss, the squared error, and R.
     Raises ValueError for other arguments, and for a covariance of fewer than 2 codes.
     """
@@ -64,7 +73,11 @@ def autoencoder_loss(x, x_hat, z, beta=0.0, regularizer="none"):
         raise ValueError(f"beta must be at least 0, but is {beta}")
     if x.dtype != torch.float64:
         x, x_hat, z = x.float(), x_hat.float(), z.float()
-    error = (x - x_hat).square().mean((1, 2, 3)).mean()
+    errors = (x - x_hat).square().mean(1, keepdim=True)                   # (B, 1, H, W)
+    if hidden is None:
+        error = errors.mean((1, 2, 3)).mean()
+    else:
+        error = ((errors * hidden).sum((1, 2, 3)) / hidden.sum((1, 2, 3))).mean()
     if regularizer == "none":
         penalty = torch.zeros_like(error)
     elif regularizer == "sparse":
@@ -101,6 +114,37 @@ def without_autocast(device):
     return contextlib.nullcontext()
 
 
+def normalize_patches(x, patch=8):
+    """Images whose patch × patch squares have mean 0 and variance 1, and the mean and std.
+
+        (x − μ) / σ         μ and σ² are the mean and the variance of the C · patch · patch
+                            numbers of a square, σ² at least 1e-6
+
+    A decoder that always says 0 has the squared error 1, the variance of a square. A square of
+    one colour becomes 0. At the border of an image a square can be smaller.
+
+    x: (B, C, H, W) in [0, 1]. Returns the normalized images (B, C, H, W), and μ and σ of each
+    pixel's square, (B, 1, H, W) both, so that x = normalized · σ + μ.
+    He et al. 2021, section 3, "Reconstruction target".
+    """
+    H, W = x.shape[2:]
+
+    def mean_of_patch(values):
+        """(B, C, H, W) -> (B, 1, H, W)"""
+        mean = F.avg_pool2d(values.mean(1, keepdim=True), patch, ceil_mode=True)
+        return enlarge(mean, patch)[..., :H, :W]
+
+    mean = mean_of_patch(x)
+    variance = mean_of_patch((x - mean).square())
+    std = variance.clamp(min=1e-6).sqrt()
+    return (x - mean) / std, mean, std
+
+
+def enlarge(x, patch):
+    """Each pixel of x (B, C, h, w) as a square: (B, C, h · patch, w · patch)."""
+    return x.repeat_interleave(patch, 2).repeat_interleave(patch, 3)
+
+
 # ---------------------------------------------------------------- what the loss does not show
 
 def sparsity(z):
@@ -128,7 +172,7 @@ def correlation(z):
 # ---------------------------------------------------------------- corruption
 
 def corrupt(x, noise=0.0, masked=0.0, patch=8, generator=None):
-    """x̃: the images with noise added, or with patches cut out, or both.
+    """x̃: the images with noise added, or with patches cut out, or both. And what was cut out.
 
     Arguments:
         x: (B, C, H, W) in [0, 1]
@@ -137,15 +181,17 @@ def corrupt(x, noise=0.0, masked=0.0, patch=8, generator=None):
             the batch (after the noise). Each image loses equally many of them, at least
             one and never all: so none, if it is a single patch.
         generator: a CPU generator, so that the draw is the same on every device
-    Returns (B, C, H, W).
+    Returns x̃ (B, C, H, W), and hidden (B, 1, H, W) bool: True at the pixels that were cut out.
     """
+    B, _, H, W = x.shape
+    hidden = torch.zeros(B, 1, H, W, dtype=torch.bool, device=x.device)
     if noise:
         x = x + noise * torch.randn(x.shape, generator=generator).to(x.device)
     if masked:
         hidden = choose_patches(x.shape, masked, patch, generator).to(x.device)
         mean_colour = x.mean((0, 2, 3), keepdim=True)
         x = torch.where(hidden, mean_colour, x)
-    return x
+    return x, hidden
 
 
 def choose_patches(shape, masked, patch, generator):
@@ -158,8 +204,7 @@ def choose_patches(shape, masked, patch, generator):
     draw = torch.rand(B, patches, generator=generator)
     rank = draw.argsort(1).argsort(1)
     hidden = (rank < count).view(B, 1, rows, columns)
-    hidden = hidden.repeat_interleave(patch, 2).repeat_interleave(patch, 3)
-    return hidden[..., :H, :W]
+    return enlarge(hidden, patch)[..., :H, :W]
 
 
 # ---------------------------------------------------------------- the model
@@ -183,10 +228,27 @@ class ResidualBlock(nn.Module):
             nn.Conv2d(width, width, 3, padding=1, bias=False),
             nn.BatchNorm2d(width),
         )
-        nn.init.zeros_(self.layers[-1].weight)                # at first the block adds nothing
+        nn.init.dirac_(self.layers[0][0].weight)              # at first they copy their input,
+        nn.init.dirac_(self.layers[1].weight)
+        nn.init.zeros_(self.layers[-1].weight)                # and the block adds nothing
 
     def forward(self, x):
         return F.relu(x + self.layers(x))
+
+
+def mean_of_strips(maps, strips):
+    """The mean of each horizontal strip: maps (B, D, H, W) -> (B, strips · D).
+
+    The strips have equal heights. If H is not divisible by their number, a row on the border
+    belongs to both strips (as in F.adaptive_avg_pool2d, which MPS lacks for such sizes). With
+    fewer rows than strips, neighbouring strips are the same row.
+    """
+    H = maps.shape[2]
+    means = []
+    for n in range(strips):
+        top, bottom = n * H // strips, math.ceil((n + 1) * H / strips)
+        means.append(maps[:, :, top:bottom].mean((2, 3)))     # (B, D)
+    return torch.cat(means, dim=1)
 
 
 class Autoencoder(nn.Module):
@@ -196,19 +258,25 @@ class Autoencoder(nn.Module):
         size: (H, W), at least 8 each. Images are padded to multiples of 8 on the way in,
             and cropped on the way out.
         mean, std: (C,) of the training pixels in [0, 1]; they are stored with the weights
+        whitening: (4C, 4C), by which the squares of 2 × 2 pixels are multiplied after the
+            mean is subtracted (`mean_and_whitening` of data/images.py)
+        targets: what it rebuilds, "pixels" or "normalized" patches
         code: D
         width: of the first feature map; the next two are twice and four times as wide.
             The shapes below are for width 64.
     """
 
-    def __init__(self, size, mean, std, code=128, width=64):
+    def __init__(self, size, mean, std, whitening, code=128, width=64, targets="pixels"):
         super().__init__()
         self.channels, self.size = len(mean), tuple(size)
+        self.targets = targets
         self.grid = tuple(math.ceil(side / 8) for side in size)           # (h, w)
         mean, std = torch.as_tensor(mean).float(), torch.as_tensor(std).float()
         self.register_buffer("mean", mean.view(-1, 1, 1))
         self.register_buffer("std", std.view(-1, 1, 1))
         C = self.channels
+        whitening = torch.as_tensor(whitening).float()
+        self.register_buffer("whitening", whitening.view(4 * C, 4 * C, 1, 1))
         h, w = self.grid
         first, second, last = width, 2 * width, 4 * width
 
@@ -239,8 +307,8 @@ class Autoencoder(nn.Module):
             nn.PixelShuffle(2),                               # (B, C, 8h, 8w)
         )
 
-    def maps(self, x):
-        """The feature maps before the last ones: (B, 128, 2h, 2w).
+    def prepare(self, x):
+        """What the first convolution gets: (B, 4C, 4h, 4w), whitened squares of 2 × 2 pixels.
 
         Raises ValueError for images of another size.
         """
@@ -251,31 +319,60 @@ class Autoencoder(nn.Module):
                 f"the images have {H} × {W} pixels, but this model was made for "
                 f"{self.size[0]} × {self.size[1]}"
             )
-        x = (x - self.mean) / self.std
+        x = x - self.mean
         x = F.pad(x, (0, 8 * w - W, 0, 8 * h - H), mode="replicate")
         x = F.pixel_unshuffle(x, 2)                           # (B, 4C, 4h, 4w)
-        return self.to_second(x)
+        with without_autocast(x.device):                      # it magnifies rounding errors
+            return F.conv2d(x, self.whitening)
+
+    def maps(self, x):
+        """The feature maps before the last ones: (B, 128, 2h, 2w)."""
+        return self.to_second(self.prepare(x))
 
     def decode(self, z):
-        """Codes (B, D) -> images (B, C, H, W), approximately in [0, 1]."""
+        """Codes (B, D) -> images (B, C, H, W), approximately in [0, 1].
+
+        If the targets are normalized patches, these are normalized patches.
+        """
         x = self.from_code(z)                                 # (B, 256, h, w)
         x = self.decoder(x)                                   # (B, C, 8h, 8w)
         H, W = self.size
-        return x[..., :H, :W] * self.std + self.mean
+        x = x[..., :H, :W]
+        if self.targets == "normalized":
+            return x
+        return x * self.std + self.mean
 
     def encode(self, x):
-        """Images (B, C, H, W), floats in [0, 1] -> features (B, 8 · width).
+        """Images (B, C, H, W), floats in [0, 1] -> features (B, 18 · width + D).
 
-        They are the maps before the last ones, averaged over each quadrant of the image.
-        Not the code: it keeps what rebuilding needs, which is the place and the colour of
-        each blob, all mixed in every number. The maps say which patterns
-        occur. But look at the untrained encoder's results before you believe in the
-        training: random weights give most of this (RESULTS.md).
+        They are read at four depths, each averaged over horizontal strips of the image:
+
+            first maps   (B, 64, 4h, 4w)      2 strips: edges and colours
+                ↓
+            second maps  (B, 128, 2h, 2w)     4 strips: small patterns
+                ↓
+            last maps    (B, 256, h, w)       2 strips: larger patterns
+                ↓
+            code         (B, D)               the whole image
+
+        Few labels need few numbers that say much, and many labels can use where which pattern
+        occurs. Each part is scaled to length 1, so that none outweighs the others.
+        But look at the untrained encoder's results before you believe in the training: random
+        weights give most of this (RESULTS.md).
 
         Put the model into evaluation mode first, or the batch norms will move.
         """
-        # The maps have even sizes, so the quadrants are equal (MPS takes no others).
-        return F.adaptive_avg_pool2d(self.maps(x), 2).flatten(1)
+        first = self.to_second[0](self.prepare(x))            # (B, 64, 4h, 4w)
+        second = self.to_second[1:](first)                    # (B, 128, 2h, 2w)
+        last = self.to_last(second)                           # (B, 256, h, w)
+        code = self.to_code(last.flatten(1))
+        parts = [
+            mean_of_strips(first, 2),
+            mean_of_strips(second, 4),
+            mean_of_strips(last, 2),
+            code,
+        ]
+        return torch.cat([F.normalize(part.float(), dim=1) for part in parts], dim=1)
 
     def forward(self, x):
         """Images (B, C, H, W) -> (reconstructions (B, C, H, W), codes (B, D))."""

@@ -380,7 +380,8 @@ def mean_of_strips(maps, strips):
     """The mean of each horizontal strip: maps (B, D, H, W) -> (B, strips · D).
 
     The strips have equal heights. If H is not divisible by their number, a row on the border
-    belongs to both strips (as in F.adaptive_avg_pool2d, which MPS lacks for such sizes).
+    belongs to both strips (as in F.adaptive_avg_pool2d, which MPS lacks for such sizes). With
+    fewer rows than strips, neighbouring strips are the same row.
     """
     H = maps.shape[2]
     means = []
@@ -420,7 +421,7 @@ class SimCLR(nn.Module):
     def encode(self, x):
         """Images (B, C, H, W), floats in [0, 1] -> features (B, 20 · width + 512).
 
-        They are read at three depths, because no single one serves best:
+        They are read at three depths, because none is the best for every number of labels:
 
             second map     (B, 128, H/4, W/4)   averaged over four horizontal strips
                 ↓

@@ -33,6 +33,7 @@ SETTINGS = SimpleNamespace(
     similarity="cosine",
     beta=0.5,
     regularizer="decorrelated",
+    targets="pixels",
     masked_weight=1.5,
     document_weight=4.0,
 )
@@ -52,7 +53,7 @@ def byol(model, views):
 
 def decorrelated_codes(model, views):
     images, corrupted = shard(*views)
-    return train_ae.compute_loss(model, images, corrupted, SETTINGS)
+    return train_ae.compute_loss(model, images, corrupted, None, SETTINGS)
 
 
 def whole_texts(model, batch):
@@ -97,9 +98,9 @@ def window_batch(size):
 
 
 def image_model(cls, *size, **options):
-    statistics = dict(mean=torch.zeros(3), std=torch.ones(3))
-    if issubclass(cls, contrastive.SimCLR):
-        statistics = dict(mean=torch.zeros(3), whitening=torch.eye(12))
+    statistics = dict(mean=torch.zeros(3), whitening=torch.eye(12))
+    if not issubclass(cls, contrastive.SimCLR):
+        statistics["std"] = torch.ones(3)
     return cls(*size, **statistics, width=4, **options).double()
 
 

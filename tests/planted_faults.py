@@ -557,11 +557,11 @@ FAULTS = [
             "train_ae.py", "compute_loss",
             right="""
                 autoencoder.autoencoder_loss(
-                    images, rebuilt, codes, settings.beta, settings.regularizer
+                    images, rebuilt, codes, settings.beta, settings.regularizer, hidden
                 )""",
             wrong="""
                 autoencoder.autoencoder_loss(
-                    corrupted, rebuilt, codes, settings.beta, settings.regularizer
+                    corrupted, rebuilt, codes, settings.beta, settings.regularizer, hidden
                 )""",
         )],
     ),

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from minissl import autoencoder
-from minissl.autoencoder import Autoencoder, autoencoder_loss, corrupt
+from minissl.autoencoder import Autoencoder, autoencoder_loss, corrupt, normalize_patches
 
 
 def draws(seed=0):
@@ -140,6 +140,86 @@ def test_what_the_loss_cannot_take_is_refused(shape, beta, regularizer, sentence
         autoencoder_loss(x, x, torch.zeros(shape), beta, regularizer)
 
 
+# ---------------------------------------------------------------- normalized patches
+
+def normalized_by_loops(x, patch):
+    normalized = np.empty_like(x)
+    B, _, H, W = x.shape
+    for b, i, j in np.ndindex(B, H, W):
+        top, left = i - i % patch, j - j % patch
+        square = x[b, :, top:top + patch, left:left + patch]  # smaller at the border
+        mean = square.sum() / square.size
+        variance = ((square - mean) ** 2).sum() / square.size
+        normalized[b, :, i, j] = (x[b, :, i, j] - mean) / max(variance, 1e-6) ** 0.5
+    return normalized
+
+
+@pytest.mark.parametrize("shape, patch", [((2, 3, 8, 8), 4), ((2, 1, 7, 10), 4)])
+def test_normalized_patches_equal_loops(shape, patch):
+    x = np.random.default_rng(0).uniform(size=shape)
+    found, mean, std = normalize_patches(torch.tensor(x), patch)
+    np.testing.assert_allclose(found, normalized_by_loops(x, patch), rtol=1e-10)
+    assert mean.shape == std.shape == (shape[0], 1, *shape[2:])
+
+
+def test_the_loss_of_hidden_patches_equals_loops():
+    """By value and by gradient. The images lose 1 and 2 of their four patches."""
+    rng = np.random.default_rng(0)
+    image, rebuilt = rng.uniform(size=(2, 3, 4, 4)), rng.normal(size=(2, 3, 4, 4))
+    hidden = np.zeros((2, 1, 4, 4), bool)
+    hidden[0, :, :2, 2:] = True
+    hidden[1, :, 2:] = True
+    target = normalized_by_loops(image, 2)
+
+    def error_of(x_hat):
+        total = 0.0
+        for b in range(2):
+            places = np.argwhere(hidden[b, 0])
+            for i, j in places:
+                for c in range(3):
+                    error = (target[b, c, i, j] - x_hat[b, c, i, j]) ** 2
+                    total += error / (3 * len(places)) / 2
+        return total
+
+    x_hat = torch.tensor(rebuilt, requires_grad=True)
+    targets, _, _ = normalize_patches(torch.tensor(image), 2)
+    loss, _, _ = autoencoder_loss(targets, x_hat, torch.zeros(2, 1), hidden=torch.tensor(hidden))
+    assert loss.item() == pytest.approx(error_of(rebuilt), rel=1e-12)
+    loss.backward()
+    for place in np.ndindex(rebuilt.shape):
+        expected = slope(error_of, rebuilt, place)
+        assert x_hat.grad[place].item() == pytest.approx(expected, abs=1e-8)
+    visible = ~torch.tensor(hidden).expand_as(x_hat)
+    assert (x_hat.grad[visible] == 0).all()
+
+
+def test_predicting_0_has_the_error_1():
+    """So 1 is the chance level. Patches of one colour are easier: they are 0."""
+    x = torch.rand(4, 3, 32, 32, generator=draws())
+    _, hidden = corrupt(x, masked=0.6, generator=draws())
+    targets, _, _ = normalize_patches(x)
+    z = torch.zeros(4, 2)
+    error, _, _ = autoencoder_loss(targets, torch.zeros_like(x), z, hidden=hidden)
+    assert error.item() == pytest.approx(1, abs=1e-5)
+    flat = torch.full((4, 3, 32, 32), 0.7)
+    targets, _, _ = normalize_patches(flat)
+    error, _, _ = autoencoder_loss(targets, torch.zeros_like(x), z, hidden=hidden)
+    assert error.item() < 1e-6
+
+
+def test_a_normalized_patch_knows_no_brightness_and_contrast():
+    x = torch.rand(2, 3, 16, 16, generator=draws(), dtype=torch.float64)
+    expected, _, _ = normalize_patches(x)
+    found, _, _ = normalize_patches(0.5 * x + 0.2)
+    torch.testing.assert_close(found, expected)
+
+
+def test_mean_and_std_give_the_patches_back():
+    x = torch.rand(2, 3, 20, 33, generator=draws(), dtype=torch.float64)
+    normalized, mean, std = normalize_patches(x)
+    torch.testing.assert_close(normalized * std + mean, x)
+
+
 # ---------------------------------------------------------------- corruption
 
 def patches_of(image):
@@ -154,8 +234,9 @@ def test_exactly_the_share_of_patches_is_hidden():
     torch.manual_seed(0)
     x = torch.rand(5, 3, 32, 32)
     kept = x.clone()
-    y = corrupt(x, masked=0.6, generator=draws())
+    y, hidden_pixels = corrupt(x, masked=0.6, generator=draws())
     assert torch.equal(x, kept)                               # the images were copied
+    assert torch.equal(hidden_pixels, (x != y).any(1, keepdim=True))
     mean_colour = x.mean((0, 2, 3))[:, None, None]            # (C, 1, 1)
     hidden_places = set()
     for image, corrupted in zip(x, y):
@@ -173,7 +254,7 @@ def test_exactly_the_share_of_patches_is_hidden():
 def test_of_four_patches_one_to_three_are_hidden(share, count):
     torch.manual_seed(0)
     x = torch.rand(5, 3, 16, 16)
-    y = corrupt(x, masked=share, generator=draws())
+    y, _ = corrupt(x, masked=share, generator=draws())
     changed = (x != y).any(1)                                 # (5, 16, 16)
     changed = changed.view(5, 2, 8, 2, 8).all(4).all(2)       # (5, 2, 2) patches
     assert changed.flatten(1).sum(1).tolist() == [count] * 5
@@ -182,18 +263,23 @@ def test_of_four_patches_one_to_three_are_hidden(share, count):
 def test_noise_has_its_std():
     torch.manual_seed(0)
     x = torch.rand(8, 3, 32, 32)
-    noise = corrupt(x, noise=0.2, generator=draws()) - x
+    noisy, hidden = corrupt(x, noise=0.2, generator=draws())
+    assert not hidden.any()
+    noise = noisy - x
     assert float(noise.std()) == pytest.approx(0.2, rel=0.02)
     assert abs(float(noise.mean())) < 0.01
 
 
 def test_without_corruption_the_images_stay():
     x = torch.rand(8, 3, 32, 32)
-    assert corrupt(x) is x
+    y, hidden = corrupt(x)
+    assert y is x
+    assert hidden.shape == (8, 1, 32, 32) and not hidden.any()
 
 
 def test_patches_at_the_edge_of_an_odd_size_are_cut():
-    assert corrupt(torch.rand(2, 1, 33, 47), masked=0.5).shape == (2, 1, 33, 47)
+    y, hidden = corrupt(torch.rand(2, 1, 33, 47), masked=0.5)
+    assert y.shape == hidden.shape == (2, 1, 33, 47)
 
 
 # ---------------------------------------------------------------- the model
@@ -202,10 +288,10 @@ def test_patches_at_the_edge_of_an_odd_size_are_cut():
     (3, 32, 32), (1, 28, 28), (3, 33, 47), (1, 8, 9), (3, 64, 64),
 ])
 def test_the_reconstruction_has_the_size_of_the_input(C, H, W):
-    model = Autoencoder((H, W), torch.zeros(C), torch.ones(C), code=16)
+    model = Autoencoder((H, W), torch.zeros(C), torch.ones(C), torch.eye(4 * C), code=16)
     x_hat, z = model(torch.rand(3, C, H, W))
     assert x_hat.shape == (3, C, H, W) and z.shape == (3, 16)
-    assert model.eval().encode(torch.rand(5, C, H, W)).shape == (5, 512)
+    assert model.eval().encode(torch.rand(5, C, H, W)).shape == (5, 18 * 64 + 16)
 
 
 def squares(n):
@@ -227,7 +313,8 @@ def trained(regularizer="none", beta=0.0):
     torch.manual_seed(0)
     images = squares(256)
     mean, std = images.mean((0, 2, 3)), images.std((0, 2, 3))
-    model = Autoencoder((16, 16), mean, std, code=8, width=16)
+    whitening = torch.eye(4 * len(mean)) / std.mean()
+    model = Autoencoder((16, 16), mean, std, whitening, code=8, width=16)
     optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
     for _ in range(60):
         batch = images[torch.randperm(len(images))[:64]]
@@ -284,21 +371,72 @@ def test_correlation_of_known_cases():
     assert autoencoder.correlation(related).item() == pytest.approx(0.6)
 
 
-def test_features_are_the_maps_means_over_quadrants():
+@pytest.mark.parametrize("H, W", [(32, 32), (33, 20)])
+def test_features_are_the_means_of_strips_and_the_code(H, W):
+    """Each part has length 1. In torch the strips are an adaptive pooling."""
     torch.manual_seed(0)
-    model = Autoencoder((32, 32), torch.zeros(3), torch.ones(3), 8, width=8).eval()
-    x = torch.rand(2, 3, 32, 32)
-    maps = model.maps(x)                                      # (2, 16, 8, 8)
-    features = model.encode(x).view(2, 16, 2, 2)
-    for i, j in np.ndindex(2, 2):
-        quadrant = maps[:, :, 4 * i:4 * i + 4, 4 * j:4 * j + 4]
-        torch.testing.assert_close(features[:, :, i, j], quadrant.mean((2, 3)))
+    model = Autoencoder((H, W), torch.zeros(3), torch.ones(3), torch.eye(12), 8, width=8).eval()
+    x = torch.rand(2, 3, H, W)
+    seen = []
+
+    def keep(layer, inputs, output):
+        seen.append(output)
+
+    for layer in (model.to_second[0], model.to_second, model.to_last):
+        layer.register_forward_hook(keep)
+    _, code = model(x)                                        # the hooks see each depth
+    parts = []
+    for maps, n in zip(list(seen), (2, 4, 2)):
+        pooled = F.adaptive_avg_pool2d(maps, (n, 1))          # (2, C, n, 1)
+        parts.append(pooled.transpose(1, 2).flatten(1))
+    parts.append(code)
+    expected = [part / part.norm(dim=1, keepdim=True) for part in parts]
+    torch.testing.assert_close(model.encode(x), torch.cat(expected, 1))
+
+
+def squares_by_loops(images, mean):
+    """All 2 × 2 squares of images (N, C, H, W), minus the mean, a row for each: (n, 4C)."""
+    rows = []
+    N, C, H, W = images.shape
+    for b, i, j in np.ndindex(N, H // 2, W // 2):
+        row = []
+        for c, di, dj in np.ndindex(C, 2, 2):
+            pixel = images[b, c, 2 * i + di, 2 * j + dj] / 255
+            row.append(pixel - mean[c])
+        rows.append(row)
+    return np.array(rows)
+
+
+def test_the_first_convolution_gets_whitened_squares():
+    torch.manual_seed(0)
+    matrix = torch.randn(12, 12)
+    mean, std = [0.4, 0.5, 0.6], [0.2, 0.3, 0.1]
+    model = Autoencoder((8, 8), mean, std, matrix.tolist(), code=8, width=8)
+    images = torch.randint(0, 256, (2, 3, 8, 8), generator=draws())
+    seen = []
+    model.to_second[0][0].register_forward_pre_hook(lambda layer, inputs: seen.extend(inputs))
+    model.maps(images / 255)
+    expected = squares_by_loops(images.numpy(), mean) @ matrix.numpy().T
+    found = seen[0].permute(0, 2, 3, 1).flatten(0, 2)                     # (2 · 4 · 4, 12)
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_code_of_normalized_patches_is_decoded_as_it_is():
+    """Their scale is that of the patches. The mean and std of the images are another one."""
+    torch.manual_seed(0)
+    mean, std = torch.tensor([0.4]), torch.tensor([0.2])
+    model = Autoencoder((16, 16), mean, std, torch.eye(4), code=8, width=8).eval()
+    patches = Autoencoder((16, 16), mean, std, torch.eye(4), 8, width=8, targets="normalized")
+    patches.eval()
+    patches.load_state_dict(model.state_dict())
+    z = torch.randn(3, 8)
+    torch.testing.assert_close(patches.decode(z) * 0.2 + 0.4, model.decode(z))
 
 
 def test_images_are_padded_with_their_border():
     torch.manual_seed(0)
-    model = Autoencoder((9, 12), torch.zeros(1), torch.ones(1), 4, width=8).eval()
-    whole = Autoencoder((16, 16), torch.zeros(1), torch.ones(1), 4, width=8).eval()
+    model = Autoencoder((9, 12), torch.zeros(1), torch.ones(1), torch.eye(4), 4, width=8).eval()
+    whole = Autoencoder((16, 16), torch.zeros(1), torch.ones(1), torch.eye(4), 4, width=8).eval()
     whole.load_state_dict(model.state_dict())
     x = torch.rand(2, 1, 9, 12)
     padded = F.pad(x, (0, 4, 0, 7), mode="replicate")
@@ -306,7 +444,7 @@ def test_images_are_padded_with_their_border():
 
 
 def test_images_of_another_size_are_refused():
-    model = Autoencoder((32, 32), [0.5], [0.2], code=8, width=8)
+    model = Autoencoder((32, 32), [0.5], [0.2], torch.eye(4), code=8, width=8)
     sentence = "the images have 64 × 64 pixels, but this model was made for 32 × 32"
     with pytest.raises(ValueError, match=sentence):
         model.encode(torch.rand(2, 1, 64, 64))
@@ -314,7 +452,7 @@ def test_images_of_another_size_are_refused():
 
 def test_no_weight_makes_a_code_larger_or_smaller():
     torch.manual_seed(0)
-    model = Autoencoder((16, 16), torch.zeros(1), torch.ones(1), 4, width=8)
+    model = Autoencoder((16, 16), torch.zeros(1), torch.ones(1), torch.eye(4), 4, width=8)
     for parameter in model.parameters():
         parameter.data *= 3
     _, z = model(torch.rand(64, 1, 16, 16))
@@ -324,7 +462,7 @@ def test_no_weight_makes_a_code_larger_or_smaller():
 
 def test_every_parameter_receives_a_gradient():
     torch.manual_seed(0)
-    model = Autoencoder((16, 16), torch.zeros(3), torch.ones(3), 8, width=8)
+    model = Autoencoder((16, 16), torch.zeros(3), torch.ones(3), torch.eye(12), 8, width=8)
     for module in model.modules():
         if isinstance(module, autoencoder.ResidualBlock):
             last_norm = module.layers[-1]

@@ -70,7 +70,7 @@ def make_image_run(folder, method="simclr", name="shapes", limit=100):
     cls = contrastive.SimCLR
     if method == "autoencoder":
         cls = Autoencoder
-        shape = dict(width=8, **images.mean_and_std(data))
+        shape.update(images.mean_and_std(data))
         shape.update(size=list(data.shape[2:]), code=16)
         settings["code"] = 16
     torch.manual_seed(0)
@@ -1036,7 +1036,7 @@ def test_features_and_notes_of_new_images(image_runs, run_script, tmp_path, brie
     code, printed = run_script(finetune, run, *CPU, "--features", tmp_path / "out.npy",
                                "--data", tmp_path / "twice.npy")
     found = np.load(tmp_path / "out.npy")
-    assert code == 0 and found.shape == (40, 64), printed
+    assert code == 0 and found.shape == (40, 160), printed
     np.testing.assert_allclose(load.load_encoder(run)(array), found[:20], atol=1e-4)
     np.save(tmp_path / "one.npy", array[:1] // 128)
     code, printed = run_script(finetune, run, *CPU, "--predict", tmp_path / "one.npy")

@@ -277,7 +277,7 @@ def text_encoder():
 
 def image_models():
     return [
-        autoencoder.Autoencoder((33, 20), [0.5] * 3, [0.2] * 3, code=8, width=8),
+        autoencoder.Autoencoder((33, 20), [0.5] * 3, [0.2] * 3, torch.eye(12), code=8, width=8),
         contrastive.SimCLR([0.5] * 3, torch.eye(12), width=8),
     ]
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from minissl import UserError, contrastive, transformer
+from minissl.autoencoder import normalize_patches
 from minissl.data.images import Images
 from minissl.data.splits import HELD_OUT, TEST, TRAIN
 from minissl.data.text_sources import load_texts
@@ -238,7 +239,7 @@ def two_views(images, numbers):
 
 
 def unchanged(images, step):
-    return images
+    return images, torch.zeros_like(images[:, :1], dtype=torch.bool)
 
 
 def test_the_contrastive_preview_measures_projections(mirrored_data, tmp_path):
@@ -268,7 +269,44 @@ def test_the_mean_image_is_the_autoencoders_chance_level(mirrored_data, tmp_path
     preview = AutoencoderPreview(mirrored_data, unchanged, tmp_path, nullcontext(), CPU)
     x = mirrored_data.subset(HELD_OUT)[:].double() / 255
     expected = float(x.var(0, correction=0).mean())
-    assert preview.error_of_the_mean_image() == pytest.approx(expected, rel=1e-5)
+    assert preview.chance() == pytest.approx(expected, rel=1e-5)
+
+
+def hide_the_left_half(images, step):
+    hidden = torch.zeros_like(images[:, :1], dtype=torch.bool)
+    hidden[..., :8] = True
+    return images * ~hidden, hidden
+
+
+@pytest.mark.parametrize("scale, expected", [(1.0, 0), (0.0, 1)])
+def test_normalized_patches_are_pasted_back(scale, expected, tmp_path, monkeypatch):
+    """A model that knows the patches rebuilds the image; predicting 0 shows their means."""
+    data = images_of(random_pixels(20, size=16), np.full(20, -1), np.full(20, HELD_OUT))
+    x = data[:].float() / 255
+    normalized, mean, _ = normalize_patches(x)
+    pictures = {}
+
+    def keep(self, name, rows):
+        pictures[name] = rows
+
+    class Model(FakeModel):
+        def __call__(self, corrupted):
+            rebuilt = scale * normalized
+            rebuilt[..., 8:] = 5                              # visible: it does not count
+            return rebuilt, corrupted.mean(3).flatten(1)
+
+    monkeypatch.setattr(AutoencoderPreview, "_write_picture", keep)
+    monkeypatch.setattr(previews, "NeighbourPreview", lambda *arguments: lambda encode: "")
+    preview = AutoencoderPreview(
+        data, hide_the_left_half, tmp_path, nullcontext(), CPU, targets="normalized"
+    )
+    row = preview(Model())
+    assert preview.chance() == 1
+    assert row["held_out"] == pytest.approx(expected, abs=1e-5)
+    original, _, shown = pictures["reconstructions.png"]
+    assert torch.equal(shown[..., 8:], original[..., 8:])
+    left = mean[:12].expand_as(original) + scale * (original - mean[:12])
+    torch.testing.assert_close(shown[..., :8], left[..., :8])
 
 
 # ---------------------------------------------------------------- large images

@@ -181,12 +181,38 @@ def test_the_step_of_the_autoencoder_is_its_formula(first_step):
     assert_gradients_of(loss, model, gradients)
 
 
+def test_the_step_on_normalized_patches_is_its_formula(first_step):
+    """The loss of the 8 hidden patches of each image, a patch at a time."""
+    flags = ["--masked", 0.5, "--targets", "normalized", "--beta", 0, "--regularizer", "none"]
+    model, gradients = first_step("ae", *flags)
+    x = first_batch().float() / 255
+    draws = torch.rand(16, 16, generator=generator(0, "corruption", 0))
+    hidden = draws.argsort(1).argsort(1) < 8                  # (16 images, 16 patches)
+    corrupted = x.clone()
+    for b, n in hidden.nonzero().tolist():
+        patch_of(corrupted[b], n)[:] = x.mean((0, 2, 3))[:, None, None]
+    rebuilt, _ = model(corrupted)
+    loss = 0.0
+    for b, n in hidden.nonzero().tolist():
+        patch = patch_of(x[b], n)
+        target = (patch - patch.mean()) / patch.var(correction=0).clamp(min=1e-6).sqrt()
+        error = (patch_of(rebuilt[b], n) - target).square().mean()
+        loss = loss + error / (16 * 8)
+    assert_gradients_of(loss, model, gradients)
+
+
+def patch_of(image, n):
+    """The nth of the 16 patches of an image (C, 32, 32): (C, 8, 8)."""
+    top, left = 8 * (n // 4), 8 * (n % 4)
+    return image[:, top:top + 8, left:left + 8]
+
+
 def test_the_losses_are_logged_by_their_names():
     """Each loss function returns what is trained on, and what is written into the log."""
     torch.manual_seed(0)
     views = torch.rand(2, 4, 3, 16, 16)
     settings = SimpleNamespace(
-        temperature=0.3, similarity="dot", beta=0.5, regularizer="sparse"
+        temperature=0.3, similarity="dot", beta=0.5, regularizer="sparse", targets="pixels"
     )
     simclr = contrastive.SimCLR([0.5] * 3, torch.eye(12), width=8)
     loss, terms = train_contrastive.simclr_loss(simclr, views, settings)
@@ -197,8 +223,8 @@ def test_the_losses_are_logged_by_their_names():
     loss, terms = train_contrastive.byol_loss(byol, views, settings)
     assert terms == dict(loss=loss)
 
-    model = autoencoder.Autoencoder((16, 16), [0.5] * 3, [0.2] * 3, code=8, width=8)
-    loss, terms = train_ae.compute_loss(model, views[0], views[1], settings)
+    model = autoencoder.Autoencoder((16, 16), [0.5] * 3, [0.2] * 3, torch.eye(12), code=8, width=8)
+    loss, terms = train_ae.compute_loss(model, views[0], views[1], None, settings)
     expected = terms["squared_error"] + 0.5 * terms["regularizer"]
     torch.testing.assert_close(loss, expected)
 
@@ -214,6 +240,8 @@ def test_chance_is_the_loss_without_any_learning(train):
     held_out = load_images("shapes", limit=400).subset(HELD_OUT)[:].double() / 255
     error_of_the_mean_image = float(held_out.var(0, correction=0).mean())
     assert f"(chance {error_of_the_mean_image:.4g})" in printed
+    _, printed = train("ae", "normalized", "--steps", 1, "--targets", "normalized")
+    assert "(chance 1)" in printed                            # the variance of a patch
 
 
 @pytest.mark.parametrize("name, purposes", [
@@ -511,6 +539,7 @@ def test_a_run_killed_before_its_first_checkpoint_restarts(
     (train_ae, ["--beta", -1], "--beta -1.0: must be at least 0"),
     (train_ae, ["--beta", 1], "give both or neither"),
     (train_ae, ["--masked", 1], "--masked 1.0: must be at most 0.95"),
+    (train_ae, ["--targets", "normalized"], "give --masked, for example 0.6"),
     (train_ae, ["--data", "not_there.npy"], "--data not_there.npy: file not found"),
 ])
 def test_a_mistake_is_a_sentence_and_leaves_no_folder(

@@ -152,10 +152,10 @@ def mean_and_whitening(images):
 
     Neighbouring pixels are nearly equal, and so are the three colours: most of what 4C numbers
     of a square say is its brightness. Multiplied by `whitening`, the 4C numbers of a square
-    (minus the mean) are uncorrelated and have the variance 1: brightness, edges and colours
-    count the same. The rows are the principal components of the squares, from strong to weak,
-    each divided by its standard deviation. A component weaker than one step of brightness,
-    1/255, is noise, so it stays weaker.
+    (minus the mean) are uncorrelated, and brightness, edges and colours count the same (PCA
+    whitening). The rows are the principal components of the squares, from strong to weak. A
+    component of variance v ends with v / (v + 255⁻²). This is nearly 1, but less for what is
+    weaker than one step of brightness, 1/255, because that is noise.
 
     images: (N, C, H, W) uint8, of which a sample counts. Returns dict(mean, whitening): C
     numbers, and 4C lists of 4C numbers, in the order of F.pixel_unshuffle.

@@ -272,7 +272,10 @@ def name_traits(drawn):
     low = drawn.colour.amin(1, keepdim=True)
     high = drawn.colour.amax(1, keepdim=True)
     is_on = drawn.colour > (low + high) / 2                               # (n, 3)
-    colour = (is_on * torch.tensor([4, 2, 1])).sum(1)                     # 1 to 6
+    # 1 blue, 2 green, 3 both (turquoise), 4 red, 5 red and blue (pink), 6 red and green (yellow).
+    # The weakest channel is never on, so there is no 7.
+    red, green, blue = is_on.long().unbind(1)
+    colour = 4 * red + 2 * green + blue                                   # (n,), 1 to 6
     is_grey = (high - low)[:, 0] < 0.2
     colour = colour.masked_fill(is_grey, 0)
     size = torch.bucketize(drawn.radius, torch.tensor([0.273, 0.347]))

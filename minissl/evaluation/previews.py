@@ -164,19 +164,32 @@ class AutoencoderPreview:
 
     Writes reconstructions.png, walks.png and the pictures of NeighbourPreview.
 
+    The model of normalized patches says nothing about the mean and the std of a patch, and
+    nothing about visible patches. The third row of reconstructions.png takes these from the
+    original image. In walks.png each patch has the mean 0.5 and the std 0.2.
+
     Arguments: data, Images; corrupt(images, step), the corruption of the training script;
-    folder, autocast, device and mirror as for NeighbourPreview.
+    folder, autocast, device and mirror as for NeighbourPreview; targets, "pixels" or
+    "normalized".
     """
 
-    def __init__(self, data, corrupt, folder, autocast, device, mirror=False):
+    def __init__(
+        self, data, corrupt, folder, autocast, device, mirror=False, targets="pixels"
+    ):
         self.folder, self.autocast = folder, autocast
+        self.normalized = targets == "normalized"
         images = data.subset(HELD_OUT, preview_size(data.shape[1:]))
         self.images = images[:].to(device).float() / 255                  # (B, C, H, W)
-        self.corrupted = corrupt(self.images, "preview")
+        self.corrupted, self.hidden = corrupt(self.images, "preview")
         self.neighbours = NeighbourPreview(data, folder, autocast, device, mirror)
 
-    def error_of_the_mean_image(self):
-        """The squared error of an autoencoder that always shows the mean: its chance level."""
+    def chance(self):
+        """The squared error of an autoencoder that always shows the mean image.
+
+        The mean of a normalized patch is 0 and its variance is 1, so there it is 1.
+        """
+        if self.normalized:
+            return 1.0
         return float((self.images - self.images.mean(0)).square().mean())
 
     @torch.no_grad()
@@ -187,19 +200,30 @@ class AutoencoderPreview:
             walks = []
             for n in range(8):
                 walks.append(model.decode(start.lerp(end, n / 7)))        # (8, C, H, W)
-        rows = [self.images[:12], self.corrupted[:12], rebuilt[:12]]
+        walks = torch.stack(walks, dim=1)                                 # a row for each walk
+        error, shown = self._error_and_picture(rebuilt.float(), z)
+        if self.normalized:
+            walks = 0.5 + 0.2 * walks
+        rows = [self.images[:12], self.corrupted[:12], shown[:12]]
         if torch.equal(self.images, self.corrupted):
-            rows = [self.images[:12], rebuilt[:12]]
+            rows = [self.images[:12], shown[:12]]
         self._write_picture("reconstructions.png", rows)
-        self._write_picture("walks.png", torch.stack(walks, dim=1))       # a row for each walk
-
-        _, error, _ = autoencoder.autoencoder_loss(self.images, rebuilt, z)
+        self._write_picture("walks.png", walks)
         return dict(
             held_out=round(float(error), 5),
             sparsity=round(float(autoencoder.sparsity(z.float())), 4),
             correlation=round(float(autoencoder.correlation(z.float())), 4),
             knn=self.neighbours(model.encode),
         )
+
+    def _error_and_picture(self, rebuilt, z):
+        """The squared error of the reconstructions (B, C, H, W), and how to show them."""
+        if not self.normalized:
+            _, error, _ = autoencoder.autoencoder_loss(self.images, rebuilt, z)
+            return error, rebuilt
+        targets, mean, std = autoencoder.normalize_patches(self.images)
+        _, error, _ = autoencoder.autoencoder_loss(targets, rebuilt, z, hidden=self.hidden)
+        return error, torch.where(self.hidden, rebuilt * std + mean, self.images)
 
     def _write_picture(self, name, rows):
         rows = [row.float().cpu() for row in rows]

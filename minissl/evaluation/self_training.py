@@ -30,8 +30,8 @@ from minissl.evaluation import probes
 AXES = 256              # principal axes on which the second probe is fitted
 NEIGHBOUR_AXES = 128    # of them, where neighbours are searched
 NEIGHBOURS = 10
-MOST_LABELS = 2000      # with more of them the guesses harm, so the column is the probe
-LABEL_SHARE = 0.5       # all labels together weigh this share of all other images, and 1 each
+MOST_LABELS = 2000      # with more labels the guesses do harm, so this is the plain probe
+LABEL_SHARE = 0.5       # each label weighs 1 + LABEL_SHARE · others / labels, each guess 1
 
 
 def nearest_neighbours(x, k, rows=2000):
@@ -98,8 +98,8 @@ class SelfTraining:
         """(weights (D + 1, C), strength) from the labels of these examples alone.
 
         Without any other image, and with more than MOST_LABELS, this is the probe. The
-        penalty of the sum of all losses is that of the probe: its strength times the number of
-        labels. There is nothing random in it.
+        probe minimizes Σ loss + n · strength/2 ‖W‖². The second fit keeps this penalty, but
+        it averages over more examples, so its strength is smaller. Nothing is random.
         """
         weights, strength = self.probe.fit(indices)
         is_labelled = np.isin(self.pool, indices)                         # (U,)
@@ -108,6 +108,7 @@ class SelfTraining:
         if len(others) == 0 or n > MOST_LABELS:
             return weights, strength
         one_hot = F.one_hot(self.probe.labels[indices], self.probe.classes).float()
+        # The rows of one_hot for the labelled images of the pool, in the order of the pool.
         row_of = {int(index): row for row, index in enumerate(indices)}
         drawn = [row_of[int(index)] for index in self.pool[is_labelled]]
 

@@ -415,13 +415,13 @@ class ImageTask:
         """
         model = move_to_device(self.new_model(0), self.device)
         for module in model.modules():
-            if isinstance(module, nn.BatchNorm2d):
+            if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)):
                 module.momentum = None
         model.train()
         seen = sample[evenly_spaced(len(sample), 1000)]
-        size = images_a_batch(self.images.shape[1:], 1000)
-        for begin in range(0, len(seen), size):
-            x = self.images[seen[begin:begin + size]].to(self.device).float() / 255
+        size = max(2, images_a_batch(self.images.shape[1:], 1000))       # for batch norm
+        for part in np.array_split(seen, max(1, len(seen) // size)):
+            x = self.images[part].to(self.device).float() / 255
             model.encode(x)
         standardized, _, _ = standardize(self.features(model), self.train)
         return standardized
@@ -441,17 +441,18 @@ class ImageTask:
     def fit_from_scratch(self, indices, option, seed):
         """A Classifier around an untrained model, trained on these images.
 
-        Its features are divided by their root mean square, so that the linear layer learns as
-        fast as for features of the size 1 (EXPERIMENTS.md, "Which scale of the features suits
-        training from scratch?").
+        Its features are divided by their root mean square, because the linear layer learns
+        slowly from small features (EXPERIMENTS.md, "Which scale of the features suits training
+        from scratch?").
         """
         D, C = len(self.mean), len(self.classes)
         body = move_to_device(self.new_model(seed), self.device)
         size = max(2, images_a_batch(self.images.shape[1:], 250))         # for batch norm
-        x = self.images[indices[:size]].to(self.device).float() / 255
+        first = np.resize(indices, max(2, min(size, len(indices))))       # one image, twice
+        x = self.images[first].to(self.device).float() / 255
         with torch.no_grad(), self.autocast:
             features = deepcopy(body).train().encode(x).float()           # (n, D)
-        scale = features.square().mean().sqrt().cpu().expand(D)
+        scale = features.square().mean().sqrt().clamp(min=1e-6).cpu().expand(D)
         classifier = Classifier(body, torch.zeros(D), scale, torch.zeros(D + 1, C))
         return self.train_classifier(classifier, indices, option, seed,
                                      smoothing=0.1, freeze_norm=False)
