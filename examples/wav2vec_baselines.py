@@ -1,0 +1,247 @@
+"""What the encoder of examples/wav2vec.py is compared with, and what it shows while it learns.
+
+The rows of the table, all with the same labels:
+
+    log-mel statistics     log-mel spectra over time, and logistic regression
+    untrained encoder      the encoder before the training, and logistic regression
+    from scratch           the whole encoder, trained on the few labels alone
+    wav2vec                the pretrained encoder, and logistic regression
+
+All of them pool their frames alike, see `pool`. Nothing is chosen on the test recordings.
+"""
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import wav2vec_data
+
+from minissl.data.splits import HELD_OUT, TEST, TRAIN
+from minissl.evaluation import probes
+from minissl.evaluation.table import PROBE_STRENGTHS, Classifier, standardize
+from minissl.optim import Muon, lr_schedule, step_optimizers
+from minissl.training.files import progress
+
+
+LABELS_A_CLASS = (1, 5, 10, 50)
+LABELS_A_SPEAKER = 10
+STRENGTH_OF_ONE = 0.1       # the penalty with one label a class: nothing to validate with
+WHOLE_RATE, WHOLE_STEPS = 0.01, 120      # of a training of the whole encoder on labels
+WHOLE_ENCODER_SCALE = 0.1   # its convolutions learn at this share of the rate
+
+
+# ---------------------------------------------------------------- features
+
+def pool(x, lengths, parts=3):
+    """Frames (B, T, D) -> (B, (parts + 1) · D) float32, whatever the padding holds.
+
+    The means over each third of the time, and the standard deviation over all of it.
+    lengths (B,) int64, at least `parts`.
+    """
+    time = torch.arange(x.shape[1], device=x.device)
+    part = (time * parts // lengths[:, None]).clamp(max=parts)            # (B, T)
+    belongs = F.one_hot(part, parts + 1)[..., :parts].float()             # (B, T, parts)
+    x = x.float().masked_fill((part == parts)[..., None], 0)
+    means = torch.einsum("btp,btd->bpd", belongs, x)
+    means = means / belongs.sum(1)[..., None]
+    n = lengths[:, None]
+    mean = x.sum(1) / n                                                   # (B, D)
+    variance = x.square().sum(1) / n - mean.square()
+    return torch.cat([means.flatten(1), variance.clamp(min=1e-6).sqrt()], dim=1)
+
+
+def log_mel_features(recordings):
+    """Pooled log-mel spectra: (N, 160) float32."""
+    rows = []
+    for samples in recordings.waves:
+        frames = torch.from_numpy(wav2vec_data.log_mel(samples))[None]
+        rows.append(pool(frames, torch.tensor([frames.shape[1]])))
+    return torch.cat(rows)
+
+
+@torch.no_grad()
+def encode_all(encode, recordings, indices, autocast, device):
+    """encode(waves, lengths) of the recordings `indices` (n,), in their order: (n, D) float32."""
+    sizes = [len(recordings.waves[i]) for i in indices]
+    by_length = np.argsort(sizes, kind="stable")             # so that there is little padding
+    parts = []
+    for places in np.array_split(by_length, max(1, len(by_length) // 32)):
+        waves, lengths = wav2vec_data.pad([recordings.waves[i] for i in indices[places]])
+        with autocast:
+            parts.append(encode(waves.to(device), lengths.to(device)).float().cpu())
+    return torch.cat(parts)[by_length.argsort()]
+
+
+# ---------------------------------------------------------------- classifiers
+
+def make_optimizers(model, rate, encoder_scale, precision):
+    """Muon for the matrices, at rate · encoder_scale in the encoder; Adam for the others."""
+    encoder = [model.filters] + [layer.weight for layer in model.convolutions]
+    blocks = list(model.blocks.parameters())
+    known = {id(p) for p in encoder + blocks}
+    others = [p for p in model.parameters() if id(p) not in known]
+    groups = [dict(params=encoder, lr_scale=encoder_scale), dict(params=blocks)]
+    muon = Muon(groups, rate, precision=precision)
+    adam = torch.optim.Adam([dict(params=others, lr_scale=0.1)], betas=(0.9, 0.98))
+    return [muon, adam]
+
+
+def probe(features, labels, fit, pool_rows):
+    """Logistic regression on features (N, D): (weights, mean, std), and answers (N,) int64.
+
+    It learns from the recordings `fit`. Columns are standardized over the recordings
+    pool_rows. The strength is chosen by cross-validation among `fit`.
+    """
+    classes = int(labels.max()) + 1
+    x, mean, std = standardize(features, pool_rows)
+    if len(fit) == classes:                      # one label a class
+        weights = probes.logistic_regression(x[fit], labels[fit], classes, STRENGTH_OF_ONE)
+    else:
+        weights, _ = probes.probe(x[fit], labels[fit], classes, PROBE_STRENGTHS)
+    return (weights, mean, std), probes.predict(x, weights).argmax(1)
+
+
+def train_whole_encoder(model, start, recordings, fit, settings, machine):
+    """Train an encoder and a linear layer on the labels of `fit`: accuracy in % on the test.
+
+    start: (weights, mean, std) of the linear layer, as of `probe`; machine: what
+    choose_machine returns. Each recording is read at another speed, as in the pretraining.
+    The model changes.
+    """
+    device, precision, autocast = machine
+    weights, mean, std = start
+    classifier = Classifier(model, mean, std, weights).to(device)
+    optimizers = make_optimizers(model, WHOLE_RATE, WHOLE_ENCODER_SCALE, precision)
+    head = dict(params=classifier.head.parameters(), lr_scale=0.1)
+    optimizers.append(torch.optim.Adam([head]))
+    labels = torch.from_numpy(recordings.labels)
+    size = min(settings.batch_size, len(fit))
+    batches = wav2vec_data.WaveBatches(recordings, fit, size, settings.speed, settings.seed)
+    for step in range(WHOLE_STEPS):
+        waves, lengths = batches(step)
+        with autocast:
+            logits = classifier(waves.to(device), lengths.to(device))
+        answers = labels[batches.indices_of(step)].to(device)
+        F.cross_entropy(logits, answers).backward()
+        step_optimizers(optimizers, WHOLE_RATE * lr_schedule(step, WHOLE_STEPS, warmup=20))
+    test = recordings.select(TEST)
+    logits = encode_all(classifier.eval(), recordings, test, autocast, device)
+    return probes.accuracy(logits.argmax(1), recordings.labels[test])
+
+
+# ---------------------------------------------------------------- the table
+
+OWN = "wav2vec"
+
+
+def measure(model, make_model, recordings, settings, machine):
+    """Accuracies in %: {row: (draws, columns)} for the classes, {row: (draws,)} for speakers.
+
+    The columns are the numbers of labels a class in LABELS_A_CLASS, as far as every class
+    has so many; they are returned first.
+    """
+    device, _, autocast = machine
+    every = np.arange(len(recordings))
+    features = {"log-mel statistics": log_mel_features(recordings)}
+    for name, encoder in [("untrained encoder", make_model()), (OWN, model)]:
+        features[name] = encode_all(encoder.encode, recordings, every, autocast, device)
+    train, test = recordings.select(TRAIN), recordings.select(TEST)
+    labels = recordings.labels
+    columns = [n for n in LABELS_A_CLASS if n <= np.bincount(labels[train]).min()]
+    rows = [*features, "from scratch"]
+    table = {name: np.zeros((settings.draws, len(columns))) for name in rows}
+    for draw in range(settings.draws):
+        for column, count in enumerate(columns):
+            progress(f"table: draw {draw + 1} of {settings.draws}, {count} labels a class")
+            fit = train[probes.draw_labels(labels[train], count, settings.seed + draw)]
+            starts = {}
+            for name, x in features.items():
+                starts[name], answers = probe(x, labels, fit, train)
+                table[name][draw, column] = probes.accuracy(answers[test], labels[test])
+            weights, mean, std = starts["untrained encoder"]
+            start = torch.zeros_like(weights), mean, std
+            accuracy = train_whole_encoder(
+                make_model(), start, recordings, fit, settings, machine
+            )
+            table["from scratch"][draw, column] = accuracy
+    return columns, table, measure_speakers(features, recordings, settings)
+
+
+def measure_speakers(features, recordings, settings):
+    """{row: (draws,)}: who speaks, in %, from ten recordings of each speaker.
+
+    The test is the held-out recordings of the speakers that the training knows.
+    """
+    speakers = recordings.speakers
+    train, test = recordings.select(TRAIN), recordings.select(HELD_OUT)
+    train, test = train[speakers[train] >= 0], test[speakers[test] >= 0]
+    known, numbers = np.unique(speakers[train], return_inverse=True)
+    counts = np.bincount(numbers)
+    if len(known) < 2 or len(test) == 0 or counts.min() < LABELS_A_SPEAKER:
+        return {}
+    numbered = np.searchsorted(known, speakers).clip(max=len(known) - 1)
+    table = {name: [] for name in features}
+    for draw in range(settings.draws):
+        drawn = probes.draw_labels(numbers, LABELS_A_SPEAKER, settings.seed + draw)
+        for name, x in features.items():
+            _, answers = probe(x, numbered, train[drawn], train)
+            table[name].append(probes.accuracy(answers[test], numbered[test]))
+    return table
+
+
+def print_tables(columns, table, speakers):
+    """Mean and standard deviation over the draws, and the line `result:`."""
+    print()
+    print(f"{'accuracy, %':<22}", *(f"{n:>4} a class" for n in columns), "     speaker")
+    for name, rows in table.items():
+        cells = [spread(values) for values in rows.T]
+        if name in speakers:
+            cells.append(spread(np.array(speakers[name])))
+        print(f"{name:<22}", *(f"{cell:>12}" for cell in cells))
+    column = columns.index(10) if 10 in columns else len(columns) - 1
+    results = dict(labels_a_class=columns[column])
+    for name, rows in table.items():
+        values = rows[:, column]
+        key = name.replace(", ", "_").replace(" ", "_").replace("-", "_")
+        results[key] = f"{values.mean():.1f}"
+        results[f"{key}_std"] = f"{values.std(ddof=1):.1f}"
+    for name, values in speakers.items():
+        if name in (OWN, "log-mel statistics"):
+            key = name.replace(" ", "_").replace("-", "_")
+            results[f"speaker_{key}"] = f"{np.mean(values):.1f}"
+    print("result:", *(f"{key}={value}" for key, value in results.items()))
+
+
+def spread(values):
+    return f"{values.mean():.1f} ± {values.std(ddof=1):.1f}"
+
+
+# ---------------------------------------------------------------- while it learns
+
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ123456"     # of the 32 entries of the first codebook
+
+
+@torch.no_grad()
+def preview(model, recordings, autocast, device):
+    """Print the codes of one held-out recording, and measure nearest neighbours.
+
+    The column is the accuracy in % with which the nearest training recordings tell the class
+    of a held-out one. Neither is a test recording.
+    """
+    train, held_out = recordings.select(TRAIN), recordings.select(HELD_OUT)
+    if len(held_out) == 0:
+        return {}
+    first = held_out[:1]
+    waves, _ = wav2vec_data.pad([recordings.waves[i] for i in first])
+    with autocast:
+        z = model.latents(waves.to(device))[0]
+        half = torch.full((len(z), model.G, model.V), 0.5, device=device)     # no noise
+        _, codes, _ = model.quantize(z, 1.0, half)
+    text = "".join(LETTERS[code % len(LETTERS)] for code in codes[:, 0].tolist())
+    print(f"    codes of {recordings.classes[recordings.labels[first[0]]]}: {text}")
+    both = np.concatenate([train, held_out])
+    x = encode_all(model.encode, recordings, both, autocast, device)
+    x, _, _ = standardize(x, np.arange(len(train)))
+    keys, queries = x[:len(train)], x[len(train):]
+    labels = recordings.labels
+    knn = probes.knn_accuracy(keys, labels[train], queries, labels[held_out], k=10)
+    return dict(knn=round(knn, 1))
