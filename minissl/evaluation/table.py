@@ -420,7 +420,7 @@ class ImageTask:
         model.train()
         seen = sample[evenly_spaced(len(sample), 1000)]
         size = max(2, images_a_batch(self.images.shape[1:], 1000))       # for batch norm
-        for part in np.array_split(seen, max(1, len(seen) // size)):
+        for part in np.array_split(seen, -(-len(seen) // size)):          # of nearly equal sizes
             x = self.images[part].to(self.device).float() / 255
             model.encode(x)
         standardized, _, _ = standardize(self.features(model), self.train)
