@@ -22,7 +22,7 @@ Differences from the paper, because there are only minutes of speech (EXPERIMENT
   guess. The paper removes equal codes later, and a collapsed codebook has the loss 0.
 - The blocks are those of transformer.py, with rotary positions and no dropout.
 
-    python examples/wav2vec.py                      words spoken by our code, 5 minutes
+    python examples/wav2vec.py                      words spoken by our code, 5 to 7 minutes
     python examples/wav2vec.py --data fsdd/ --run runs/fsdd          own .wav files
     python examples/wav2vec.py --run runs/wav2vec --resume             continue a run
 """
