@@ -15,11 +15,11 @@ alike, so it keeps the codes from collapsing. The first term is ln(K + 1) for a 
 
     Baevski et al. 2020, "wav2vec 2.0", arXiv 2006.11477
 
-Differences from the paper, because there are only minutes of speech (EXPERIMENTS.md, "Speech"):
+Differences from the paper, for minutes of speech (EXPERIMENTS.md, "Speech"):
 - The first convolution begins as 40 mel bands, and the encoder learns slowly.
 - The targets are made of the same recording at another speed, as of another voice.
 - Distractors are drawn among frames with other codes; a frame that has none counts as a
-  guess. The paper removes equal codes later, and a collapsed codebook has the loss 0.
+  guess. The paper removes equal codes later; a collapsed codebook then has the loss 0.
 - The blocks are those of transformer.py, with rotary positions and no dropout.
 
     python examples/wav2vec.py                      words spoken by our code, 5 to 7 minutes
@@ -97,7 +97,7 @@ def choose_distractors(codes, masked, numbers):
     allowed = recording[:, None] == recording           # (M, M)
     allowed &= (codes[:, None] != codes).any(-1)
     count = allowed.cumsum(1)  # so many are allowed up to each frame
-    wanted = (numbers * count[:, -1:]).long() + 1  # the how-manieth of them, from 1
+    wanted = (numbers * count[:, -1:]).long() + 1  # which of them, counted from 1
     places = torch.searchsorted(count, wanted).clamp(max=len(codes) - 1)
     return places, count[:, -1] > 0
 
@@ -140,8 +140,8 @@ class Wav2Vec(nn.Module):
         self.hidden = nn.Parameter(0.3 * torch.randn(width))
         self.blocks = nn.ModuleList(Block(width, heads) for _ in range(layers))
         self.code_logits = nn.Linear(width, G * V)
-        nn.init.normal_(self.code_logits.weight, std=0.5)  # or the codes would begin as noise
-        self.center = nn.BatchNorm1d(width, affine=False)  # or as few entries
+        nn.init.normal_(self.code_logits.weight, std=0.5)  # or noise draws the first codes
+        self.center = nn.BatchNorm1d(width, affine=False)  # or few entries are used
         self.codebooks = nn.Parameter(torch.randn(G, V, columns))
         self.to_target = nn.Linear(G * columns, G * columns)
         self.to_prediction = nn.Linear(width, G * columns)

@@ -88,7 +88,7 @@ def split_recordings(recordings, test, fold):
     test "speakers": a third of the speakers is the test, and fold 0, 1 or 2 says which.
     test "takes": the first five recordings of each speaker and class are the test.
     Of the others, every tenth of a speaker and class is held out for choices.
-    Recordings without a label or speaker are for training.
+    Recordings without a label are for training; with "speakers" also those without a speaker.
     Raises UserError if nothing is left to learn from, or nothing to test.
     """
     labels, speakers = recordings.labels, recordings.speakers
@@ -119,7 +119,7 @@ def split_recordings(recordings, test, fold):
 
 
 def number_takes(labels, speakers):
-    """The how-manieth recording of its speaker and class each one is: (N,), from 0.
+    """The number of each recording among those of its speaker and class: (N,), from 0.
 
     >>> number_takes(np.array([0, 0, 1, 0]), np.array([0, 0, 0, 1])).tolist()
     [0, 1, 0, 0]
