@@ -41,7 +41,14 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # to start it from anywhere
 
 import wav2vec_baselines as baselines
-from wav2vec_data import HOP, WaveBatches, draw_spans, load_recordings, mel_waves
+from wav2vec_data import (
+    HOP,
+    WaveBatches,
+    choose_distractors,
+    draw_spans,
+    load_recordings,
+    mel_waves,
+)
 
 from minissl import UserError
 from minissl.contrastive import without_autocast
@@ -87,28 +94,15 @@ class Settings:
 
 # ---------------------------------------------------------------- The loss
 
-def choose_distractors(codes, masked, numbers):
-    """For each of M hidden frames, K others of the same recording with another code.
-
-    codes (M, G), in the order of masked.nonzero(); masked (B, T); numbers (M, K) in [0, 1).
-    Returns their places among the M frames (M, K), and whether there are any (M,).
-    """
-    recording = masked.nonzero()[:, 0]                  # (M,)
-    allowed = recording[:, None] == recording           # (M, M)
-    allowed &= (codes[:, None] != codes).any(-1)
-    count = allowed.cumsum(1)  # so many are allowed up to each frame
-    wanted = (numbers * count[:, -1:]).long() + 1  # which of them, counted from 1
-    places = torch.searchsorted(count, wanted).clamp(max=len(codes) - 1)
-    return places, count[:, -1] > 0
-
-
 def contrastive_loss(predictions, targets, places, has_any, temperature=0.1):
     """The first term of L, and the share of frames whose own target is the nearest.
 
-    predictions W c and targets q (M, D); places (M, K) and has_any (M,) as above.
+    predictions W c and targets q (M, D); places (M, K) and has_any (M,), as
+    choose_distractors returns them.
     """
     K = places.shape[1]
-    c, q = F.normalize(predictions.float(), dim=1), F.normalize(targets.float(), dim=1)
+    c = F.normalize(predictions.float(), dim=1)
+    q = F.normalize(targets.float(), dim=1)
     s = c @ q.T / temperature                           # (M, M)
     own, others = s.diagonal(), s.gather(1, places)     # (M,), (M, K)
     loss = torch.cat([own[:, None], others], dim=1).logsumexp(1) - own
@@ -149,8 +143,9 @@ class Wav2Vec(nn.Module):
     def latents(self, waves):
         """Waves (B, S) -> z (B, T, D), T = S // 80 − 3."""
         with without_autocast(waves.device):  # bfloat16 would add noise to the wave
-            a, b = F.conv1d(waves[:, None], self.filters[:, None], stride=HOP).chunk(2, dim=1)
-            x = (a * a + b * b + 0.01).log().transpose(1, 2) / 2  # (B, T + 2, 40)
+            filtered = F.conv1d(waves[:, None], self.filters[:, None], stride=HOP)
+            a, b = filtered.chunk(2, dim=1)             # (B, 40, T + 2) each
+            x = (a * a + b * b + 0.01).log().transpose(1, 2) / 2
         for layer in self.convolutions:
             x = torch.cat([x[:, :-1], x[:, 1:]], dim=2)  # each frame and the one after it
             x = norm(F.gelu(layer(x)))
@@ -172,7 +167,8 @@ class Wav2Vec(nn.Module):
         A Gumbel softmax of uniform numbers (M, G, V) draws the entry, the gradient is that of
         the softmax (straight-through): Jang et al. 2016, arXiv 1611.01144.
         """
-        logits = self.code_logits(self.center(z.float())).unflatten(-1, (self.G, self.V)).float()
+        logits = self.code_logits(self.center(z.float())).float()
+        logits = logits.unflatten(-1, (self.G, self.V))  # (M, G, V)
         gumbel = -(-numbers.clamp(1e-9, 1 - 1e-6).log()).log()
         soft = ((logits + gumbel) / temperature).softmax(-1)  # (M, G, V)
         codes = soft.argmax(-1)                         # (M, G)
@@ -185,8 +181,9 @@ class Wav2Vec(nn.Module):
         c = self.context(self.latents(waves), lengths, masked)[-1]
         z = self.latents(others)
         z = z.gather(1, places[..., None].expand(-1, -1, z.shape[2]))  # (B, T, D)
-        numbers = torch.rand(int(masked.sum()), self.G, self.V, generator=draws).to(z.device)
-        return self.to_prediction(c[masked]), *self.quantize(z[masked], temperature, numbers)
+        numbers = torch.rand(int(masked.sum()), self.G, self.V, generator=draws)
+        quantized = self.quantize(z[masked], temperature, numbers.to(z.device))
+        return self.to_prediction(c[masked]), *quantized
 
     def encode(self, waves, lengths):
         """Features (B, N) float32: the latents and the output of each block, pooled."""

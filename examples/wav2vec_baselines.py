@@ -201,14 +201,18 @@ def print_tables(columns, table, speakers):
     results = dict(labels_a_class=columns[column])
     for name, rows in table.items():
         values = rows[:, column]
-        key = name.replace(", ", "_").replace(" ", "_").replace("-", "_")
+        key = key_of(name)
         results[key] = f"{values.mean():.1f}"
         results[f"{key}_std"] = f"{values.std(ddof=1):.1f}"
     for name, values in speakers.items():
         if name in (OWN, "log-mel statistics"):
-            key = name.replace(" ", "_").replace("-", "_")
-            results[f"speaker_{key}"] = f"{np.mean(values):.1f}"
+            results[f"speaker_{key_of(name)}"] = f"{np.mean(values):.1f}"
     print("result:", *(f"{key}={value}" for key, value in results.items()))
+
+
+def key_of(name):
+    """The name of a row in the line `result:`, without spaces and hyphens."""
+    return name.replace(" ", "_").replace("-", "_")
 
 
 def spread(values):

@@ -479,6 +479,21 @@ def draw_spans(lengths, span, share, draws):
     return masked
 
 
+def choose_distractors(codes, masked, numbers):
+    """For each of M hidden frames, K others of the same recording with another code.
+
+    codes (M, G), in the order of masked.nonzero(); masked (B, T); numbers (M, K) in [0, 1).
+    Returns their places among the M frames (M, K), and whether there are any (M,).
+    """
+    recording = masked.nonzero()[:, 0]                  # (M,)
+    allowed = recording[:, None] == recording           # (M, M)
+    allowed &= (codes[:, None] != codes).any(-1)
+    count = allowed.cumsum(1)                           # so many are allowed up to each frame
+    wanted = (numbers * count[:, -1:]).long() + 1       # which of them, counted from 1
+    places = torch.searchsorted(count, wanted).clamp(max=len(codes) - 1)
+    return places, count[:, -1] > 0
+
+
 def pad(waves):
     """A list of B waves -> (B, S) float32, zeros behind the end; their frames (B,) int64."""
     longest = max(len(samples) for samples in waves)

@@ -144,6 +144,31 @@ def log_of(folder):
     return rows
 
 
+def result_of(printed):
+    """The figures of an example's last line, `result: name=value ...`, as strings."""
+    last = printed.strip().splitlines()[-1]
+    assert last.startswith("result: ")
+    return dict(part.split("=") for part in last.removeprefix("result: ").split())
+
+
+def assert_resumes_exactly(run_script, script, arguments, whole, printed, last_step):
+    """Stop a run like that in the folder `whole`, and resume it: it must end the same.
+
+    printed: the output of `whole`; last_step: where the other run stops. That one lies in
+    the folder "run" beside `whole`.
+    """
+    from minissl.training.files import load_checkpoint
+    run = whole.parent / "run"
+    with stopped_at(last_step):
+        code, _ = run_script(script, *arguments, "--run", run)
+    assert code == 130
+    code, resumed_printed = run_script(script, "--run", run, "--resume")
+    assert code == 0, resumed_printed
+    assert_equal_states(load_checkpoint(whole)["model"], load_checkpoint(run)["model"])
+    assert log_of(whole) == log_of(run)
+    assert result_of(resumed_printed) == result_of(printed)
+
+
 def assert_equal_states(one, other):
     """Fail unless both dicts hold the same tensors, bit for bit."""
     assert one.keys() == other.keys()

@@ -12,12 +12,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import assert_equal_states, log_of, read_log, stopped_at
+from conftest import assert_resumes_exactly, read_log, result_of
 
 from minissl.data.batches import generator
 from minissl.data.shapes import SHAPES
 from minissl.data.splits import TRAIN
-from minissl.training.files import load_checkpoint
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -268,11 +267,8 @@ def own_pairs(tmp_path):
     return write_pairs(tmp_path)
 
 
-def result_of(printed):
-    last = printed.strip().splitlines()[-1]
-    assert last.startswith("result: ")
-    return {name: float(value) for name, value in
-            (part.split("=") for part in last.removeprefix("result: ").split())}
+def figures_of(printed):
+    return {name: float(value) for name, value in result_of(printed).items()}
 
 
 def test_captions_stay_with_their_images(own_pairs):
@@ -303,7 +299,7 @@ def test_a_short_run_learns(own_pairs, run_script, tmp_path):
     assert float(rows[-1]["loss"]) < 0.75 * math.log(32)
     assert float(rows[-1]["floor"]) > 0.5
     assert all(float(row["loss"]) > float(row["floor"]) for row in rows)
-    result = result_of(printed)
+    result = figures_of(printed)
     assert result["zero_shot"] > 90                           # chance: 33
     assert result["recall"] > 40      # chance: 8; two wordings say the same, so at most 50 or so
 
@@ -316,8 +312,8 @@ def test_with_captions_shuffled_nothing_is_learned(own_pairs, run_script, tmp_pa
     arguments = ["--data", own_pairs, "--run", tmp_path / "run", "--classes", *COLOURS]
     code, printed = run_script(clip, *arguments, "--prompts", "{class} on the left", *SMALL)
     assert code == 0, printed
-    assert result_of(printed)["zero_shot"] < 60               # chance: 33, with 60 test images
-    assert result_of(printed)["loss"] > math.log(32) - 0.2
+    assert figures_of(printed)["zero_shot"] < 60               # chance: 33, with 60 test images
+    assert figures_of(printed)["loss"] > math.log(32) - 0.2
 
 
 def test_a_stopped_run_ends_at_the_same_bytes(own_pairs, run_script, tmp_path):
@@ -325,16 +321,10 @@ def test_a_stopped_run_ends_at_the_same_bytes(own_pairs, run_script, tmp_path):
     short = [*SMALL, "--steps", 40, "--evaluate-every", 20]
     code, printed = run_script(clip, *data, "--run", tmp_path / "whole", *short)
     assert code == 0, printed
-    with stopped_at(14):
-        code, _ = run_script(clip, *data, "--run", tmp_path / "run", *short)
-    assert code == 130
-    code, resumed_printed = run_script(clip, "--run", tmp_path / "run", "--resume")
-    assert code == 0, resumed_printed
-    whole, resumed = load_checkpoint(tmp_path / "whole"), load_checkpoint(tmp_path / "run")
-    assert_equal_states(whole["model"], resumed["model"])
-    assert log_of(tmp_path / "whole") == log_of(tmp_path / "run")
-    assert result_of(resumed_printed) == result_of(printed)
-    assert "zero_shot" not in result_of(printed)              # the classes have no names
+    assert_resumes_exactly(
+        run_script, clip, [*data, *short], tmp_path / "whole", printed, last_step=14
+    )
+    assert "zero_shot" not in figures_of(printed)              # the classes have no names
 
     (tmp_path / "mine.captions.txt").write_text("another caption\n" * 300)
     code, printed = run_script(clip, "--run", tmp_path / "run", "--resume")
@@ -389,7 +379,7 @@ def test_the_table_has_every_control(run_script, tmp_path):
     for row in ("CLIP, by prompts", "captions shuffled among images",
                 "words shuffled within captions", "SimCLR, probe", "CLIP, probe"):
         assert row in printed
-    result = result_of(printed)
+    result = figures_of(printed)
     for name in ("zero_shot", "never_captioned", "captions_shuffled", "words_shuffled",
                  "simclr_10_labels", "loss", "floor", "recall"):
         assert name in result

@@ -12,10 +12,9 @@ import graph_data
 import numpy as np
 import pytest
 import torch
-from conftest import assert_equal_states, log_of, read_log, stopped_at
+from conftest import assert_resumes_exactly, read_log, result_of
 
 from minissl import UserError
-from minissl.training.files import load_checkpoint
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -381,12 +380,6 @@ def own_links(tmp_path):
     return tmp_path / "links.csv"
 
 
-def result_of(printed):
-    last = printed.strip().splitlines()[-1]
-    assert last.startswith("result: ")
-    return dict(part.split("=") for part in last.removeprefix("result: ").split())
-
-
 def test_a_short_run_learns(own_links, run_script, tmp_path):
     run = tmp_path / "run"
     code, printed = run_script(graph, "--data", own_links, "--run", run, *SMALL)
@@ -421,15 +414,9 @@ def test_a_stopped_run_ends_at_the_same_bytes(own_links, run_script, tmp_path):
     data = ["--data", own_links]
     code, printed = run_script(graph, *data, "--run", tmp_path / "whole", *SMALL)
     assert code == 0, printed
-    with stopped_at(20):
-        code, _ = run_script(graph, *data, "--run", tmp_path / "run", *SMALL)
-    assert code == 130
-    code, resumed_printed = run_script(graph, "--run", tmp_path / "run", "--resume")
-    assert code == 0, resumed_printed
-    whole, resumed = load_checkpoint(tmp_path / "whole"), load_checkpoint(tmp_path / "run")
-    assert_equal_states(whole["model"], resumed["model"])
-    assert log_of(tmp_path / "whole") == log_of(tmp_path / "run")
-    assert result_of(resumed_printed) == result_of(printed)
+    assert_resumes_exactly(
+        run_script, graph, [*data, *SMALL], tmp_path / "whole", printed, last_step=20
+    )
 
 
 @pytest.mark.parametrize("text, sentence", [

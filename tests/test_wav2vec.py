@@ -13,11 +13,10 @@ import torch
 import wav2vec
 import wav2vec_baselines as baselines
 import wav2vec_data
-from conftest import assert_equal_states, log_of, read_log, stopped_at
+from conftest import assert_resumes_exactly, read_log
 
 from minissl import UserError
 from minissl.data.splits import HELD_OUT, TEST, TRAIN
-from minissl.training.files import load_checkpoint
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -434,12 +433,6 @@ def quick_table(monkeypatch):
     monkeypatch.setattr(baselines, "LABELS_A_CLASS", (5,))
 
 
-def result_of(printed):
-    last = printed.strip().splitlines()[-1]
-    assert last.startswith("result: ")
-    return dict(part.split("=") for part in last.removeprefix("result: ").split())
-
-
 def test_a_stopped_run_resumes_bit_for_bit(quick_table, run_script, tmp_path):
     code, printed = run_script(wav2vec, "--run", tmp_path / "whole", *SMALL)
     assert code == 0, printed
@@ -451,15 +444,7 @@ def test_a_stopped_run_resumes_bit_for_bit(quick_table, run_script, tmp_path):
     for row in ("log-mel statistics", "untrained encoder", "from scratch"):
         assert row in printed
 
-    with stopped_at(9):
-        code, _ = run_script(wav2vec, "--run", tmp_path / "run", *SMALL)
-    assert code == 130
-    code, resumed = run_script(wav2vec, "--run", tmp_path / "run", "--resume")
-    assert code == 0, resumed
-    one, other = load_checkpoint(tmp_path / "whole"), load_checkpoint(tmp_path / "run")
-    assert_equal_states(one["model"], other["model"])
-    assert log_of(tmp_path / "whole") == log_of(tmp_path / "run")
-    assert result_of(resumed) == result_of(printed)
+    assert_resumes_exactly(run_script, wav2vec, SMALL, tmp_path / "whole", printed, last_step=9)
 
 
 @pytest.mark.parametrize("name, content, sentence", [

@@ -173,9 +173,7 @@ def minimize(x, labels, strength, start, tolerance):
         v.grad = scale * torch.cat([gradient, error.sum(0, keepdim=True)])
         penalty = strength / 2 * weights[:-1].square().sum()
         # In float32 the last gains of the search would be lost in rounding.
-        if labels.ndim == 2:
-            return F.cross_entropy(logits.double(), labels.double()) + penalty
-        return F.cross_entropy(logits.double(), labels) + penalty
+        return F.cross_entropy(logits.double(), targets.double()) + penalty
 
     optimizer.step(loss_and_gradient)
     return v.detach() * scale
