@@ -14,25 +14,29 @@ or by cross-validation. The test set is used for the figures alone. Without --la
 10, 100, 500 and all for texts, and 10, 50, 500 and all for images. The row "all" uses every
 label, so its labels are always the same. It is trained twice, in two orders.
 
-    tf-idf        texts: logistic regression on counts of words and word pairs, without any
-                  pretraining
+    n-grams       texts: logistic regression on n-grams, without any pretraining. They are tokens
+                  and pairs weighted by tf-idf or, with up to five classes, also triples, weighted
+                  by naive Bayes. Cross-validation chooses.
     pixels        images: logistic regression on pixels, without any pretraining; after
                   train_ae.py also on principal components
     untrained     images: a linear probe of the same encoder with random weights
     from scratch  the same model, trained on the labels alone
     linear probe  logistic regression on the features of the pretrained encoder
-    self-trained  images: a probe that also learns from its own guesses for the other training
-                  images, after nearest neighbours have corrected them
-    fine-tuned    the probe and the encoder trained further on the labels (for texts, the
-                  encoder's embeddings)
+    self-trained  The probe guesses the classes of the training examples whose labels are not
+                  used. Of images, a second probe learns from the guesses. Of texts, a classifier
+                  of n-grams does, and its logits are added to those of the probe. With many
+                  labels no guesses are used.
+    fine-tuned    the probe and the whole encoder trained further on the labels
+    fine-tuned + n-grams    texts: the logits of "fine-tuned" plus those of the n-grams of
+                  "self-trained"
 
 The table goes into finetune.csv and onto the page report.html of the run's folder. New rows
 replace old rows that were measured with the same labels, data, limit and pretraining steps. All
 other rows stay. If the content of the data has changed, its old rows stay in a separate table.
 
-The fine-tuned model of the last row goes into classifier.pt, for --predict. If classifier.pt
-holds a model of more labels of the same data, that one is kept. A trial with --limit never
-replaces the model of a whole table, nor its figure finetune.svg.
+The fine-tuned model of the last row goes into classifier.pt, for --predict, without n-grams. If
+classifier.pt holds a model of more labels of the same data, that one is kept. A trial with
+--limit never replaces the model of a whole table, nor its figure finetune.svg.
 """
 
 import contextlib
@@ -57,10 +61,9 @@ from minissl.data.texts import encode_texts
 from minissl.evaluation import load, probes
 from minissl.evaluation.features import image_features, text_features
 from minissl.evaluation.table import (
-    Documents,
-    Embeddings,
     ImageTask,
     TextTask,
+    WholeTextEncoder,
     build_classifier,
     read_classifier,
     write_classifier,
@@ -269,7 +272,9 @@ def choose(column, task, per_class):
 
 
 def measure_row(settings, task, columns, labels_a_class):
-    """One row of the table: (measurements, the last column's last model, its number of labels).
+    """One row of the table: (measurements, the model of the last draw, its number of labels).
+
+    The model is that of the column "fine-tuned", or with --probe that of the probe.
 
     A measurement is a dict of labels_a_class, method, seed, test_accuracy and seconds.
     """
@@ -292,7 +297,7 @@ def measure_row(settings, task, columns, labels_a_class):
     measurements = []
     for seed in range(draws):
         indices = pool[probes.draw_labels(task.labels[pool], per_class, seed)]
-        shown = []
+        shown, models = [], {}
         for name, column in columns.items():
             progress(f"{title}, draw {seed + 1}: {name}")
             begin = time.perf_counter()
@@ -300,12 +305,13 @@ def measure_row(settings, task, columns, labels_a_class):
             seconds = time.perf_counter() - begin
             predictions = column.predict(model, task.test)
             accuracy = probes.accuracy(predictions, task.labels[task.test])
+            models[name] = model
             shown.append(f"{name} {accuracy:.1f}")
             measurements.append(dict(
                 labels_a_class=labels_a_class, method=name, seed=seed,
                 test_accuracy=round(accuracy, 2), seconds=round(seconds, 1)))
         print(f"  draw {seed + 1}: {', '.join(shown)}", flush=True)
-    return measurements, model, len(indices)
+    return measurements, models.get("fine-tuned", model), len(indices)
 
 
 def measure_table(settings, task):
@@ -360,7 +366,8 @@ def possible_rows(settings, task):
 def print_table(measurements, chance):
     """Print the mean and the standard deviation over draws, and the mean seconds of a draw."""
     print(f"\ntest accuracy in %, mean ± std over draws of labels (chance {chance:.1f}); "
-          f"in brackets seconds a draw")
+          f"in brackets seconds a draw,\n"
+          f"without what a column before it has already fitted")
     methods = list(dict.fromkeys(m["method"] for m in measurements))
     lines = [["labels a class", *methods]]
     for row in dict.fromkeys(m["labels_a_class"] for m in measurements):
@@ -510,7 +517,8 @@ def make_table(settings, model, checkpoint, machine):
     data = keep_complete_classes(data, name)
     if is_text:
         flip = None
-        task = TextTask(data, model, autocast, device)
+        task = TextTask(data, model, autocast, device, precision,
+                        partial(load.new_model, checkpoint), unlabelled)
     else:
         flip = load.may_mirror(checkpoint) and not settings.no_flip
         task = ImageTask(data, model, autocast, device, precision,
@@ -584,12 +592,11 @@ def predict_texts(settings, model, checkpoint, machine):
     if not strings:
         raise UserError(f"--predict {path}: the file contains no text; give one with some")
     saved = read_classifier(settings.run)
-    body = Embeddings(model.term_table().detach())
+    body = WholeTextEncoder(model, autocast, device)
     classifier = build_classifier(saved, body, checkpoint["step"], settings.run)
     texts = encode_texts(strings, load.tokenizer_of(checkpoint))
-    documents = Documents(texts, model, autocast, device)
     with torch.no_grad():
-        logits = classifier(*documents.inputs(np.arange(len(texts))))
+        logits = classifier(texts)
     print_predictions(logits, saved, [" ".join(text.split()) for text in strings])
 
 

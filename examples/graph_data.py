@@ -24,7 +24,8 @@ import torch
 
 from minissl import UserError
 from minissl.data.batches import generator
-from minissl.evaluation.probes import SparseRows, tf_idf
+from minissl.evaluation.ngrams import tf_idf
+from minissl.evaluation.probes import SparseRows
 from minissl.training.files import progress
 
 

@@ -18,8 +18,10 @@ What the scripts need, in three folders:
 
     evaluation/
         features.py      what an encoder says about whole texts and images
-        probes.py        nearest neighbours, logistic regression, tf-idf
-        self_training.py a probe that also learns from images without labels
+        probes.py        nearest neighbours, logistic regression, draws of labels
+        ngrams.py        the baseline of texts: tf-idf, naive Bayes weights
+        self_training.py images: a probe that also learns from images without labels
+        co_training.py   texts: n-grams that also learn from texts without labels
         previews.py      what training shows while it runs
         load.py          a finished run, opened again
         table.py         the columns of finetune.py's table

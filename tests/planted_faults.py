@@ -762,7 +762,7 @@ FAULTS = [
         test="test_probes.py::test_noise_gets_a_strong_penalty_and_signal_a_weak_one",
         edits=[
             Edit(
-                PROBES, "probe",
+                PROBES, "cross_validate",
                 right="outside = np.flatnonzero(fold == f)",
                 wrong="outside = np.flatnonzero(fold != f)",
             ),

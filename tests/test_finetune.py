@@ -19,7 +19,7 @@ import finetune
 from minissl import UserError, contrastive
 from minissl.autoencoder import Autoencoder
 from minissl.data import images, splits, text_sources, texts
-from minissl.evaluation import features, load, probes, table
+from minissl.evaluation import features, load, ngrams, probes, table
 from minissl.evaluation.table import ImageTask, TextTask
 from minissl.optim import Muon
 from minissl.training import distributed, files, report
@@ -107,11 +107,15 @@ def brief(monkeypatch):
     def train_briefly(*arguments, **options):
         return train(*arguments, **options, images_seen=64)
     monkeypatch.setattr(probes, "probe", probe_briefly)
+    for name in ("TF_IDF_STRENGTHS", "NAIVE_BAYES_STRENGTHS"):
+        monkeypatch.setattr(ngrams, name, getattr(ngrams, name)[1::3])
     monkeypatch.setattr(ImageTask, "train_classifier", train_briefly)
     def two_options(self, n):
         return [(0.0, 0.5), (0.002, 0.5)]
-    monkeypatch.setattr(table, "SCRATCH_RATES", (0.03, 0.3))
-    monkeypatch.setattr(table, "FINE_TUNING_RATES", (0.0, 0.03))
+    def few_epochs(self, n):
+        return [(0.0, 0), (0.02, 2)]
+    monkeypatch.setattr(TextTask, "scratch_options", few_epochs)
+    monkeypatch.setattr(TextTask, "fine_tuning_options", few_epochs)
     monkeypatch.setattr(TextTask, "choice_draws", 1)
     monkeypatch.setattr(ImageTask, "scratch_options", two_options)
     monkeypatch.setattr(ImageTask, "fine_tuning_options", two_options)
@@ -133,7 +137,8 @@ def test_the_table_goes_into_csv_and_page(run, run_script, brief):
     code, printed = run_script(finetune, run, *CPU, "--labels", 10, "all", "--seeds", 2)
     assert code == 0, printed
     rows = read_rows(run / "finetune.csv")
-    methods = ["tf-idf", "from scratch", "linear probe", "fine-tuned"]
+    methods = ["n-grams", "from scratch", "linear probe", "self-trained", "fine-tuned + n-grams",
+               "fine-tuned"]
     assert {(row["labels_a_class"], row["method"]) for row in rows} == {
         (labels, method) for labels in ("10", "all") for method in methods}
     assert list(rows[0]) == ["labels_a_class", "method", "seed", "test_accuracy", "seconds",
@@ -145,7 +150,7 @@ def test_the_table_goes_into_csv_and_page(run, run_script, brief):
     assert (run / "finetune.svg").read_text(encoding="utf-8").startswith("<svg")
     assert "the table has 2 classes: city, sea" in printed
     last = printed.splitlines()[-1]
-    assert last.split()[0] == "all" and last.count("±") == 4
+    assert last.split()[0] == "all" and last.count("±") == 6
 
 
 def test_predict_labels_new_texts(run, run_script, brief, tmp_path):
@@ -258,7 +263,7 @@ def test_the_printed_table_has_means_and_spreads(capsys):
                                              ("10", "fine-tuned", 40), ("10", "fine-tuned", 40),
                                              ("all", "pixels", 50), ("all", "fine-tuned", 60))]
     finetune.print_table(rows, 25)
-    _, head, *lines = capsys.readouterr().out.strip().splitlines()
+    _, _, head, *lines = capsys.readouterr().out.strip().splitlines()
     assert head.split() == ["labels", "a", "class", "pixels", "fine-tuned"]
     assert lines[0].split() == "10 25.0 ± 7.1 (2) 40.0 ± 0.0 (2)".split()
     assert lines[1].split() == "all 50.0 ± 0.0 (2) 60.0 ± 0.0 (2)".split()
@@ -762,7 +767,8 @@ def text_task(run, change=None):
     data = text_sources.load_texts(settings["data"], settings["data_dir"],
                                    settings["vocabulary_size"],
                                    tokenizer=load.tokenizer_of(checkpoint))
-    return TextTask(data, model, nullcontext(), torch.device("cpu"))
+    return TextTask(data, model, nullcontext(), torch.device("cpu"), torch.float32,
+                    partial(load.new_model, checkpoint))
 
 
 def test_from_scratch_texts_owe_nothing_to_pretraining(text_run):
@@ -782,23 +788,25 @@ def test_fine_tuning_texts_at_rate_0_is_the_probe(text_run):
     indices = task.train[::10]
     model = task.columns()["fine-tuned"].fit(indices, (0.0, 2), 0)
     with torch.no_grad():
-        logits = model(*task.documents.inputs(task.test))
+        logits = model(task.texts.select(task.test))
     weights, _ = task.probe.fit(indices)
-    expected = probes.predict(task.z[task.test], weights)
+    expected = probes.predict(task.probe.x[task.test], weights)
     assert expected.abs().max() > 0.1
-    assert task.documents.context.abs().max() > 1e-3        # the blocks contribute
     torch.testing.assert_close(logits, expected, atol=1e-3, rtol=1e-3)
 
 
-def test_tf_idf_takes_no_statistics_from_test_texts(text_run):
+def test_n_grams_take_no_statistics_from_test_texts(text_run):
     task = text_task(text_run)
-    before = task.tf_idf()[task.train].to_dense()
+    rows = task.ngram_column(task.unlabelled).rows
+    before = [rows[name][task.train].to_dense() for name in ("tf-idf", "naive Bayes")]
     words = task.texts.tokens.copy()
     for n in task.test:
         begin, end = task.texts.starts[n], task.texts.starts[n] + task.texts.lengths[n]
         words[begin:end] = words[begin]
     task.texts.tokens = words
-    assert torch.equal(task.tf_idf()[task.train].to_dense(), before)
+    column = task.ngram_column(task.unlabelled)
+    assert torch.equal(column.rows["tf-idf"][task.train].to_dense(), before[0])
+    assert torch.equal(column.rows["naive Bayes"][task.train].to_dense(), before[1])
 
 
 # ---------------------------------------------------------------- the columns of images

@@ -7,7 +7,6 @@ import torch.nn.functional as F
 
 from minissl.evaluation import probes
 from minissl.evaluation.table import PROBE_STRENGTHS
-from minissl.transformer import TextEncoder
 
 
 def sparse(dense):
@@ -76,6 +75,12 @@ def test_sparse_rows_are_picked_in_the_order_given():
     picked = sparse(x)[rows]
     assert len(picked) == 4 and picked.shape == (4, 5)
     assert torch.equal(picked.to_dense(), x[rows])
+
+
+def test_the_first_columns_are_those_of_the_dense_matrix():
+    dense = sparse_matrix(6, 9)
+    for n in (0, 4, 9):
+        assert torch.equal(sparse(dense).first_columns(n).to_dense(), dense[:, :n])
 
 
 def test_sparse_products_equal_dense_ones():
@@ -152,49 +157,3 @@ def test_each_class_is_spread_evenly_over_the_folds():
     assert np.bincount(fold[:20], minlength=5).tolist() == [4] * 5
     assert sorted(np.bincount(fold[20:], minlength=5)) == [1, 1, 1, 2, 2]
     assert (np.diff(fold[:20]) != 1).any()                   # at random, not in turn
-
-
-# ---------------------------------------------------------------- words and pairs
-
-class Documents(list):
-    """What term_counts needs of Texts: token arrays, and a tokenizer that has a length."""
-    tokenizer = range(12)
-
-
-DOCUMENTS = Documents(np.array(tokens) for tokens in
-                      ([2, 3, 3, 3, 7, 9], [11], [9, 2, 3, 2, 3], [5, 5, 5, 5]))
-
-
-@pytest.mark.parametrize("pairs", [[], [(2, 3)], [(2, 3), (3, 3), (5, 5), (7, 9), (11, 11)]])
-def test_words_and_pairs_are_counted_as_a_loop_does(pairs):
-    V = 12
-    keys = np.array([a * V + b for a, b in pairs], np.int64)
-    counts = probes.term_counts(DOCUMENTS, keys)
-    assert counts.shape == (4, V + len(pairs))
-    for row, tokens in zip(counts.to_dense(), DOCUMENTS):
-        tokens = tokens.tolist()
-        neighbours = list(zip(tokens, tokens[1:]))
-        words = [tokens.count(word) for word in range(V)]
-        assert row.tolist() == words + [neighbours.count(pair) for pair in pairs]
-
-
-def test_the_encoder_counts_the_same_words_and_pairs():
-    pairs = torch.tensor([2 * 12 + 3, 3 * 12 + 3])
-    model = TextEncoder(12, pairs, width=8, heads=2, layers=1, window=8, document_columns=4)
-    padded = torch.zeros(4, 6, dtype=torch.int64)            # 0 is PAD
-    for row, tokens in zip(padded, DOCUMENTS):
-        row[:len(tokens)] = torch.from_numpy(tokens)
-    found = probes.term_counts(DOCUMENTS, pairs.numpy()).to_dense()
-    assert torch.equal(found, model.count_terms(padded))
-
-
-def test_tf_idf_is_the_textbook_formula():
-    counts = torch.tensor([[2.0, 0, 1], [0, 3, 1], [1, 0, 0]])
-    found = probes.tf_idf(sparse(counts), np.array([0, 1])).to_dense()
-    for i in range(3):
-        row = np.zeros(3)
-        for j in range(3):
-            if counts[i, j] > 0:
-                df = int((counts[:2, j] > 0).sum())          # of the rows 0 and 1
-                row[j] = (1 + np.log(float(counts[i, j]))) * (np.log(3 / (1 + df)) + 1)
-        np.testing.assert_allclose(found[i], row / np.linalg.norm(row), rtol=1e-5)

@@ -41,7 +41,7 @@ def load_run(run):
 
 
 def new_model(checkpoint, seed):
-    """The image model of a checkpoint as it was before any training, from this seed."""
+    """The model of a checkpoint as it was before any training, from this seed."""
     torch.manual_seed(seed)
     return MODELS[checkpoint["method"]](**checkpoint["model_settings"])
 

@@ -1,4 +1,4 @@
-"""How good are features? Nearest neighbours, linear probes, draws of labels, and tf-idf.
+"""How good are features? Nearest neighbours, linear probes and draws of labels.
 
 Three rules make an evaluation honest, and this file keeps them:
 
@@ -6,7 +6,8 @@ Three rules make an evaluation honest, and this file keeps them:
 - Choices, such as the strength of the penalty, are made by cross-validation among those labels.
 - Labels of the test set reach `accuracy` and nothing else.
 
-Read next: table.py, which builds the columns of finetune.py from these functions.
+Read next: ngrams.py, the baseline of texts, and then table.py, which builds the columns of
+finetune.py from these functions.
 """
 
 from dataclasses import dataclass
@@ -109,6 +110,14 @@ class SparseRows:
         rows = self.row_of_entries()
         return SparseRows(rows[order], offsets, self.values[order], len(self))
 
+    def first_columns(self, n):
+        """The first n columns, as SparseRows."""
+        kept = self.indices < n
+        row = self.row_of_entries()[kept]
+        sizes = row.bincount(minlength=len(self))                         # (N,)
+        offsets = F.pad(sizes.cumsum(0), (1, 0))
+        return SparseRows(self.indices[kept], offsets, self.values[kept], n)
+
     def to_dense(self):
         """The whole matrix, (N, D) float32."""
         dense = torch.zeros(self.shape)
@@ -118,12 +127,15 @@ class SparseRows:
 
 # ---------------------------------------------------------------- logistic regression
 
-def logistic_regression(x, labels, classes, strength, start=None, tolerance=1e-5):
-    """Weights (D + 1, C) that minimize  mean cross-entropy + strength/2 ‖W‖².
+def logistic_regression(x, labels, classes, strength, start=None, tolerance=1e-5,
+                        weight_scale=None):
+    """Weights (D + 1, C) that minimize  mean cross-entropy + strength/2 ‖W / S‖².
 
     The last row is the bias, which is not penalized. x: (N, D) float32, dense or SparseRows;
-    labels (N,) int64, or (N, C) float32: then the loss is −1/N Σ_n Σ_c labels[n, c] log p[n, c],
-    and the rows need not sum to 1; classes C; start (D + 1, C), where the search begins.
+    labels (N,) int64, or (N, C) float32: then the loss is −1/N Σ_n Σ_c labels[n, c] log p[n, c]
+    and the rows need not sum to 1; classes C; start (D + 1, C), where the search begins;
+    weight_scale, the S of the penalty, (D, C) or (D, 1), or None for ones. A weight with a
+    larger scale is penalized less. A weight with the scale 0 stays 0.
 
     The loss is convex, so L-BFGS finds its minimum from any start. (The minimum is unique up to
     a constant that is added to all biases.) It ends when no entry of the gradient of `minimize`
@@ -133,23 +145,26 @@ def logistic_regression(x, labels, classes, strength, start=None, tolerance=1e-5
     labels = torch.as_tensor(labels)
     if start is None:
         start = torch.zeros(D + 1, classes)
+    if weight_scale is None:
+        weight_scale = torch.ones(D, 1)
     if not isinstance(x, SparseRows):
-        return minimize(x, labels, strength, start, tolerance)
+        return minimize(x, labels, strength, start, tolerance, weight_scale)
 
     # A term that no example contains gets the weight 0, so the search leaves it out.
     used, indices = x.indices.unique(return_inverse=True)
     x = SparseRows(indices, x.offsets, x.values, len(used))
     searched = torch.cat([used, torch.tensor([D])])
-    weights = minimize(x, labels, strength, start[searched], tolerance)
+    weights = minimize(x, labels, strength, start[searched], tolerance, weight_scale[used])
     return torch.zeros(D + 1, classes).index_copy(0, searched, weights)
 
 
-def minimize(x, labels, strength, start, tolerance):
-    """The search of `logistic_regression`, with one weight for each column of x (N, D).
+def minimize(x, labels, strength, start, tolerance, weight_scale):
+    """The search of `logistic_regression`, with a row of weights for each column of x (N, D).
 
-    The search is for v = W / scale (diagonal preconditioning). A column with large values has
-    a steep slope, and one with small values a shallow one. `scale` makes them nearly equal, and
-    so the search is short, above all if the columns are principal axes, as in `probe`.
+    The penalty is on u = W / S, where S is the weight_scale. The search is for v = u / scale
+    (diagonal preconditioning). A column with large values has a steep slope, and one with small
+    values a shallow one. `scale` makes them nearly equal, and so the search is short, above all
+    if the columns are principal axes, as in `probe`.
     """
     targets = labels                                                      # (N, C)
     if labels.ndim == 1:
@@ -157,26 +172,30 @@ def minimize(x, labels, strength, start, tolerance):
     total = targets.sum(1, keepdim=True)                                  # (N, 1)
     product, transposed_product = products(x)
     # p (1 − p) is about 0.1 for ten equally likely classes. Only the speed depends on it.
-    curvature = 0.1 * mean_squares(x)                                     # (D,) of the loss
-    scale = (curvature + strength).rsqrt()[:, None]                       # (D, 1)
-    scale = torch.cat([scale, torch.ones(1, 1)])                          # the bias: 1
-    v = (start / scale).requires_grad_()                                  # (D + 1, C)
+    curvature = 0.1 * mean_squares(x)[:, None] * weight_scale**2          # of the loss, at u
+    scale = F.pad((curvature + strength).rsqrt(), (0, 0, 0, 1), value=1)  # the bias: 1
+    weight_scale = F.pad(weight_scale, (0, 0, 0, 1), value=1)             # (D + 1, C) or (D + 1, 1)
+    u = torch.where(weight_scale == 0, 0, start / weight_scale)           # (D + 1, C)
+    v = (u / scale).requires_grad_()
     optimizer = torch.optim.LBFGS([v], max_iter=200, history_size=10,
                                   tolerance_grad=tolerance, line_search_fn="strong_wolfe")
 
     @torch.no_grad()
     def loss_and_gradient():
-        weights = v * scale
+        u = v * scale
+        weights = u * weight_scale
         logits = product(weights[:-1]) + weights[-1]                      # (N, C)
         error = (total * logits.softmax(1) - targets) / len(labels)       # d loss / d logits
-        gradient = transposed_product(error) + strength * weights[:-1]    # (D, C)
-        v.grad = scale * torch.cat([gradient, error.sum(0, keepdim=True)])
-        penalty = strength / 2 * weights[:-1].square().sum()
+        gradient = torch.cat([transposed_product(error), error.sum(0, keepdim=True)])
+        gradient = gradient * weight_scale                                # d loss / d u
+        gradient[:-1] += strength * u[:-1]
+        v.grad = gradient * scale
+        penalty = strength / 2 * u[:-1].square().sum()
         # In float32 the last gains of the search would be lost in rounding.
         return F.cross_entropy(logits.double(), targets.double()) + penalty
 
     optimizer.step(loss_and_gradient)
-    return v.detach() * scale
+    return v.detach() * scale * weight_scale
 
 
 def mean_squares(x):
@@ -221,15 +240,35 @@ def predict(x, weights):
 
 
 def probe(x, labels, classes, strengths):
+    """Logistic regression whose strength is chosen by cross-validation among these labels.
+
+    x (N, D) dense or SparseRows; labels (N,) int64; strengths from strong to weak.
+    Returns (weights (D + 1, C), the chosen strength).
+    """
+    fitted = cross_validate(x, labels, classes, strengths)
+    return fitted.weights, fitted.strength
+
+
+@dataclass
+class CrossValidated:
+    """A logistic regression, and how well models of the same kind judge unseen examples."""
+    weights: torch.Tensor       # (D + 1, C), fitted on all the labels
+    strength: float             # the one with the least loss
+    loss: float                 # the mean loss of the held-out examples, nan if there are none
+
+
+def cross_validate(x, labels, classes, strengths, weight_scale_of=None):
     """Logistic regression whose strength is chosen by five-fold cross-validation.
 
     The choice uses these labels alone and takes the strength with the least loss. Above 5,000
     labels one of the five folds decides, because there the choice is not close.
-    x (N, D) dense or SparseRows; labels (N,) int64; strengths from strong to weak.
-    Returns (weights (D + 1, C), the chosen strength).
+    x (N, D) dense or SparseRows; labels (N,) int64; strengths from strong to weak; weight_scale_of,
+    for SparseRows: a function from (x, labels) of the examples that are fitted to the weight_scale
+    of `logistic_regression`. Returns CrossValidated.
     """
     labels = np.asarray(labels)
-    if not isinstance(x, SparseRows):
+    is_sparse = isinstance(x, SparseRows)
+    if not is_sparse:
         # The penalty keeps W in the span of the rows of x, and turning the axes changes no
         # length. So the search may use the principal axes, of which there are at most N.
         axes = principal_axes(x)                                          # (D, min(N, D))
@@ -237,26 +276,33 @@ def probe(x, labels, classes, strengths):
     fold = assign_folds(labels, classes, 5)
     losses = np.zeros(len(strengths))
     nearby = [None] * len(strengths)            # where the final fit starts
+    held_out = 0
     for f in range(5 if len(labels) <= 5000 else 1):
         inside = np.flatnonzero(fold != f)
         outside = np.flatnonzero(fold == f)
         if len(inside) == 0 or len(outside) == 0:
             continue                            # one label a class: the strongest is taken
+        held_out += len(outside)
         x_inside, x_outside = x[inside], x[outside]
         y_outside = torch.from_numpy(labels[outside])
+        scale = weight_scale_of(x_inside, labels[inside]) if weight_scale_of else None
         weights = None
         for i, strength in enumerate(strengths):
             # The solution for one strength is a good start for the next.
             weights = logistic_regression(x_inside, labels[inside], classes, strength, weights,
-                                          tolerance=1e-4)
+                                          tolerance=1e-4, weight_scale=scale)
             logits = predict(x_outside, weights)
             losses[i] += float(F.cross_entropy(logits, y_outside, reduction="sum"))
             nearby[i] = weights
+
     best = int(losses.argmin())
-    weights = logistic_regression(x, labels, classes, strengths[best], nearby[best])
-    if not isinstance(x, SparseRows):
+    scale = weight_scale_of(x, labels) if weight_scale_of else None
+    weights = logistic_regression(x, labels, classes, strengths[best], nearby[best],
+                                  weight_scale=scale)
+    if not is_sparse:
         weights = torch.cat([axes @ weights[:-1], weights[-1:]])
-    return weights, strengths[best]
+    loss = losses[best] / held_out if held_out else float("nan")
+    return CrossValidated(weights, strengths[best], loss)
 
 
 def assign_folds(labels, classes, folds):
@@ -267,44 +313,3 @@ def assign_folds(labels, classes, folds):
         indices = order[labels[order] == c]
         fold[indices] = np.arange(len(indices)) % folds
     return fold
-
-
-# ---------------------------------------------------------------- counts of words and pairs
-
-def term_counts(texts, pairs):
-    """How often each of N texts contains each token and each pair: SparseRows (N, V + P).
-
-    texts: Texts; pairs (P,) int64, sorted, each left · V + right.
-    """
-    V = len(texts.tokenizer)
-    pairs_and_end = np.append(pairs, np.iinfo(np.int64).max)    # so that every search ends inside
-    indices, counts, sizes = [], [], []
-    for i in range(len(texts)):
-        tokens = texts[i]                                       # (T,) int64
-        neighbours = tokens[:-1] * V + tokens[1:]
-        place = np.searchsorted(pairs, neighbours)
-        known = pairs_and_end[place] == neighbours
-        terms, count = np.unique(np.append(tokens, V + place[known]), return_counts=True)
-        indices.append(terms)
-        counts.append(count)
-        sizes.append(len(terms))
-    offsets = np.append(0, np.cumsum(sizes))
-    values = np.concatenate(counts).astype(np.float32)
-    return SparseRows(torch.from_numpy(np.concatenate(indices)), torch.from_numpy(offsets),
-                      torch.from_numpy(values), V + len(pairs))
-
-
-def tf_idf(counts, fit):
-    """Term frequency times inverse document frequency, each row scaled to length 1.
-
-        (1 + ln count) · (ln((1 + n) / (1 + df)) + 1)
-
-    This is TfidfVectorizer(sublinear_tf=True) of scikit-learn. counts: SparseRows (N, V);
-    fit (n,): the rows from which the document frequencies df are counted. Returns SparseRows.
-    """
-    df = torch.bincount(counts[fit].indices, minlength=counts.columns)    # (V,)
-    idf = ((1 + len(fit)) / (1 + df)).log() + 1
-    values = (1 + counts.values.log()) * idf[counts.indices].float()
-    row = counts.row_of_entries()
-    length = torch.zeros(len(counts)).index_add_(0, row, values**2).sqrt()        # (N,)
-    return SparseRows(counts.indices, counts.offsets, values / length[row], counts.columns)

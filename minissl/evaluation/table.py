@@ -4,11 +4,9 @@ A task, TextTask or ImageTask, holds the examples and knows which of them are fo
 choices and for the test. It gives a column for each way to get a classifier from a few labels.
 A column learns from the labels of the examples that it is given, and from no others.
 
-How a text encoder is fine-tuned. The document vector is a mean of token vectors. Each token
-vector is the token's embedding plus what the blocks add from the context. Fine-tuning moves the
-embeddings, because a label mostly says something about words. The part of the blocks is computed
-once and stays, so a step is one product with the counts of words and pairs. The model that is
-trained from scratch has no part of the blocks, because an untrained block adds zero.
+How a text encoder is fine-tuned: as a whole. The vector of a text is the mean of the vectors of its
+windows: of at most eight in a training step, so that long texts fit into memory, and of all in
+the test.
 
 How an image encoder is fine-tuned: as a whole. With few labels its batch norm keeps the means
 and variances of the pretraining, because a few images cannot estimate them well.
@@ -30,16 +28,25 @@ from torch import nn
 from minissl import UserError, contrastive, transformer
 from minissl.data.batches import Batches, generator
 from minissl.data.splits import HELD_OUT, TEST, TRAIN, evenly_spaced
-from minissl.data.texts import frequent_pairs
-from minissl.evaluation import probes
-from minissl.evaluation.features import image_features, images_a_batch, text_features
+from minissl.data.texts import SAMPLE_TEXTS
+from minissl.evaluation import ngrams, probes
+from minissl.evaluation.co_training import CoTraining, in_units
+from minissl.evaluation.features import (
+    document_vectors,
+    image_features,
+    images_a_batch,
+    no_progress,
+    text_features,
+)
+from minissl.evaluation.ngrams import NGramColumn
 from minissl.evaluation.self_training import SelfTraining
 from minissl.optim import Muon, lr_schedule, step_optimizers
 from minissl.training.files import progress, read_checkpoint, write_checkpoint
 from minissl.training.machine import move_to_device
 
 
-MANY_LABELS = 5000      # above this number training is cheap for each label, and so it changes
+MOST_UNLABELLED = 50_000        # examples of which self-training guesses the classes
+MANY_LABELS = 5000      # above this number of labels, other settings are tried
 
 
 # ---------------------------------------------------------------- columns
@@ -52,9 +59,13 @@ class Column:
     predict: Callable       # (model, indices) -> the classes of these examples, (n,) int64
 
 
+def no_options(n):
+    """The options of a column that has nothing to choose."""
+    return [None]
+
+
 PROBE_STRENGTHS = (3, 1, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001)
 PIXEL_STRENGTHS = (3, 1, 0.3, 0.1, 0.03)
-TF_IDF_STRENGTHS = (1e-2, 1e-3, 1e-4, 3e-5, 1e-5)
 
 
 class LinearColumn:
@@ -133,166 +144,238 @@ class Classifier(nn.Module):
 # ---------------------------------------------------------------- texts
 
 TEXT_LABELS = ["10", "100", "500", "all"]       # a class, the rows of the table
-SCRATCH_RATES = (0.01, 0.03, 0.1, 0.3, 1.0)
-FINE_TUNING_RATES = (0.0, 0.003, 0.01, 0.03, 0.1)
 
 
-class Embeddings(nn.Module):
-    """The text encoder as far as fine-tuning moves it: a table with a row a word or pair.
+def texts_a_batch(lengths):
+    """How many texts of these lengths (N,) make a batch of about 4,096 tokens: from 16 to 64.
 
-    Arguments: table (V + P, d), where it starts; context_weight, of what the blocks add to the
-    document vector: 1, or 0 for a model without blocks.
+    >>> texts_a_batch(np.array([200, 300])), texts_a_batch(np.array([10]))
+    (16, 64)
+    """
+    return int(np.clip(4096 / lengths.mean(), 16, 64))
+
+
+class WholeTextEncoder(nn.Module):
+    """A TextEncoder as the body of a Classifier: it reads whole texts.
+
+    Arguments: encoder; autocast and device, for its forward pass.
     """
 
-    def __init__(self, table, context_weight=1):
+    def __init__(self, encoder, autocast, device):
         super().__init__()
-        self.table = nn.Parameter(table.clone())
-        self.context_weight = context_weight
+        self.encoder = move_to_device(encoder, device)
+        self.autocast = autocast
+        self.device = device
 
-    def encode(self, counts, words, context):
-        """Features (B, d), from counts (B, V + P), words (B, 1) and context (B, d)."""
-        return transformer.norm(counts @ self.table / words + self.context_weight * context)
-
-
-class Documents:
-    """What a pretrained encoder makes of N texts.
-
-        features (N, d)         the document vectors
-        counts (N, V + P)       SparseRows: how often each word and pair occurs
-        words (N, 1)            how many words each text has
-        context (N, d)          what the blocks add: features − counts · table / words
-    """
-
-    def __init__(self, texts, model, autocast, device):
-        model.to(device)
-        self.features = text_features(model, texts, autocast, device, progress)
-        model.cpu()
-        self.counts = probes.term_counts(texts, model.pairs.numpy())
-        self.words = torch.from_numpy(texts.lengths).float()[:, None]
-        self.table = model.term_table().detach()                          # (V + P, d)
-        self.context = self.features - self.counts @ self.table / self.words
-
-    def inputs(self, indices):
-        """counts, words and context of these texts, for Embeddings.encode."""
-        return self.counts[indices], self.words[indices], self.context[indices]
+    def encode(self, texts, draws=None):
+        """Features (N, d) of Texts, on the CPU. draws: as in `features.windows_of`."""
+        is_training = draws is not None
+        shown = no_progress if is_training else progress
+        vectors = document_vectors(
+            self.encoder, texts, self.autocast, self.device, shown, draws)
+        return transformer.norm(vectors)
 
 
 class TextTask:
     """Classification of texts.
 
-    Arguments: texts, Texts with labels; model, the pretrained TextEncoder; autocast and device,
-    for its forward pass.
+    Arguments: texts, Texts with labels; model, the pretrained TextEncoder; autocast, device and
+    precision, for its training; new_model(seed), which makes the same model untrained;
+    unlabelled, Texts of the training split without a label, which share the tokens of `texts`,
+    for the columns that learn from guesses, or None.
     """
 
     default_labels = TEXT_LABELS
-    choice_draws = 3            # an option is tried on this many draws of labels
+    choice_draws = 2            # an option is tried on this many draws of labels
 
-    def __init__(self, texts, model, autocast, device):
+    def __init__(self, texts, model, autocast, device, precision, new_model, unlabelled=None):
+        self.model = move_to_device(model, device)
+        self.autocast = autocast
+        self.device = device
+        self.precision = precision
+        self.new_model = new_model
+        self.unlabelled = texts.select([]) if unlabelled is None else unlabelled
         self.texts = texts
         self.classes = texts.classes
         self.labels = torch.from_numpy(texts.labels)
         self.train = np.flatnonzero(texts.split == TRAIN)
         self.held_out = np.flatnonzero(texts.split == HELD_OUT)
         self.test = np.flatnonzero(texts.split == TEST)
-        self.documents = Documents(texts, model, autocast, device)
-        features = self.documents.features
-        self.z, self.mean, self.std = standardize(transformer.norm(features), self.train)
-        self.probe = LinearColumn(self.z, self.labels, len(self.classes))
-        self.spread = float(features[self.train].std(0, correction=0).mean())
+        z, self.mean, self.std = standardize(self.features(texts), self.train)
+        self.probe = LinearColumn(z, self.labels, len(self.classes))
+        self.last_logits = None, {}     # a classifier, and what it said about which texts
+        self.fine_tuned = None          # the labelled texts of the last fine-tuning, and its result
+        self.co_training = None         # the column "self-trained", made by `columns`
+
+    def features(self, texts):
+        """The features of Texts by the pretrained model, (N, d), not standardized."""
+        vectors = text_features(self.model, texts, self.autocast, self.device, progress)
+        return transformer.norm(vectors)
 
     def columns(self):
         """{name: column}, in the order of the table."""
-        tf_idf = LinearColumn(self.tf_idf(), self.labels, len(self.classes), TF_IDF_STRENGTHS)
-        scratch = Column(self.scratch_options, self.fit_from_scratch, self.predict)
-        fine_tuned = Column(self.fine_tuning_options, self.fit_fine_tuned, self.predict)
+        most = max(0, MOST_UNLABELLED - len(self.train))
+        extra = self.unlabelled.sample(most)
+        n_grams = self.ngram_column(extra)
+        self.co_training = self.co_training_column(n_grams, extra)
         return {
-            "tf-idf": tf_idf,
-            "from scratch": scratch,
+            "n-grams": n_grams,
+            "from scratch": Column(self.scratch_options, self.fit_from_scratch, self.predict),
             "linear probe": self.probe,
-            "fine-tuned": fine_tuned,
+            "self-trained": self.co_training,
+            "fine-tuned": Column(self.fine_tuning_options, self.fit_fine_tuned, self.predict),
+            "fine-tuned + n-grams": Column(no_options, self.fit_joined, self.predict_joined),
         }
 
-    def tf_idf(self):
-        """tf-idf of words and of up to 200,000 pairs, without the test texts' frequencies."""
+    def ngram_column(self, extra):
+        """The column "n-grams". It also counts the n-grams of the Texts `extra`, for co-training.
+
+        The test texts neither choose n-grams nor weigh them.
+        """
         not_test = np.concatenate([self.train, self.held_out])
-        pairs = frequent_pairs(self.texts.select(not_test), 200_000, least=1)
-        return probes.tf_idf(probes.term_counts(self.texts, np.asarray(pairs)), not_test)
+        counted = self.texts.select(not_test).sample(SAMPLE_TEXTS)
+        C, V = len(self.classes), len(self.texts.tokenizer)
+        longest = ngrams.LONGEST if C <= ngrams.MOST_CLASSES else 2     # tf-idf takes pairs alone
+        most = min(ngrams.MOST_NGRAMS, ngrams.MOST_WEIGHTS // C)
+        progress("counting n-grams")
+        keys = ngrams.frequent_ngrams(counted, longest, most)           # sorted: triples are last
+        counts = ngrams.count_ngrams(self.texts.followed_by(extra), keys, longest)
+        return NGramColumn(counts, (keys < V**2).sum(), self.labels, C, not_test)
+
+    def co_training_column(self, n_grams, extra):
+        """The column of a student of n-grams that learns from up to 50,000 texts without labels."""
+        x = torch.zeros(0, len(self.mean))
+        if len(extra):
+            x = (self.features(extra) - self.mean) / self.std
+        pool = self.train[evenly_spaced(len(self.train), MOST_UNLABELLED)]
+        return CoTraining(self.probe, n_grams, pool, self.held_out, x)
+
+    # EXPERIMENTS.md: "What does a transformer from scratch need?" and "Does it help to fine-tune
+    # the whole transformer?".
 
     def scratch_options(self, n):
-        return rates_and_epochs(SCRATCH_RATES, n)
+        """(rate of Muon, steps)"""
+        if n <= MANY_LABELS:
+            return [(0.02, 100), (0.02, 300)]
+        return [(0.02, self.steps(n, epochs=4))]
 
     def fine_tuning_options(self, n):
-        return rates_and_epochs(FINE_TUNING_RATES, n)
+        """(rate of Muon, steps). At rate 0 this is the probe."""
+        if n <= MANY_LABELS:
+            return [(0.0, 0), (0.003, 150), (0.01, 150)]
+        return [(0.01, self.steps(n, epochs=2))]
+
+    def steps(self, n, epochs):
+        """The steps of so many epochs of n texts, but at least 500."""
+        size = texts_a_batch(self.texts.lengths[self.train])
+        return max(500, epochs * n // size)
 
     def fit_from_scratch(self, indices, option, seed):
-        """A Classifier of random embeddings, trained on these texts; option: (rate, epochs)."""
-        rate, epochs = option
+        """A Classifier around an untrained encoder, trained on these texts.
+
+        Its features are standardized over up to 1,000 of them, because those of an untrained
+        encoder are nearly the same for all texts (EXPERIMENTS.md, "What does a transformer from
+        scratch need?").
+        """
         d, C = len(self.mean), len(self.classes)
-        normal = torch.randn(self.documents.table.shape,
-                             generator=generator(seed, "from scratch", 0))
-        body = Embeddings(0.1 * normal, context_weight=0)
-        classifier = Classifier(body, torch.zeros(d), torch.ones(d), torch.zeros(d + 1, C))
-        return self.train_classifier(classifier, indices, rate * 0.1, rate, epochs, 0, seed)
+        body = WholeTextEncoder(self.new_model(seed), self.autocast, self.device)
+        sample = indices[evenly_spaced(len(indices), 1000)]
+        with torch.no_grad():
+            features = body.encode(self.texts.select(sample))
+        _, mean, std = standardize(features, np.arange(len(sample)))
+        classifier = Classifier(body, mean, std, torch.zeros(d + 1, C))
+        return self.train_classifier(
+            classifier, indices, option, seed, strength=0, embedding_scale=0.15)
 
     def fit_fine_tuned(self, indices, option, seed):
-        """A Classifier that starts as the linear probe; option: (rate, epochs)."""
-        rate, epochs = option
+        """A Classifier around the pretrained encoder that starts as the linear probe."""
         weights, strength = self.probe.fit(indices)
-        classifier = Classifier(Embeddings(self.documents.table), self.mean, self.std, weights)
-        return self.train_classifier(classifier, indices, rate * self.spread, rate, epochs,
-                                     strength, seed)
+        body = WholeTextEncoder(deepcopy(self.model), self.autocast, self.device)
+        classifier = Classifier(body, self.mean, self.std, weights)
+        self.train_classifier(
+            classifier, indices, option, seed, strength, embedding_scale=0.3)
+        self.fine_tuned = np.array(indices), classifier
+        return classifier
 
-    def train_classifier(self, model, indices, table_rate, rate, epochs, strength, seed):
-        """Train the whole Classifier on the texts `indices`, by Adam. The rate falls to 0.
+    def fit_joined(self, indices, option, seed):
+        """(the fine-tuned Classifier, the student of co-training).
 
-        table_rate is for the embeddings. It is `rate` times the spread of what they move: from
-        scratch their own, in fine-tuning that of the document vectors, which can be a thousand
-        times larger (EXPERIMENTS.md, "In which unit should the learning rate of the embeddings
-        be measured?"). strength: the L2 penalty of the linear layer, as in the probe.
+        Must follow `fit_fine_tuned` on the same labels, because it takes the result of that.
         """
-        size = min(64, len(indices))
-        steps = max(1, epochs * len(indices) // size)
-        if rate == 0:
-            steps = 0
-        groups = [
-            dict(params=model.body.parameters(), lr_scale=table_rate),
-            dict(params=model.head.parameters(), lr_scale=min(0.3 * rate, 0.01)),
-        ]
-        optimizer = torch.optim.Adam(groups, betas=(0.9, 0.99))
-        batches = Batches(len(indices), size, seed, "fine-tuning order")
+        fitted_on, classifier = self.fine_tuned
+        if not np.array_equal(fitted_on, indices):
+            raise ValueError("the encoder was fine-tuned on other texts")
+        _, student = self.co_training.fit(indices)
+        return classifier, student
+
+    def train_classifier(self, model, indices, option, seed, strength, embedding_scale):
+        """Train the whole Classifier on the texts `indices`.
+
+        option: see `fine_tuning_options`; strength: the L2 penalty of the linear layer, as in
+        the probe; embedding_scale: the embeddings and the linear layer learn at this share of
+        the rate of the blocks.
+        """
+        rate, steps = option
+        n = len(indices)
+        size = min(n, texts_a_batch(self.texts.lengths[indices]))
+        optimizers = self.optimizers(model, rate, embedding_scale)
+        batches = Batches(n, size, seed, "fine-tuning order")
+        model.train()
         for step in range(steps):
             batch = indices[batches(step).numpy()]
-            counts, words, context = self.documents.inputs(batch)
-            logits = model(counts.to_dense(), words, context)             # (B, C)
+            draws = torch.rand(size, generator=generator(seed, "fine-tuning windows", step))
+            logits = model(self.texts.select(batch), draws)               # (B, C)
             penalty = strength / 2 * model.head.weight.square().sum()
             loss = F.cross_entropy(logits, self.labels[batch]) + penalty
             loss.backward()
-            step_optimizers([optimizer], lr_schedule(step, steps, warmup=0, decay=1))
-        return model
+            step_optimizers(optimizers, rate * lr_schedule(step, steps, 0.1 * steps, decay=1))
+            if step % 10 == 0:
+                progress(f"training on {n:,} labels, rate {rate}: step {step:,} of {steps:,}")
+        return model.eval()
+
+    def optimizers(self, model, rate, embedding_scale):
+        """Muon for the blocks; Adam for the embeddings and the linear layer."""
+        encoder = model.body.encoder
+        parameters = [
+            encoder.token_embedding.weight,
+            encoder.pair_embedding.weight,
+            *model.head.parameters(),
+        ]
+        groups = [dict(params=parameters, lr_scale=embedding_scale)]
+        fused = self.device.type != "mps"
+        adam = torch.optim.Adam(groups, betas=(0.9, 0.99), fused=fused)
+        blocks = list(encoder.blocks.parameters())
+        if not blocks:
+            return [adam]
+        return [Muon(blocks, rate, precision=self.precision), adam]
 
     @torch.no_grad()
+    def logits(self, classifier, indices):
+        """What a Classifier says about these texts, (n, C).
+
+        The answers of the last classifier are kept, because two columns ask for them.
+        """
+        last, known = self.last_logits
+        if last is not classifier:
+            known = {}
+            self.last_logits = classifier, known
+        key = np.asarray(indices).tobytes()
+        if key not in known:
+            known[key] = classifier(self.texts.select(indices))
+        return known[key]
+
     def predict(self, model, indices):
-        return model(*self.documents.inputs(indices)).argmax(1)
+        return self.logits(model, indices).argmax(1)
 
-
-def rates_and_epochs(rates, n):
-    """The options with n labels: [(rate, epochs), ...]. At rate 0 nothing moves.
-
-    >>> rates_and_epochs((0.0, 0.1), 1000)
-    [(0.0, 4), (0.1, 4), (0.1, 12)]
-    """
-    fewest = int(min(30, max(2, 4000 / n)))
-    options = []
-    for rate in rates:
-        options.append((rate, fewest))
-        if rate > 0 and n <= MANY_LABELS:
-            options.append((rate, 3 * fewest))
-    return options
+    def predict_joined(self, model, indices):
+        """The sum of what both say, each in its standard deviation over the held-out texts."""
+        classifier, student = model
+        own = in_units(self.logits(classifier, indices), self.logits(classifier, self.held_out))
+        return (own + self.co_training.student_logits(student, indices)).argmax(1)
 
 
 # ---------------------------------------------------------------- images
 
-MOST_UNLABELLED = 50_000        # images of which self-training guesses the classes
 IMAGE_LABELS = ["10", "50", "500", "all"]       # a class, the rows of the table
 
 
@@ -519,7 +602,7 @@ class ImageTask:
 
 # ---------------------------------------------------------------- classifier.pt
 
-CLASSIFIER_FORMAT = "minissl classifier 4"
+CLASSIFIER_FORMAT = "minissl classifier 5"
 CONDITIONS = ("step", "classes", "shape", "flip", "data", "limit", "labels")
 
 

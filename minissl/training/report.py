@@ -232,6 +232,7 @@ def curve(steps, values, width=300, height=140):
 
 METHOD_COLOURS = {
     "tf-idf": "#9aa5b1",
+    "n-grams": "#9aa5b1",
     "pixels": "#9aa5b1",
     "pixel PCA": "#c2a878",
     "untrained": "#b78fc9",
@@ -239,6 +240,7 @@ METHOD_COLOURS = {
     "linear probe": "#1f6feb",
     "self-trained": "#d1477a",
     "fine-tuned": "#1a7f37",
+    "fine-tuned + n-grams": "#0b8f8f",
 }
 OTHER_METHOD = "#69788a"
 

@@ -1,0 +1,125 @@
+"""Self-training for texts: n-grams learn from what the document vector says.
+
+A text has two descriptions, its document vector and its n-grams. The probe of a few
+labels reads the document vector. It knows what a text is about, but not single words
+and phrases. It guesses the classes of the texts without a label. A classifier of
+n-grams, the student, learns from the labels and from these guesses. The answer is the
+sum of both:
+
+    p = softmax of the probe's logits a                           (U, C), without label
+    soft label of a text = p² / Σ p²
+    b = the student's logits
+    answer = argmax_c  a_c / σ(a) + b_c / σ(b)
+
+where σ is the standard deviation over the held-out texts. (If they are among the
+labelled texts, as in the row "all", it is a little too large.)
+
+The student makes other mistakes than its teacher, because it sees something else. So
+the sum was better than the teacher in the mean of all our measurements, and mostly
+better than the student. A student that reads the document vector itself learned less:
+EXPERIMENTS.md, "What should self-training on texts learn from its guesses?".
+
+This is one round of co-training (Blum and Mitchell 1998, "Combining labeled and
+unlabeled data with co-training"), with soft labels for all texts instead of hard ones
+for the most certain.
+
+With many labels the student is the classifier of the column "n-grams", which learns
+from the labels alone. Then the sum shows what pretraining adds to n-grams.
+
+Read next: table.py, where this is the column "self-trained" of texts.
+"""
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from minissl.evaluation import probes
+from minissl.evaluation.ngrams import naive_bayes_weights
+
+
+MOST_LABELS = 5000      # with more the student learns from the labels alone
+LABEL_SHARE = 0.5       # n labels weigh n + half as much as all guesses
+STRENGTHS = {"tf-idf": 1e-4, "naive Bayes": 0.01}       # of the student's penalty
+
+
+class CoTraining:
+    """The column "self-trained" of texts, as options, fit and predict.
+
+    Arguments:
+        probe: the LinearColumn of the document vectors of N texts
+        n_grams: the NGramColumn of these texts; E more rows may follow, of texts without
+            a label
+        pool (T,): the indices of the training texts, whose labels are not read
+        held_out: the indices of the texts over which σ is computed
+        extra (E, d): the document vectors of the texts without a label, standardized as
+            those of the probe
+    """
+
+    def __init__(self, probe, n_grams, pool, held_out, extra):
+        self.probe = probe
+        self.n_grams = n_grams
+        self.pool = pool
+        self.held_out = held_out
+        self.extra = extra
+        self.last = None                # the last column asks for the same student again
+
+    def options(self, n):
+        return [None]
+
+    def fit(self, indices, option=None, seed=None):
+        """(the probe's weights, the student). There is nothing random in it."""
+        if self.last is None or not np.array_equal(self.last[0], indices):
+            weights, _ = self.probe.fit(indices)
+            self.last = np.array(indices), (weights, self.fit_student(indices, weights))
+        return self.last[1]
+
+    def fit_student(self, indices, weights):
+        """(the name of its weighting, its weights (P + 1, C)), from labels and guesses.
+
+        weights (d + 1, C): of the probe that guesses. With many labels, or without any
+        other text, the student is the classifier of the column "n-grams".
+        """
+        n, C = len(indices), self.probe.classes
+        others = np.setdiff1d(self.pool, indices)           # of the table; those of extra follow
+        if n > MOST_LABELS or len(others) + len(self.extra) == 0:
+            weighting, fitted = self.n_grams.fit(indices)
+            return weighting, fitted.weights
+
+        x = torch.cat([self.probe.x[others], self.extra])
+        p = probes.predict(x, weights).softmax(1)                         # (U, C)
+        guesses = p**2 / (p**2).sum(1, keepdim=True)
+        one_hot = F.one_hot(self.probe.labels[indices], C).float()
+        label_weight = 1 + LABEL_SHARE * len(guesses) / n
+        targets = torch.cat([guesses, label_weight * one_hot])            # (U + n, C)
+        targets *= len(targets) / targets.sum()
+
+        weighting = "naive Bayes" if "naive Bayes" in self.n_grams.rows else "tf-idf"
+        row_of_extra = len(self.probe.labels) + np.arange(len(self.extra))
+        rows = self.n_grams.rows[weighting][np.concatenate([others, row_of_extra, indices])]
+        scale = None
+        if weighting == "naive Bayes":
+            # Here each text counts once. To weigh the labels more was not tried.
+            scale = naive_bayes_weights(rows, torch.cat([guesses, one_hot]), C)
+        fitted = probes.logistic_regression(
+            rows, targets, C, STRENGTHS[weighting], tolerance=1e-4, weight_scale=scale)
+        return weighting, fitted
+
+    def student_logits(self, student, indices):
+        """b / σ(b) of these texts, (n, C). Every row has the mean 0."""
+        weighting, weights = student
+        rows = self.n_grams.rows[weighting]
+        logits = probes.predict(rows[indices], weights)
+        return in_units(logits, probes.predict(rows[self.held_out], weights))
+
+    def predict(self, model, indices):
+        weights, student = model
+        logits = probes.predict(self.probe.x[indices], weights)
+        held_out = probes.predict(self.probe.x[self.held_out], weights)
+        return (in_units(logits, held_out) + self.student_logits(student, indices)).argmax(1)
+
+
+def in_units(logits, reference):
+    """Logits (n, C) less the mean of each row, in standard deviations of those of `reference`."""
+    reference = reference - reference.mean(1, keepdim=True)
+    std = reference.std(correction=0).clamp(min=1e-6)
+    return (logits - logits.mean(1, keepdim=True)) / std

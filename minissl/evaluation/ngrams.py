@@ -1,0 +1,182 @@
+"""N-grams: how far labelled texts alone carry, without any pretraining.
+
+An n-gram is a sequence of n neighbouring tokens. Which n-grams a text contains says a lot about
+its class, and a logistic regression on them is what a good engineer tries first. Two ways to
+weigh them are common, and `NGramColumn` takes the one with the smaller held-out loss among the
+labels that it is given:
+
+    tf-idf         (1 + ln count) · idf of tokens and pairs, and each text is scaled to length 1.
+                   (Triples gained nothing: EXPERIMENTS.md, "How strong are n-grams without
+                   pretraining?".)
+    naive Bayes    1 if the text contains the n-gram w. The penalty of its weight W_wc for the
+                   class c is strength/2 (W_wc / r_wc)², so an n-gram that is as frequent in
+                   the class as elsewhere hardly gets a weight
+
+        r_wc = ln((α + p_wc) / Σ_w (α + p_wc)) − ln((α + q_wc) / Σ_w (α + q_wc))
+
+Here p_wc is the number of texts of class c that contain w, and q_wc that of all other texts.
+The second way is Wang and Manning 2012, "Baselines and bigrams: simple, good sentiment and topic
+classification" (NB-SVM), with the loss of logistic regression.
+
+Read next: table.py.
+"""
+
+from functools import partial
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from minissl.data.texts import add_counts
+from minissl.evaluation import probes
+from minissl.evaluation.probes import SparseRows
+
+
+LONGEST = 3                     # tokens in an n-gram
+MOST_CLASSES = 5                # for naive Bayes; measured with 2 and 23 classes alone
+MOST_NGRAMS = 1_000_000
+MOST_WEIGHTS = 20_000_000       # n-grams times classes; the search holds about 25 copies of them
+TF_IDF_STRENGTHS = (1e-2, 1e-3, 1e-4, 1e-5, 1e-6, 1e-7)
+NAIVE_BAYES_STRENGTHS = (1, 0.1, 0.01, 1e-3, 1e-4, 1e-5)
+
+
+# ---------------------------------------------------------------- counts
+
+def ngram_keys(tokens, longest, V):
+    """The keys of all n-grams, n = 1 ... longest, in a text: the tokens as digits to the base V.
+
+    tokens (T,) int64, none of which is 0 (PAD), so that two different n-grams have two keys;
+    V, the size of the vocabulary. The keys are below V^longest, and int64 ends at 2^63.
+
+    >>> ngram_keys(np.array([5, 3, 4]), 2, 10)
+    array([ 5,  3,  4, 53, 34])
+    """
+    keys = [tokens]
+    for n in range(1, longest):
+        keys.append(keys[-1][:-1] * V + tokens[n:])
+    return np.concatenate(keys)
+
+
+def frequent_ngrams(texts, longest, most, least=2):
+    """The keys of the most frequent n-grams of these Texts, n = 1 ... longest: sorted int64.
+
+    There are at most `most`, and each occurs at least `least` times.
+    """
+    V = len(texts.tokenizer)
+    keys, counts = np.zeros(0, np.int64), np.zeros(0, np.int64)
+    for indices in texts.chunks(4096):
+        chunk = [ngram_keys(texts[i], longest, V) for i in indices]
+        more = np.unique(np.concatenate(chunk), return_counts=True)
+        keys, counts = add_counts(keys, counts, *more)
+    order = np.argsort(-counts, kind="stable")[:most]           # of equal counts, the smaller key
+    chosen = order[counts[order] >= least]
+    return np.sort(keys[chosen])
+
+
+def count_ngrams(texts, keys, longest):
+    """How often each of N texts contains each of P n-grams: SparseRows (N, P).
+
+    texts: Texts; keys (P,) int64, sorted, of n-grams with n = 1 ... longest.
+    """
+    V = len(texts.tokenizer)
+    keys_and_end = np.append(keys, np.iinfo(np.int64).max)      # so that every search ends inside
+    indices, counts, sizes = [], [], []
+    for i in range(len(texts)):
+        found, count = np.unique(ngram_keys(texts[i], longest, V), return_counts=True)
+        place = np.searchsorted(keys, found)
+        known = keys_and_end[place] == found
+        indices.append(place[known])
+        counts.append(count[known].astype(np.float32))
+        sizes.append(known.sum())
+    offsets = np.append(0, np.cumsum(sizes))
+    return SparseRows(torch.from_numpy(np.concatenate(indices)), torch.from_numpy(offsets),
+                      torch.from_numpy(np.concatenate(counts)), len(keys))
+
+
+# ---------------------------------------------------------------- weights
+
+def tf_idf(counts, fit):
+    """Term frequency times inverse document frequency, each row scaled to length 1.
+
+        (1 + ln count) · (ln((1 + n) / (1 + df)) + 1)
+
+    This is TfidfVectorizer(sublinear_tf=True) of scikit-learn. counts: SparseRows (N, V);
+    fit (n,): the rows from which the document frequencies df are counted. Returns SparseRows.
+    """
+    df = torch.bincount(counts[fit].indices, minlength=counts.columns)    # (V,)
+    idf = ((1 + len(fit)) / (1 + df)).log() + 1
+    values = (1 + counts.values.log()) * idf[counts.indices].float()
+    row = counts.row_of_entries()
+    length = torch.zeros(len(counts)).index_add_(0, row, values**2).sqrt()        # (N,)
+    return SparseRows(counts.indices, counts.offsets, values / length[row], counts.columns)
+
+
+def naive_bayes_weights(x, labels, classes, alpha=1):
+    """The log-ratios r (D, C) of the formula at the top; 0 for n-grams that no text contains.
+
+    x: SparseRows (N, D), whose values are all 1; labels (N,) int64, or soft labels (N, C) float32,
+    of which p is then the sum. The sums over w go over the n-grams that occur in these N texts.
+    """
+    labels = torch.as_tensor(labels)
+    if labels.ndim == 1:
+        labels = F.one_hot(labels, classes)
+    p = torch.zeros(x.columns, classes, dtype=torch.double)               # (D, C)
+    for c in range(classes):
+        p[:, c].index_add_(0, x.indices, labels[:, c].double()[x.row_of_entries()])
+    total = p.sum(1, keepdim=True)                                        # (D, 1)
+    occurs = total > 0
+    inside = (alpha + p) * occurs
+    outside = (alpha + total - p) * occurs
+    r = torch.log(inside / inside.sum(0)) - torch.log(outside / outside.sum(0))
+    return torch.where(occurs, r, 0).float()
+
+
+# ---------------------------------------------------------------- columns
+
+class NGramColumn:
+    """The column "n-grams", as options, fit and predict.
+
+    Arguments: counts, SparseRows (N, D), of the n-grams of N texts, tokens and pairs first; terms,
+    how many of the D columns are tokens and pairs; labels (N,) int64; classes, their number;
+    counted (n,), the texts in which tf-idf counts how many contain a term. It needs no labels for
+    that. The counts may have more rows than there are labels, for co_training.py.
+    """
+
+    def __init__(self, counts, terms, labels, classes, counted):
+        self.labels = labels
+        self.classes = classes
+        self.rows = {"tf-idf": tf_idf(counts.first_columns(terms), counted)}
+        if classes <= MOST_CLASSES:
+            ones = torch.ones_like(counts.values)
+            self.rows["naive Bayes"] = SparseRows(
+                counts.indices, counts.offsets, ones, counts.columns)
+        self.last = None                # the student of co_training.py may ask for it again
+
+    def options(self, n):
+        return [None]
+
+    def fit(self, indices, option=None, seed=None):
+        """(the name of the weighting, CrossValidated): the one with the least held-out loss.
+
+        With one label a class nothing can be held out, and it is tf-idf.
+        """
+        if self.last is None or not np.array_equal(self.last[0], indices):
+            self.last = np.array(indices), self.fit_both(indices)
+        return self.last[1]
+
+    def fit_both(self, indices):
+        labels, classes = self.labels[indices], self.classes
+        tf_idf_fit = probes.cross_validate(
+            self.rows["tf-idf"][indices], labels, classes, TF_IDF_STRENGTHS)
+        if "naive Bayes" not in self.rows:
+            return "tf-idf", tf_idf_fit
+        bayes_fit = probes.cross_validate(
+            self.rows["naive Bayes"][indices], labels, classes, NAIVE_BAYES_STRENGTHS,
+            partial(naive_bayes_weights, classes=classes))
+        if bayes_fit.loss < tf_idf_fit.loss:
+            return "naive Bayes", bayes_fit
+        return "tf-idf", tf_idf_fit
+
+    def predict(self, model, indices):
+        name, fitted = model
+        return probes.predict(self.rows[name][indices], fitted.weights).argmax(1)

@@ -1,0 +1,136 @@
+"""Co-training: what the student learns from, and that it reads no label beyond the draw."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from minissl.evaluation import co_training, probes
+from minissl.evaluation.co_training import CoTraining, in_units
+from minissl.evaluation.ngrams import NGramColumn, naive_bayes_weights
+from minissl.evaluation.table import LinearColumn
+
+
+def sparse(dense):
+    """A dense matrix (N, D) as SparseRows."""
+    rows, indices = dense.nonzero(as_tuple=True)
+    offsets = F.pad((dense != 0).sum(1).cumsum(0), (1, 0))
+    return probes.SparseRows(indices, offsets, dense[rows, indices], dense.shape[1])
+
+
+N, E = 300, 100         # texts of the table and further ones without a label
+
+
+def column_of(weighting="tf-idf", seed=0, classes=2):
+    """A column in which the vector and the words of a text both know something of its class.
+
+    The first 200 texts are for training, the next 50 are held out, and the last 50 are the test.
+    """
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(0, classes, N + E)
+    x = rng.normal(size=(N + E, 4)).astype(np.float32)
+    x[np.arange(N + E), labels] += 1.5
+    words = rng.random((N + E, 40)) < 0.05
+    for c in range(classes):
+        words[labels == c, 8 * c:8 * c + 8] |= rng.random(((labels == c).sum(), 8)) < 0.35
+    x = torch.from_numpy(x)
+    probe = LinearColumn(x[:N], torch.from_numpy(labels[:N]), classes)
+    rows = sparse(torch.from_numpy(words.astype(np.float32)))
+    n_grams = NGramColumn(rows, rows.columns, probe.labels, classes, np.arange(250))
+    n_grams.rows = {weighting: n_grams.rows[weighting]}
+    return CoTraining(probe, n_grams, np.arange(200), np.arange(200, 250), x[N:])
+
+
+DRAW = np.arange(0, 200, 10)
+TEST = np.arange(250, 300)
+
+
+def accuracy(predictions, labels):
+    return probes.accuracy(predictions, labels[TEST])
+
+
+@pytest.mark.parametrize("weighting", ["tf-idf", "naive Bayes"])
+def test_the_student_makes_the_answers_better(weighting):
+    gains = []
+    for seed in range(8):
+        column = column_of(weighting, seed)
+        labels = column.probe.labels
+        alone = column.probe.predict(column.probe.fit(DRAW), TEST)
+        both = column.predict(column.fit(DRAW), TEST)
+        gains.append(accuracy(both, labels) - accuracy(alone, labels))
+    assert np.mean(gains) > 3, gains
+
+
+@pytest.mark.parametrize("weighting", ["tf-idf", "naive Bayes"])
+def test_the_student_learns_from_labels_and_guesses(weighting, monkeypatch):
+    column = column_of(weighting, classes=3)
+    labels, seen = column.probe.labels, {}
+    fit = probes.logistic_regression
+
+    def watched(rows, targets, *arguments, **options):
+        seen.update(rows=rows.to_dense(), targets=targets, **options)
+        return fit(rows, targets, *arguments, **options)
+    weights, _ = column.probe.fit(DRAW)
+    monkeypatch.setattr(probes, "logistic_regression", watched)
+    column.fit(DRAW)
+
+    features = torch.cat([column.probe.x, column.extra]).double()
+    rows = column.n_grams.rows[weighting].to_dense()
+    unlabelled = [n for n in range(200) if n not in DRAW] + list(range(N, N + E))
+    expected, soft, texts = [], [], []
+    for n in unlabelled:
+        logits = features[n] @ weights[:-1].double() + weights[-1].double()
+        p = logits.exp() / logits.exp().sum()
+        guess = p**2 / sum(p**2)
+        expected.append(guess)
+        soft.append(guess)
+        texts.append(rows[n])
+    for n in DRAW:
+        one = torch.zeros(3, dtype=torch.double)
+        one[labels[n]] = 1
+        expected.append(one * (1 + 0.5 * len(unlabelled) / len(DRAW)))
+        soft.append(one)
+        texts.append(rows[n])
+    expected = torch.stack(expected)
+    expected *= len(expected) / expected.sum()
+    assert torch.equal(seen["rows"], torch.stack(texts))
+    torch.testing.assert_close(seen["targets"].double(), expected, rtol=1e-4, atol=1e-5)
+    if weighting == "naive Bayes":
+        r = naive_bayes_weights(sparse(torch.stack(texts)), torch.stack(soft).float(), 3)
+        torch.testing.assert_close(seen["weight_scale"], r, rtol=1e-3, atol=1e-4)
+
+
+def test_no_label_beyond_the_draw_is_read():
+    models = []
+    for permuted in (False, True):
+        column = column_of()
+        if permuted:
+            others = np.setdiff1d(np.arange(N), DRAW)
+            labels = column.probe.labels.clone()
+            labels[others] = labels[others].flip(0)
+            column.probe.labels = labels
+        weights, (_, student) = column.fit(DRAW)
+        models.append((weights, student))
+    for one, other in zip(*models):
+        assert torch.equal(one, other)
+
+
+def test_with_many_labels_the_student_is_the_baseline(monkeypatch):
+    column = column_of()
+    monkeypatch.setattr(co_training, "MOST_LABELS", 50)
+    every = np.arange(200)
+    _, (name, student) = column.fit(every)
+    expected_name, fitted = column.n_grams.fit(every)
+    assert name == expected_name and torch.equal(student, fitted.weights)
+
+
+def test_logits_are_measured_in_their_standard_deviation():
+    torch.manual_seed(0)
+    logits, reference = torch.randn(7, 3), torch.randn(50, 3)
+    result = in_units(logits, reference)
+    shift = torch.randn(50, 1)
+    torch.testing.assert_close(in_units(5 * logits + 2, 5 * reference + shift), result)
+    units = in_units(reference, reference)
+    assert float(units.std(correction=0)) == pytest.approx(1)
+    torch.testing.assert_close(units.mean(1), torch.zeros(50), atol=1e-6, rtol=0)
+    assert torch.equal(result.argmax(1), logits.argmax(1))
