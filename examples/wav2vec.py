@@ -18,8 +18,8 @@ alike, so it keeps the codes from collapsing. The first term is ln(K + 1) for a 
 Differences from the paper, for minutes of speech (EXPERIMENTS.md, "Speech"):
 - The first convolution begins as 40 mel bands, and the encoder learns slowly.
 - The targets are made of the same recording at another speed, as of another voice.
-- Distractors are drawn among frames with other codes; a frame that has none counts as a
-  guess. The paper removes equal codes later; a collapsed codebook then has the loss 0.
+- Distractors are drawn among frames with other codes. The paper removes equal codes later; a
+  collapsed codebook then has the loss 0. Here a frame without distractors counts as a guess.
 - The blocks are those of transformer.py, with rotary positions and no dropout.
 
     python examples/wav2vec.py                      words spoken by our code, 5 to 7 minutes
@@ -29,7 +29,7 @@ Differences from the paper, for minutes of speech (EXPERIMENTS.md, "Speech"):
 
 import math
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -77,7 +77,8 @@ class Settings:
     distractors: int = 15  # K
     diversity: float = 0.5  # α
     speed: float = 0.2  # the largest change of speed, as a natural logarithm
-    draws: int = 3  # of labels, for the table
+    labels: list[int] = field(default_factory=lambda: [1, 5, 10, 50])  # a class, in the table
+    draws: int = 3  # of these labels
     seed: int = 0  # of all random numbers but those of the words
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: the best that torch finds
     precision: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: the faster one, measured

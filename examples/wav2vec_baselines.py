@@ -6,8 +6,12 @@ The rows of the table, all with the same labels:
     untrained encoder      the encoder before the training, and logistic regression
     from scratch           the whole encoder, trained on the few labels alone
     wav2vec                the pretrained encoder, and logistic regression
+    ..., self-trained      the same features; the probe also learns from its guesses for the
+                           training recordings without a label (evaluation/self_training.py)
 
-All of them pool their frames alike, see `pool`. Nothing is chosen on the test recordings.
+All of them pool their frames alike, see `pool`. Nothing is chosen on the test recordings, and
+self-training does not read them. A draw of labels moves all rows together. So the table also
+shows the lead of wav2vec over other rows with the same draws.
 """
 
 import numpy as np
@@ -17,14 +21,14 @@ import wav2vec_data
 
 from minissl.data.splits import HELD_OUT, TEST, TRAIN
 from minissl.evaluation import probes
-from minissl.evaluation.table import PROBE_STRENGTHS, Classifier, standardize
+from minissl.evaluation.self_training import SelfTraining
+from minissl.evaluation.table import PROBE_STRENGTHS, Classifier, LinearColumn, standardize
 from minissl.optim import Muon, lr_schedule, step_optimizers
 from minissl.training.files import progress
 
 
-LABELS_A_CLASS = (1, 5, 10, 50)
 LABELS_A_SPEAKER = 10
-STRENGTH_OF_ONE = 0.1       # the penalty with one label a class: nothing to validate with
+STRENGTH_OF_ONE = (0.1,)    # the penalty with one label a class: nothing to validate with
 WHOLE_RATE, WHOLE_STEPS = 0.01, 120      # of a training of the whole encoder on labels
 WHOLE_ENCODER_SCALE = 0.1   # its convolutions learn at this share of the rate
 
@@ -85,30 +89,27 @@ def make_optimizers(model, rate, encoder_scale, precision):
     return [muon, adam]
 
 
-def probe(features, labels, fit, pool_rows):
-    """Logistic regression on features (N, D): (weights, mean, std), and answers (N,) int64.
+def probe_columns(features, recordings):
+    """Two classifiers of features (N, D): logistic regression, and the same self-trained.
 
-    It learns from the recordings `fit`. Columns are standardized over the recordings
-    pool_rows. The strength is chosen by cross-validation among `fit`.
+    Each has fit(indices) and predict(model, indices), see evaluation/table.py. The features
+    are standardized over the training recordings, whose other labels are not read.
     """
-    classes = int(labels.max()) + 1
-    x, mean, std = standardize(features, pool_rows)
-    if len(fit) == classes:                      # one label a class
-        weights = probes.logistic_regression(x[fit], labels[fit], classes, STRENGTH_OF_ONE)
-    else:
-        weights, _ = probes.probe(x[fit], labels[fit], classes, PROBE_STRENGTHS)
-    return (weights, mean, std), probes.predict(x, weights).argmax(1)
+    pool = recordings.select(TRAIN, labelled=False)
+    x, _, _ = standardize(features, pool)
+    labels = torch.from_numpy(recordings.labels)
+    probe = LinearColumn(x, labels, len(recordings.classes), PROBE_STRENGTHS)
+    return probe, SelfTraining(probe, pool, torch.zeros(0, x.shape[1]))
 
 
-def train_whole_encoder(model, start, recordings, fit, settings, machine):
+def train_from_scratch(model, mean, std, recordings, fit, settings, machine):
     """Train an encoder and a linear layer on the labels of `fit`: accuracy in % on the test.
 
-    start: (weights, mean, std) of the linear layer, as of `probe`; machine: what
-    choose_machine returns. Each recording is read at another speed, as in the pretraining.
-    The model changes.
+    mean and std (D,) of the features of the untrained encoder; machine: what choose_machine
+    returns. Each recording is read at another speed, as in the pretraining. The model changes.
     """
     device, precision, autocast = machine
-    weights, mean, std = start
+    weights = torch.zeros(len(mean) + 1, len(recordings.classes))
     classifier = Classifier(model, mean, std, weights).to(device)
     optimizers = make_optimizers(model, WHOLE_RATE, WHOLE_ENCODER_SCALE, precision)
     head = dict(params=classifier.head.parameters(), lr_scale=0.1)
@@ -130,39 +131,50 @@ def train_whole_encoder(model, start, recordings, fit, settings, machine):
 
 # ---------------------------------------------------------------- the table
 
-OWN = "wav2vec"
+LOG_MEL, UNTRAINED = "log-mel statistics", "untrained encoder"
+SCRATCH, OWN = "from scratch", "wav2vec"
+SELF_TRAINED = ", self-trained"
+LEADS = [                   # rows that are compared draw by draw
+    (OWN, LOG_MEL),
+    (OWN, SCRATCH),
+    (OWN + SELF_TRAINED, LOG_MEL),
+    (OWN + SELF_TRAINED, LOG_MEL + SELF_TRAINED),
+    (OWN + SELF_TRAINED, SCRATCH),
+]
 
 
 def measure(model, make_model, recordings, settings, machine):
     """Accuracies in %: {row: (draws, columns)} for the classes, {row: (draws,)} for speakers.
 
-    The columns are the numbers of labels a class in LABELS_A_CLASS, as far as every class
-    has so many; they are returned first.
+    The columns are settings.labels, as far as every class has so many; they are returned
+    first.
     """
     device, _, autocast = machine
     every = np.arange(len(recordings))
-    features = {"log-mel statistics": log_mel_features(recordings)}
-    for name, encoder in [("untrained encoder", make_model()), (OWN, model)]:
+    features = {LOG_MEL: log_mel_features(recordings)}
+    for name, encoder in [(UNTRAINED, make_model()), (OWN, model)]:
         features[name] = encode_all(encoder.encode, recordings, every, autocast, device)
     train, test = recordings.select(TRAIN), recordings.select(TEST)
+    _, mean, std = standardize(features[UNTRAINED], train)
+    classifiers = {}
+    for name, x in features.items():
+        classifiers[name], classifiers[name + SELF_TRAINED] = probe_columns(x, recordings)
     labels = recordings.labels
-    columns = [n for n in LABELS_A_CLASS if n <= np.bincount(labels[train]).min()]
-    rows = [*features, "from scratch"]
+    columns = [n for n in settings.labels if n <= np.bincount(labels[train]).min()]
+    rows = [*features, SCRATCH, *(name + SELF_TRAINED for name in features)]
     table = {name: np.zeros((settings.draws, len(columns))) for name in rows}
     for draw in range(settings.draws):
         for column, count in enumerate(columns):
             progress(f"table: draw {draw + 1} of {settings.draws}, {count} labels a class")
             fit = train[probes.draw_labels(labels[train], count, settings.seed + draw)]
-            starts = {}
-            for name, x in features.items():
-                starts[name], answers = probe(x, labels, fit, train)
-                table[name][draw, column] = probes.accuracy(answers[test], labels[test])
-            weights, mean, std = starts["untrained encoder"]
-            start = torch.zeros_like(weights), mean, std
-            accuracy = train_whole_encoder(
-                make_model(), start, recordings, fit, settings, machine
+            for name in features:
+                classifiers[name].strengths = STRENGTH_OF_ONE if count == 1 else PROBE_STRENGTHS
+            for name, classifier in classifiers.items():
+                answers = classifier.predict(classifier.fit(fit), test)
+                table[name][draw, column] = probes.accuracy(answers, labels[test])
+            table[SCRATCH][draw, column] = train_from_scratch(
+                make_model(), mean, std, recordings, fit, settings, machine
             )
-            table["from scratch"][draw, column] = accuracy
     return columns, table, measure_speakers(features, recordings, settings)
 
 
@@ -178,25 +190,33 @@ def measure_speakers(features, recordings, settings):
     counts = np.bincount(numbers)
     if len(known) < 2 or len(test) == 0 or counts.min() < LABELS_A_SPEAKER:
         return {}
-    numbered = np.searchsorted(known, speakers).clip(max=len(known) - 1)
+    numbered = torch.from_numpy(np.searchsorted(known, speakers).clip(max=len(known) - 1))
     table = {name: [] for name in features}
-    for draw in range(settings.draws):
-        drawn = probes.draw_labels(numbers, LABELS_A_SPEAKER, settings.seed + draw)
-        for name, x in features.items():
-            _, answers = probe(x, numbered, train[drawn], train)
-            table[name].append(probes.accuracy(answers[test], numbered[test]))
+    for name, x in features.items():
+        x, _, _ = standardize(x, train)
+        probe = LinearColumn(x, numbered, len(known), PROBE_STRENGTHS)
+        for draw in range(settings.draws):
+            drawn = probes.draw_labels(numbers, LABELS_A_SPEAKER, settings.seed + draw)
+            answers = probe.predict(probe.fit(train[drawn]), test)
+            table[name].append(probes.accuracy(answers, numbered[test]))
     return table
 
 
 def print_tables(columns, table, speakers):
-    """Mean and standard deviation over the draws, and the line `result:`."""
+    """Mean and standard deviation over the draws, the leads, and the line `result:`."""
     print()
-    print(f"{'accuracy, %':<22}", *(f"{n:>4} a class" for n in columns), "     speaker")
+    print(f"{'accuracy, %':<42}", *(f"{n:>4} a class" for n in columns), "     speaker")
     for name, rows in table.items():
         cells = [spread(values) for values in rows.T]
         if name in speakers:
             cells.append(spread(np.array(speakers[name])))
-        print(f"{name:<22}", *(f"{cell:>12}" for cell in cells))
+        print(f"{name:<42}", *(f"{cell:>12}" for cell in cells))
+    print("\nlead with the same draws, in points")
+    for own, other in LEADS:
+        lead = table[own] - table[other]
+        cells = [spread(values, sign="+") for values in lead.T]
+        print(f"{own}")
+        print(f"{'    over ' + other:<42}", *(f"{cell:>12}" for cell in cells))
     column = columns.index(10) if 10 in columns else len(columns) - 1
     results = dict(labels_a_class=columns[column])
     for name, rows in table.items():
@@ -205,18 +225,19 @@ def print_tables(columns, table, speakers):
         results[key] = f"{values.mean():.1f}"
         results[f"{key}_std"] = f"{values.std(ddof=1):.1f}"
     for name, values in speakers.items():
-        if name in (OWN, "log-mel statistics"):
+        if name in (OWN, LOG_MEL):
             results[f"speaker_{key_of(name)}"] = f"{np.mean(values):.1f}"
     print("result:", *(f"{key}={value}" for key, value in results.items()))
 
 
 def key_of(name):
-    """The name of a row in the line `result:`, without spaces and hyphens."""
-    return name.replace(" ", "_").replace("-", "_")
+    """The name of a row in the line `result:`, without commas, spaces and hyphens."""
+    return name.replace(",", "").replace(" ", "_").replace("-", "_")
 
 
-def spread(values):
-    return f"{values.mean():.1f} ± {values.std(ddof=1):.1f}"
+def spread(values, sign="-"):
+    """Mean and standard deviation. sign "+" also marks positive means."""
+    return f"{values.mean():{sign}.1f} ± {values.std(ddof=1):.1f}"
 
 
 # ---------------------------------------------------------------- while it learns

@@ -69,6 +69,12 @@ def load_recordings(settings):
     else:
         recordings = own_recordings(Path(settings.data))
     split_recordings(recordings, settings.test, settings.fold)
+    fewest = np.bincount(recordings.labels[recordings.select(TRAIN)]).min()
+    if not 1 <= min(settings.labels) <= fewest:
+        raise UserError(
+            f"--labels {min(settings.labels)}: expected at least 1, and at most {fewest}, the "
+            f"recordings that the smallest class has to learn from"
+        )
     for note in [recordings.describe(), *recordings.notes]:
         print(f"data: {note}")
     return recordings

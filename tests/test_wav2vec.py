@@ -21,8 +21,8 @@ from minissl.data.splits import HELD_OUT, TEST, TRAIN
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = (
-    "--takes 6 --steps 16 --evaluate-every 8 --batch-size 8 --draws 2 --device cpu "
-    "--precision float32"
+    "--takes 6 --steps 16 --evaluate-every 8 --batch-size 8 --labels 5 --draws 2 "
+    "--device cpu --precision float32"
 ).split()
 
 
@@ -374,15 +374,47 @@ def test_a_mean_spectrum_does_not_tell_synthetic_words():
     mean = torch.stack([frames.mean(0) for frames in spectra])
     train, test = np.flatnonzero(made.speakers < 4), np.flatnonzero(made.speakers >= 4)
     accuracy = []
+    made.split = np.where(made.speakers < 4, TRAIN, TEST)
     for features in (mean, over_time):
-        _, answers = baselines.probe(features, made.labels, train, train)
-        accuracy.append(100 * float((answers[test].numpy() == made.labels[test]).mean()))
+        probe, _ = baselines.probe_columns(features, made)
+        answers = probe.predict(probe.fit(train), test).numpy()
+        accuracy.append(100 * (answers == made.labels[test]).mean())
     assert accuracy[0] < 30 < 50 < accuracy[1]
 
 
 def test_synthetic_words_are_the_same_six_sounds():
     assert len(wav2vec_data.WORDS) == len(set(wav2vec_data.WORDS)) == 10
     assert {"".join(sorted(word)) for word in wav2vec_data.WORDS} == {"aikmsu"}
+
+
+# ---------------------------------------------------------------- the table
+
+def test_self_training_reads_no_test_recording_and_no_other_label():
+    made = fake_recordings()
+    wav2vec_data.split_recordings(made, "speakers", 0)
+    x = torch.from_numpy(np.eye(3)[made.labels]).float() + 0.5 * numbers(len(made), 3)
+    train = made.select(TRAIN)
+    fit = train[baselines.probes.draw_labels(made.labels[train], 5, 0)]
+    weights = []
+    for _ in range(2):
+        self_trained = baselines.probe_columns(x, made)[1]
+        weights.append(self_trained.fit(fit)[0])
+        hidden = np.setdiff1d(np.arange(len(made)), fit)
+        made.labels[hidden] = 0
+        x[made.split == TEST] += 100
+    torch.testing.assert_close(*weights)
+
+
+def test_a_lead_is_measured_draw_by_draw(capsys):
+    """Two draws that move all rows by 20 points: the lead of 3 does not vary."""
+    rows = {row for pair in baselines.LEADS for row in pair}
+    table = {row: np.array([[50.0], [70.0]]) for row in rows}
+    table["wav2vec"] = table["from scratch"] + 3
+    baselines.print_tables([10], table, {})
+    lines = capsys.readouterr().out.splitlines()
+    assert "63.0 ± 14.1" in next(line for line in lines if line.startswith("wav2vec "))
+    first = lines.index("lead with the same draws, in points")
+    assert "+3.0 ± 0.0" in next(line for line in lines[first:] if "over from scratch" in line)
 
 
 # ---------------------------------------------------------------- the script
@@ -430,7 +462,6 @@ def quick_table(monkeypatch):
     monkeypatch.setattr(wav2vec_data, "synthetic_words", of_few_voices)
     monkeypatch.setattr(baselines, "WHOLE_STEPS", 1)
     monkeypatch.setattr(baselines, "PROBE_STRENGTHS", (0.1, 0.01))
-    monkeypatch.setattr(baselines, "LABELS_A_CLASS", (5,))
 
 
 def test_a_stopped_run_resumes_bit_for_bit(quick_table, run_script, tmp_path):
@@ -441,7 +472,7 @@ def test_a_stopped_run_resumes_bit_for_bit(quick_table, run_script, tmp_path):
     assert float(rows[-1]["contrastive"]) < float(rows[0]["contrastive"])
     assert float(rows[0]["perplexity"]) > 24 and float(rows[-1]["perplexity"]) > 24
     assert float(rows[0]["temperature"]) == 2 and float(rows[-1]["temperature"]) < 0.7
-    for row in ("log-mel statistics", "untrained encoder", "from scratch"):
+    for row in ("untrained encoder", "from scratch", "wav2vec, self-trained"):
         assert row in printed
 
     assert_resumes_exactly(run_script, wav2vec, SMALL, tmp_path / "whole", printed, last_step=9)
@@ -464,6 +495,13 @@ def test_wrong_recordings_are_one_sentence(name, content, sentence, run_script, 
     assert code == 2
     assert sentence in printed
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("labels", ["0", "99"])
+def test_impossible_labels_are_one_sentence(labels, quick_table, run_script, tmp_path):
+    code, printed = run_script(wav2vec, "--run", tmp_path / "run", *SMALL, "--labels", labels)
+    assert code == 2
+    assert f"--labels {labels}: expected at least 1, and at most 10" in printed
 
 
 def test_two_speakers_are_too_few_to_hold_some_out():
