@@ -793,6 +793,22 @@ def test_fine_tuning_texts_at_rate_0_is_the_probe(text_run):
     expected = probes.predict(task.probe.x[task.test], weights)
     assert expected.abs().max() > 0.1
     torch.testing.assert_close(logits, expected, atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(task.logits(model, task.test), expected)
+
+
+def test_each_text_is_read_once_for_two_columns(text_run, brief):
+    task = text_task(text_run)
+    columns = task.columns()
+    indices = task.train[::10]
+    tuned, joined = columns["fine-tuned"], columns["fine-tuned + n-grams"]
+    model = tuned.fit(indices, (0.02, 2), 0)
+    read = []
+    model.register_forward_hook(lambda module, inputs, logits: read.append(len(logits)))
+    first = tuned.predict(model, task.test)
+    joined.predict(joined.fit(indices, None, 0), task.test)
+    assert sum(read) == len(task.test) + len(task.held_out)
+    with torch.no_grad():
+        assert torch.equal(first, model(task.texts.select(task.test)).argmax(1))
 
 
 def test_n_grams_take_no_statistics_from_test_texts(text_run):

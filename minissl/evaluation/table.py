@@ -203,7 +203,7 @@ class TextTask:
         self.test = np.flatnonzero(texts.split == TEST)
         z, self.mean, self.std = standardize(self.features(texts), self.train)
         self.probe = LinearColumn(z, self.labels, len(self.classes))
-        self.last_logits = None, {}     # a classifier, and what it said about which texts
+        self.last_logits = None, None   # a classifier, and what it said about the texts, (N, C)
         self.fine_tuned = None          # the labelled texts of the last fine-tuning, and its result
         self.co_training = None         # the column "self-trained", made by `columns`
 
@@ -294,6 +294,9 @@ class TextTask:
         classifier = Classifier(body, self.mean, self.std, weights)
         self.train_classifier(
             classifier, indices, option, seed, strength, embedding_scale=0.3)
+        rate, _ = option
+        if rate == 0:       # then it says what the probe says, and need not read any text again
+            self.last_logits = classifier, probes.predict(self.probe.x, weights)
         self.fine_tuned = np.array(indices), classifier
         return classifier
 
@@ -355,14 +358,14 @@ class TextTask:
 
         The answers of the last classifier are kept, because two columns ask for them.
         """
-        last, known = self.last_logits
+        last, known = self.last_logits                          # known: (N, C), nan where unknown
         if last is not classifier:
-            known = {}
+            known = torch.full((len(self.texts), len(self.classes)), float("nan"))
             self.last_logits = classifier, known
-        key = np.asarray(indices).tobytes()
-        if key not in known:
-            known[key] = classifier(self.texts.select(indices))
-        return known[key]
+        unknown = indices[known[indices].isnan().any(1).numpy()]
+        if len(unknown):
+            known[unknown] = classifier(self.texts.select(unknown))
+        return known[indices]
 
     def predict(self, model, indices):
         return self.logits(model, indices).argmax(1)
