@@ -12,11 +12,11 @@
 several times, and all columns get the same draws. Everything else is chosen on held-out examples
 or by cross-validation. The test set is used for the figures alone. Without --labels the rows are
 10, 100, 500 and all for texts, and 10, 50, 500 and all for images. The row "all" uses every
-label, so its labels are always the same. It is trained twice, in two orders.
+label, so its labels are always the same. It is trained twice, in two orders (with --seeds 1 once).
 
-    n-grams       texts: logistic regression on n-grams, without any pretraining. They are tokens
-                  and pairs weighted by tf-idf or, with up to five classes, also triples, weighted
-                  by naive Bayes. Cross-validation chooses.
+    n-grams       texts: logistic regression on n-grams, without any pretraining: tokens and
+                  pairs weighted by tf-idf. With up to five classes, tokens, pairs and triples with
+                  naive Bayes weights are also tried, and cross-validation chooses.
     pixels        images: logistic regression on pixels, without any pretraining; after
                   train_ae.py also on principal components
     untrained     images: a linear probe of the same encoder with random weights
@@ -24,8 +24,8 @@ label, so its labels are always the same. It is trained twice, in two orders.
     linear probe  logistic regression on the features of the pretrained encoder
     self-trained  The probe guesses the classes of the training examples whose labels are not
                   used. Of images, a second probe learns from the guesses. Of texts, a classifier
-                  of n-grams does, and its logits are added to those of the probe. With many
-                  labels no guesses are used.
+                  of n-grams does, and its logits are added to those of the probe. No guesses
+                  are used with more than 2,000 labels (images) or 5,000 (texts).
     fine-tuned    the probe and the whole encoder trained further on the labels
     fine-tuned + n-grams    texts: the logits of "fine-tuned" plus those of the n-grams of
                   "self-trained"

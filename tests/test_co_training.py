@@ -108,7 +108,7 @@ def test_no_label_beyond_the_draw_is_read():
             others = np.setdiff1d(np.arange(N), DRAW)
             labels = column.probe.labels.clone()
             labels[others] = labels[others].flip(0)
-            column.probe.labels = labels
+            column.probe.labels = column.n_grams.labels = labels
         weights, (_, student) = column.fit(DRAW)
         models.append((weights, student))
     for one, other in zip(*models):

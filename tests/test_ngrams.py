@@ -91,7 +91,7 @@ def test_the_most_frequent_ngrams_are_those_of_a_loop():
     assert len(few) == 4 and min(counter[key] for key in few.tolist()) == least
 
 
-def test_words_and_pairs_come_in_the_order_of_the_encoder():
+def test_tokens_and_pairs_are_counted_as_in_the_encoder():
     pairs = torch.tensor([2 * 12 + 3, 3 * 12 + 3])
     model = TextEncoder(12, pairs, width=8, heads=2, layers=1, window=8, document_columns=4)
     padded = torch.zeros(5, 6, dtype=torch.int64)            # 0 is PAD

@@ -1,7 +1,7 @@
 """Features: what an encoder says about whole texts and whole images.
 
-The functions take any number of examples of any size. Without gradient they never hold more than a
-batch of them at once. How much a batch holds depends on the size of its examples.
+The functions take any number of examples of any size. Without gradient they keep the
+activations of one batch at a time. How much a batch holds depends on the size of its examples.
 
 Read next: probes.py, which measures how good features are.
 """
@@ -19,7 +19,7 @@ def no_progress(line):
 # ---------------------------------------------------------------- texts
 
 # At width 256 the widest activations of a block take 16 MB in bfloat16. Batches of 2**15 tokens
-# are slower by a third, because theirs do not fit into the cache.
+# were slower by a third, perhaps because theirs do not fit into the cache.
 TOKENS_A_BATCH = 2**13
 
 

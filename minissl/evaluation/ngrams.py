@@ -6,8 +6,8 @@ weigh them are common, and `NGramColumn` takes the one with the smaller held-out
 labels that it is given:
 
     tf-idf         (1 + ln count) · idf of tokens and pairs, and each text is scaled to length 1.
-                   (Triples gained nothing: EXPERIMENTS.md, "How strong are n-grams without
-                   pretraining?".)
+                   (Triples gained nothing with up to 500 labels a class: EXPERIMENTS.md, "How
+                   strong are n-grams without pretraining?".)
     naive Bayes    1 if the text contains the n-gram w. The penalty of its weight W_wc for the
                    class c is strength/2 (W_wc / r_wc)², so an n-gram that is as frequent in
                    the class as elsewhere hardly gets a weight
@@ -66,8 +66,8 @@ def frequent_ngrams(texts, longest, most, least=2):
     keys, counts = np.zeros(0, np.int64), np.zeros(0, np.int64)
     for indices in texts.chunks(4096):
         chunk = [ngram_keys(texts[i], longest, V) for i in indices]
-        more = np.unique(np.concatenate(chunk), return_counts=True)
-        keys, counts = add_counts(keys, counts, *more)
+        chunk_counts = np.unique(np.concatenate(chunk), return_counts=True)
+        keys, counts = add_counts(keys, counts, *chunk_counts)
     order = np.argsort(-counts, kind="stable")[:most]           # of equal counts, the smaller key
     chosen = order[counts[order] >= least]
     return np.sort(keys[chosen])
@@ -79,12 +79,12 @@ def count_ngrams(texts, keys, longest):
     texts: Texts; keys (P,) int64, sorted, of n-grams with n = 1 ... longest.
     """
     V = len(texts.tokenizer)
-    keys_and_end = np.append(keys, np.iinfo(np.int64).max)      # so that every search ends inside
+    keys_and_end = np.append(keys, np.iinfo(np.int64).max)      # for keys above the last one
     indices, counts, sizes = [], [], []
     for i in range(len(texts)):
-        found, count = np.unique(ngram_keys(texts[i], longest, V), return_counts=True)
-        place = np.searchsorted(keys, found)
-        known = keys_and_end[place] == found
+        text_keys, count = np.unique(ngram_keys(texts[i], longest, V), return_counts=True)
+        place = np.searchsorted(keys, text_keys)
+        known = keys_and_end[place] == text_keys
         indices.append(place[known])
         counts.append(count[known].astype(np.float32))
         sizes.append(known.sum())
@@ -138,8 +138,8 @@ class NGramColumn:
 
     Arguments: counts, SparseRows (N, D), of the n-grams of N texts, tokens and pairs first; terms,
     how many of the D columns are tokens and pairs; labels (N,) int64; classes, their number;
-    counted (n,), the texts in which tf-idf counts how many contain a term. It needs no labels for
-    that. The counts may have more rows than there are labels, for co_training.py.
+    counted (n,), the texts from which tf-idf takes its document frequencies, without their
+    labels. The counts may have more rows than there are labels, for co_training.py.
     """
 
     def __init__(self, counts, terms, labels, classes, counted):

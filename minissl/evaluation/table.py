@@ -46,7 +46,7 @@ from minissl.training.machine import move_to_device
 
 
 MOST_UNLABELLED = 50_000        # examples of which self-training guesses the classes
-MANY_LABELS = 5000      # above this number of labels, other settings are tried
+MANY_LABELS = 5000      # with more labels, other settings are tried
 
 
 # ---------------------------------------------------------------- columns
@@ -213,7 +213,7 @@ class TextTask:
         return transformer.norm(vectors)
 
     def columns(self):
-        """{name: column}, in the order of the table."""
+        """{name: column}, in the order of the table. The last needs what "fine-tuned" fits."""
         most = max(0, MOST_UNLABELLED - len(self.train))
         extra = self.unlabelled.sample(most)
         n_grams = self.ngram_column(extra)

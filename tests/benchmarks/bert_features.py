@@ -1,8 +1,8 @@
-"""What are the features of Hugging Face's BERT worth after the same minutes of pretraining?
+"""How good are the features of Hugging Face's BERT after the same minutes of pretraining?
 
-    python tests/benchmarks/bert_features.py                  ten minutes and the probe, on IMDb
+    python tests/benchmarks/bert_features.py                  ten minutes, then the probe, on IMDb
     python tests/benchmarks/bert_features.py --minutes 0      the control: the same, untrained
-    python tests/benchmarks/bert_features.py --minutes 0.2 --limit 300         does it run?
+    python tests/benchmarks/bert_features.py --minutes 0.2 --limit 300         a quick trial
 
 mlm.py measures the speed of a step alone. This program trains the model that one would take
 instead, and measures what it has learned. It needs `pip install transformers tokenizers`.

@@ -1,8 +1,8 @@
-"""What are the features of lightly's SimCLR example worth after the same minutes of pretraining?
+"""How good are the features of lightly's SimCLR example after the same minutes?
 
-    python tests/benchmarks/lightly_features.py            ten minutes and the probe, on CIFAR-10
+    python tests/benchmarks/lightly_features.py            ten minutes, then the probe, on CIFAR-10
     python tests/benchmarks/lightly_features.py --minutes 0   the control: the same, untrained
-    python tests/benchmarks/lightly_features.py --minutes 0.2 --limit 300   does it run?
+    python tests/benchmarks/lightly_features.py --minutes 0.2 --limit 300   a quick trial
 
 contrastive.py measures the speed of a step alone, with one encoder on both sides. This program
 trains what one would take instead, lightly's own example for CIFAR-10, and measures what it has
@@ -10,7 +10,7 @@ learned. It needs `pip install lightly torchvision`.
 
     encoder       torchvision's ResNet-18 without its last layer, 512 features
     head          lightly's SimCLRProjectionHead(512, 512, 128)
-    views         SimCLRTransform(input_size=32), made by two data-loading workers
+    views         SimCLRTransform(input_size=32), made by two data-loading workers (the example has eight)
     loss          NTXentLoss(), which has the temperature 0.5
     training      SGD with a constant learning rate of 0.06, batches of 256, float32
 
