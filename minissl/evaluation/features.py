@@ -19,7 +19,7 @@ def no_progress(line):
 # ---------------------------------------------------------------- texts
 
 # At width 256 the widest activations of a block take 16 MB in bfloat16. Batches of 2**15 tokens
-# were slower by a third, perhaps because theirs do not fit into the cache.
+# were slower by a third (EXPERIMENTS.md, "How many tokens should a batch have without gradient?").
 TOKENS_A_BATCH = 2**13
 
 

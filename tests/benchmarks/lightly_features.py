@@ -10,7 +10,8 @@ learned. It needs `pip install lightly torchvision`.
 
     encoder       torchvision's ResNet-18 without its last layer, 512 features
     head          lightly's SimCLRProjectionHead(512, 512, 128)
-    views         SimCLRTransform(input_size=32), made by two data-loading workers (the example has eight)
+    views         SimCLRTransform(input_size=32), made by two data-loading workers
+                  (the example has eight)
     loss          NTXentLoss(), which has the temperature 0.5
     training      SGD with a constant learning rate of 0.06, batches of 256, float32
 
