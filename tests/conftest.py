@@ -169,6 +169,15 @@ def assert_resumes_exactly(run_script, script, arguments, whole, printed, last_s
     assert result_of(resumed_printed) == result_of(printed)
 
 
+def sparse(dense):
+    """A dense matrix (N, D) as SparseRows. (tests/test_probes.py has another way, a loop.)"""
+    from minissl.evaluation.probes import SparseRows
+    rows, indices = dense.nonzero(as_tuple=True)
+    ends = (dense != 0).sum(1).cumsum(0)
+    offsets = torch.cat([torch.zeros(1, dtype=torch.int64), ends])
+    return SparseRows(indices, offsets, dense[rows, indices], dense.shape[1])
+
+
 def assert_equal_states(one, other):
     """Fail unless both dicts hold the same tensors, bit for bit."""
     assert one.keys() == other.keys()

@@ -29,7 +29,7 @@ FOLDER = Path(__file__).parent / "benchmarks"
 
 def load_benchmark(name, monkeypatch):
     """The module of a benchmark, as on a machine without the other side's libraries."""
-    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr(sys, "path", [str(FOLDER), *sys.path])     # as python FILE has it
     for library in ("transformers", "tokenizers", "lightly", "torchvision"):
         monkeypatch.setitem(sys.modules, library, None)
     spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")

@@ -3,19 +3,12 @@
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
+from conftest import sparse
 
 from minissl.evaluation import co_training, probes
 from minissl.evaluation.co_training import CoTraining, in_units
 from minissl.evaluation.ngrams import NGramColumn, naive_bayes_weights
 from minissl.evaluation.table import LinearColumn
-
-
-def sparse(dense):
-    """A dense matrix (N, D) as SparseRows."""
-    rows, indices = dense.nonzero(as_tuple=True)
-    offsets = F.pad((dense != 0).sum(1).cumsum(0), (1, 0))
-    return probes.SparseRows(indices, offsets, dense[rows, indices], dense.shape[1])
 
 
 N, E = 300, 100         # texts of the table and further ones without a label

@@ -6,19 +6,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import sparse
 
 from minissl.data.texts import encode_texts
 from minissl.evaluation import ngrams, probes
 from minissl.evaluation.ngrams import NGramColumn, naive_bayes_weights
 from minissl.tokenizer import train
 from minissl.transformer import TextEncoder
-
-
-def sparse(dense):
-    """A dense matrix (N, D) as SparseRows."""
-    rows, indices = dense.nonzero(as_tuple=True)
-    offsets = F.pad((dense != 0).sum(1).cumsum(0), (1, 0))
-    return probes.SparseRows(indices, offsets, dense[rows, indices], dense.shape[1])
 
 
 def word_counts(labels, seed=0, words=40, strength=0.4):

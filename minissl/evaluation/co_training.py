@@ -37,10 +37,10 @@ import torch.nn.functional as F
 
 from minissl.evaluation import probes
 from minissl.evaluation.ngrams import naive_bayes_weights
+from minissl.evaluation.self_training import weighted_targets
 
 
 MOST_LABELS = 5000      # with more the student learns from the labels alone
-LABEL_SHARE = 0.5       # n labels weigh n + half as much as all guesses
 STRENGTHS = {"tf-idf": 1e-4, "naive Bayes": 0.01}       # of the student's penalty
 
 
@@ -91,9 +91,7 @@ class CoTraining:
         p = probes.predict(x, weights).softmax(1)                         # (U, C)
         guesses = p**2 / (p**2).sum(1, keepdim=True)
         one_hot = F.one_hot(self.probe.labels[indices], C).float()
-        label_weight = 1 + LABEL_SHARE * len(guesses) / n
-        targets = torch.cat([guesses, label_weight * one_hot])            # (U + n, C)
-        targets *= len(targets) / targets.sum()
+        targets = weighted_targets(guesses, one_hot)                      # (U + n, C)
 
         weighting = "naive Bayes" if "naive Bayes" in self.n_grams.rows else "tf-idf"
         row_of_extra = len(self.probe.labels) + np.arange(len(self.extra))

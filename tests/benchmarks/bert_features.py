@@ -26,10 +26,8 @@ the same logistic regression, the same test set.
 
 import math
 import sys
-import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from statistics import mean
 from typing import Literal
 
 import numpy as np
@@ -37,6 +35,8 @@ import torch
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from timed_training import print_probe, train_for
+
 import finetune
 from minissl import UserError, transformer
 from minissl.data.splits import HELD_OUT, TEST, TRAIN
@@ -197,47 +197,28 @@ def rate_at(share):
     return max(0.0, min(share / WARM_UP, (1 - share) / (1 - WARM_UP)))
 
 
-def endless(loader):
-    """Yield batches, epoch after epoch."""
-    while True:
-        yield from loader
-
-
 def train(settings, model, loader, device, autocast):
-    """Train the model until the time is over. Returns a dict of tokens_per_second, steps, loss.
+    """Train the model until the time is over: a dict, as `train_for` returns it.
 
-    The loss is the mean of the last twentieth of the time, in nats for a masked token.
+    The loss is in nats for a masked token.
     """
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0)
-    chance = math.log(model.config.vocab_size)
     model.train()
-    seconds = 60 * settings.minutes
-    step, tokens, losses, next_line = 0, 0, [], 0.05
-    begin = time.perf_counter()
-    for batch in endless(loader):
-        now = time.perf_counter() - begin
-        if losses and now >= next_line * seconds:
-            loss = mean(losses)
-            print(f"step {step:,}: loss {loss:.3f} (chance {chance:.2f}), "
-                  f"{tokens / now:,.0f} tokens a second, "
-                  f"{max(0, seconds - now) / 60:.1f} min left", flush=True)
-            losses = []
-            next_line = math.floor(20 * now / seconds + 1) / 20
-        if step and now >= seconds:
-            return dict(tokens_per_second=round(tokens / now), steps=step, loss=round(loss, 3))
 
+    def train_step(batch, share):
         for group in optimizer.param_groups:
-            group["lr"] = settings.learning_rate * rate_at(now / seconds)
+            group["lr"] = settings.learning_rate * rate_at(share)
         batch = {name: value.to(device) for name, value in batch.items()}
         with autocast:
-            loss_of_step = model(**batch).loss
-        loss_of_step.backward()
+            loss = model(**batch).loss
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        losses.append(loss_of_step.item())
-        step += 1
-        tokens += batch["input_ids"].numel()
+        return loss.item(), batch["input_ids"].numel()
+
+    chance = math.log(model.config.vocab_size)
+    return train_for(settings.minutes, loader, train_step, "tokens", chance)
 
 
 # ---------------------------------------------------------------- features and their probe
@@ -276,14 +257,6 @@ class ProbeTask:
         # As in minissl.evaluation.table.TextTask.
         z, _, _ = standardize(transformer.norm(features), self.train)
         self.probe = LinearColumn(z, self.labels, len(self.classes))
-
-
-def print_result(figures, measurements):
-    """Print the last line: the figures, and the mean accuracy of each row of the table."""
-    for row in dict.fromkeys(m["labels_a_class"] for m in measurements):
-        draws = [m["test_accuracy"] for m in measurements if m["labels_a_class"] == row]
-        figures[f"labels_{row}"] = round(mean(draws), 1)
-    print("result: " + " ".join(f"{name}={value}" for name, value in figures.items()))
 
 
 def main():
@@ -328,10 +301,7 @@ def main():
 
     features = text_features(MeanOfTokens(model), labelled, autocast, device, progress)
     task = ProbeTask(labelled, features)
-    probe_settings = finetune.Settings(run="", probe=True, limit=settings.limit)
-    measurements, _, _, chance = finetune.measure_table(probe_settings, task)
-    finetune.print_table(measurements, chance)
-    print_result(figures, measurements)
+    print_probe(task, settings.limit, figures)
 
 
 if __name__ == "__main__":

@@ -25,10 +25,8 @@ the same test set.
 
 import math
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import mean
 from typing import Literal
 
 import torch
@@ -36,6 +34,8 @@ from torch import nn
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from timed_training import print_probe, train_for
+
 import finetune
 from minissl import UserError
 from minissl.data.images import load_images
@@ -117,56 +117,25 @@ class SimCLR(nn.Module):
         return self.backbone((x - self.mean) / self.std).flatten(1)
 
 
-def endless(loader):
-    """Yield batches, epoch after epoch."""
-    while True:
-        yield from loader
-
-
 def train(settings, model, loader, device, autocast):
-    """Train the model until the time is over. Returns a dict of images_per_second, steps, loss.
-
-    The loss is the mean of the last twentieth of the time.
-    """
+    """Train the model until the time is over: a dict, as `train_for` returns it."""
     optimizer = torch.optim.SGD(model.parameters(), settings.learning_rate)
     criterion = NTXentLoss()
-    chance = math.log(2 * settings.batch_size - 1)
     model.train()
-    seconds = 60 * settings.minutes
-    step, images, losses, next_line = 0, 0, [], 0.05
-    begin = time.perf_counter()
-    for first, second in endless(loader):
-        now = time.perf_counter() - begin
-        if losses and now >= next_line * seconds:
-            loss = mean(losses)
-            print(f"step {step:,}: loss {loss:.3f} (chance {chance:.2f}), "
-                  f"{images / now:,.0f} images a second, "
-                  f"{max(0, seconds - now) / 60:.1f} min left", flush=True)
-            losses = []
-            next_line = math.floor(20 * now / seconds + 1) / 20
-        if step and now >= seconds:
-            return dict(images_per_second=round(images / now), steps=step, loss=round(loss, 3))
 
+    def train_step(views, share):
+        first, second = views
         with autocast:
             z0 = model(first.to(device))                                  # (B, 128)
             z1 = model(second.to(device))
-        loss_of_step = criterion(z0.float(), z1.float())
-        loss_of_step.backward()
+        loss = criterion(z0.float(), z1.float())
+        loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        losses.append(loss_of_step.item())
-        step += 1
-        images += len(first)
+        return loss.item(), len(first)
 
-
-# ---------------------------------------------------------------- the table
-
-def print_result(figures, measurements):
-    """Print the last line: the figures, and the mean accuracy of each row of the table."""
-    for row in dict.fromkeys(m["labels_a_class"] for m in measurements):
-        draws = [m["test_accuracy"] for m in measurements if m["labels_a_class"] == row]
-        figures[f"labels_{row}"] = round(mean(draws), 1)
-    print("result: " + " ".join(f"{name}={value}" for name, value in figures.items()))
+    chance = math.log(2 * settings.batch_size - 1)
+    return train_for(settings.minutes, loader, train_step, "images", chance)
 
 
 def main():
@@ -212,10 +181,7 @@ def main():
 
     task = ImageTask(labelled, model, autocast, device, precision,
                      new_model=None, flip=True, code=None)
-    probe_settings = finetune.Settings(run="", probe=True, limit=settings.limit)
-    measurements, _, _, chance = finetune.measure_table(probe_settings, task)
-    finetune.print_table(measurements, chance)
-    print_result(figures, measurements)
+    print_probe(task, settings.limit, figures)
 
 
 if __name__ == "__main__":
