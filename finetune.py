@@ -11,7 +11,8 @@
 "Labels a class" says how many labelled examples of each class a row may use. They are drawn
 several times, and all columns get the same draws. Everything else is chosen on held-out examples
 or by cross-validation. The test set is used for the figures alone. Without --labels the rows are
-10, 100, 500 and all for texts, and 10, 50, 500 and all for images. The row "all" uses every
+10, 100, 500 and all for texts, and 10, 50, 500 and all for images. Each row is kept as soon as it
+is finished. The row "all" uses every
 label, so its labels are always the same. It is trained twice, in two orders (with --seeds 1 once).
 
     n-grams       texts: logistic regression on n-grams, without any pretraining: tokens and
@@ -26,7 +27,8 @@ label, so its labels are always the same. It is trained twice, in two orders (wi
                   used. Of images, a second probe learns from the guesses. Of texts, a classifier
                   of n-grams does, and its logits are added to those of the probe. No guesses
                   are used with more than 2,000 labels (images) or 5,000 (texts).
-    fine-tuned    the probe and the whole encoder trained further on the labels
+    fine-tuned    the probe and the whole encoder trained further on the labels. It stays the probe
+                  (rate 0) unless held-out examples are clearly better off with another rate.
     fine-tuned + n-grams    texts: the logits of "fine-tuned" plus those of the n-grams of
                   "self-trained"
 
@@ -40,8 +42,6 @@ classifier.pt holds a model of more labels of the same data, that one is kept. A
 """
 
 import contextlib
-import csv
-import math
 import sys
 import time
 import zlib
@@ -59,22 +59,16 @@ from minissl.data.splits import HELD_OUT, TRAIN, fingerprint, incomplete_classes
 from minissl.data.text_sources import load_texts, read_texts
 from minissl.data.texts import encode_texts
 from minissl.evaluation import load, probes
+from minissl.evaluation.classifier import build_classifier, read_classifier, write_classifier
 from minissl.evaluation.features import image_features, text_features
-from minissl.evaluation.table import (
-    ImageTask,
-    TextTask,
-    WholeTextEncoder,
-    build_classifier,
-    read_classifier,
-    write_classifier,
-)
+from minissl.evaluation.image_table import ImageTask
+from minissl.evaluation.measurements import add_measurements, print_table, read_measurements
+from minissl.evaluation.text_table import TextTask, WholeTextEncoder
 from minissl.training import distributed, report
 from minissl.training.files import (
     is_writable,
     progress,
-    read_csv,
     write_atomically,
-    write_csv,
     write_npy,
 )
 from minissl.training.machine import choose_machine, move_to_device
@@ -252,7 +246,12 @@ def count(n, thing):
 # ---------------------------------------------------------------- 3. the table
 
 def choose(column, task, per_class):
-    """The column's option that is best on held-out examples, on a few draws of labels."""
+    """The column's option that is best on held-out examples, on a few draws of labels.
+
+    A column that prefers its first option keeps it, unless the best one is ahead by more than
+    the standard error of the difference (the rule of Breiman et al. 1984, "Classification and
+    regression trees", section 3.4.3).
+    """
     draws = []
     for seed in range(1 if per_class is None else task.choice_draws):
         drawn = probes.draw_labels(task.labels[task.train], per_class, 1000 + seed)
@@ -260,15 +259,22 @@ def choose(column, task, per_class):
     options = column.options(len(draws[0]))
     if len(options) == 1:
         return options[0]
-    scores = []
-    for option in options:
-        accuracies = []
-        for seed, indices in enumerate(draws):
-            model = column.fit(indices, option, seed)
-            predictions = column.predict(model, task.held_out)
-            accuracies.append(probes.accuracy(predictions, task.labels[task.held_out]))
-        scores.append(np.mean(accuracies))
-    return options[int(np.argmax(scores))]
+    scores = torch.stack([held_out_scores(column, task, option, draws) for option in options])
+    best = int(scores.mean(1).argmax())
+    lead = scores[best] - scores[0]                             # (H,)
+    if column.prefers_first and lead.mean() <= lead.std() / len(lead) ** 0.5:
+        best = 0
+    return options[best]
+
+
+def held_out_scores(column, task, option, draws):
+    """The share of the draws after which each held-out example is classified right, (H,)."""
+    right = 0
+    for seed, indices in enumerate(draws):
+        model = column.fit(indices, option, seed)
+        predictions = column.predict(model, task.held_out)
+        right = right + (predictions == task.labels[task.held_out]).double()
+    return right / len(draws)
 
 
 def measure_row(settings, task, columns, labels_a_class):
@@ -314,9 +320,10 @@ def measure_row(settings, task, columns, labels_a_class):
     return measurements, models.get("fine-tuned", model), len(indices)
 
 
-def measure_table(settings, task):
+def measure_table(settings, task, keep=None):
     """All rows: (measurements, last model, its number of labels, chance).
 
+    keep(measurements), if given, is called after each row, so that no crash loses a finished row.
     chance: the share of the commonest class in the test set, in percent. Ctrl-C ends the table
     after the last complete row.
     """
@@ -339,6 +346,8 @@ def measure_table(settings, task):
                                         "was written") from None
             print("stopped: the rows before this one are kept", flush=True)
             break
+        if keep:
+            keep(measured)
         measurements += measured
         last = model, labels
     return measurements, *last, chance
@@ -362,112 +371,6 @@ def possible_rows(settings, task):
 
 
 # ---------------------------------------------------------------- 4. results
-
-def print_table(measurements, chance):
-    """Print the mean and the standard deviation over draws, and the mean seconds of a draw."""
-    print(f"\ntest accuracy in %, mean ± std over draws of labels (chance {chance:.1f}); "
-          f"in brackets seconds a draw,\n"
-          f"without what a column before it has already fitted")
-    methods = list(dict.fromkeys(m["method"] for m in measurements))
-    lines = [["labels a class", *methods]]
-    for row in dict.fromkeys(m["labels_a_class"] for m in measurements):
-        line = [row]
-        for method in methods:
-            draws = [m for m in measurements
-                     if m["labels_a_class"] == row and m["method"] == method]
-            accuracies = [draw["test_accuracy"] for draw in draws]
-            seconds = np.mean([draw["seconds"] for draw in draws])
-            std = np.std(accuracies, ddof=1) if len(accuracies) > 1 else 0
-            line.append(f"{np.mean(accuracies):.1f} ± {std:.1f} ({seconds:.0f})")
-        lines.append(line)
-    widths = [max(len(cell) for cell in column) for column in zip(*lines)]
-    for line in lines:
-        cells = [cell.rjust(width) for cell, width in zip(line, widths)]
-        print("  ".join(cells), flush=True)
-
-
-SAME_CONDITION = ("data", "limit", "step", "checksum")
-SAME_MEASUREMENT = ("labels_a_class", "method", *SAME_CONDITION)
-
-
-def merge_measurements(old, new):
-    """`old` without what `new` measured again, and `new`, as one list of dicts.
-
-    A measurement is replaced if it agrees in all of SAME_MEASUREMENT. The rows of the condition
-    of `new` stand at the end, sorted by labels a class.
-    """
-    measured_again = [values_of(row, SAME_MEASUREMENT) for row in new]
-    condition = values_of(new[0], SAME_CONDITION)
-    others, same = [], []
-    for row in old:
-        if values_of(row, SAME_CONDITION) != condition:
-            others.append(row)
-        elif values_of(row, SAME_MEASUREMENT) not in measured_again:
-            same.append(row)
-    return others + sorted(same + new, key=labels_a_class)
-
-
-def rename_other_data(old, source):
-    """Give old rows the name that the data has now, or another one if its content was another.
-
-    The page and the figure know data by its name, so other content must have another name.
-    old: rows of finetune.csv, which are changed; source: a dict of data, limit and checksum.
-    Returns the number of rows of other content.
-    """
-    changed = 0
-    for row in old:
-        if not load.is_same_source(row["data"], source["data"]):
-            continue
-        row["data"] = source["data"]            # one spelling of a path
-        same_limit = row["limit"] == str(source["limit"])
-        if same_limit and row["checksum"] != source["checksum"]:
-            row["data"] += f" (other content, checksum {row['checksum'] or 'unknown'})"
-            changed += 1
-    return changed
-
-
-def values_of(row, names):
-    """The values of a row as strings, because a .csv holds nothing else."""
-    return [str(row[name]) for name in names]
-
-
-def labels_a_class(row):
-    if row["labels_a_class"] == "all":
-        return float("inf")
-    return int(row["labels_a_class"])
-
-
-def read_measurements(path):
-    """The rows of finetune.csv or probe.csv; none if there is no such file.
-
-    Raises UserError if the file is damaged, for example by a spreadsheet.
-    """
-    if not path.exists():
-        return []
-    line = 1
-    try:
-        rows = read_csv(path)
-        for line, row in enumerate(rows, 2):    # noqa: B007, the error names the line
-            row.setdefault("checksum", "")      # the first tables had no checksum
-            check_measurement(row)
-        return rows
-    except (ValueError, KeyError, TypeError, csv.Error):
-        raise UserError(f"{path} is damaged in line {line}: correct it or move it away, and "
-                        f"start again") from None
-
-
-def check_measurement(row):
-    """Raise ValueError, KeyError or TypeError unless a row of the file is whole."""
-    labels_a_class(row)
-    values_of(row, SAME_MEASUREMENT)
-    for name in ("seed", "limit", "step"):
-        int(row[name])
-    for name in ("test_accuracy", "seconds"):
-        if not math.isfinite(float(row[name])):
-            raise ValueError(name)
-    if None in row or None in row.values():
-        raise ValueError("too many values, or too few")
-
 
 def keep_classifier(run, model, conditions):
     """Write classifier.pt, or print why the one that is there stays.
@@ -524,21 +427,18 @@ def make_table(settings, model, checkpoint, machine):
         task = ImageTask(data, model, autocast, device, precision,
                          partial(load.new_model, checkpoint), flip, trained.get("code"),
                          unlabelled)
-    new, classifier, labels, chance = measure_table(settings, task)
-
-    # Printed first: what was measured must not be lost if the disk is full.
-    print_table(new, chance)
     source = dict(data=name, limit=settings.limit, step=checkpoint["step"],
                   checksum=checksum(data))
-    for measurement in new:
-        measurement.update(source)
-    # Read now: another process may have added its rows while this one measured.
-    old = read_measurements(path)
-    changed = rename_other_data(old, source)
-    if changed:
-        print(f"{name} has not the checksum of {count(changed, 'older result')} in {path}, so "
-              f"they stay in a separate table")
-    write_csv(path, merge_measurements(old, new))
+
+    def keep(row):
+        """Write the measurements of a finished row into the file."""
+        changed = add_measurements(path, row, source)
+        if changed:
+            print(f"{name} has not the checksum of {count(changed, 'older result')} in {path}, "
+                  f"so they stay in a separate table")
+
+    new, classifier, labels, chance = measure_table(settings, task, keep)
+    print_table(new, chance)
     if not settings.probe:
         shape = None if is_text else list(data.shape[1:])
         keep_classifier(folder, classifier,

@@ -19,8 +19,8 @@ from minissl.data.images import mean_and_whitening
 from minissl.data.splits import evenly_spaced
 from minissl.data.texts import encode_texts
 from minissl.evaluation import probes
+from minissl.evaluation.columns import PROBE_STRENGTHS, standardize
 from minissl.evaluation.features import image_features
-from minissl.evaluation.table import PROBE_STRENGTHS, standardize
 from minissl.optim import lr_schedule, muon_and_adam, step_optimizers
 from minissl.training.files import progress
 from minissl.training.machine import move_to_device

@@ -14,7 +14,7 @@ import torch
 from graph_data import pair_table
 
 from minissl.evaluation import probes
-from minissl.evaluation.table import PROBE_STRENGTHS, standardize
+from minissl.evaluation.columns import PROBE_STRENGTHS, standardize
 
 
 MOST_NODES = 6000           # for all eigenvectors: 10 s at 3,000 nodes, 8 times that at 6,000

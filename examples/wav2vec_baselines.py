@@ -21,8 +21,9 @@ import wav2vec_data
 
 from minissl.data.splits import HELD_OUT, TEST, TRAIN
 from minissl.evaluation import probes
+from minissl.evaluation.classifier import Classifier
+from minissl.evaluation.columns import PROBE_STRENGTHS, LinearColumn, standardize
 from minissl.evaluation.self_training import SelfTraining
-from minissl.evaluation.table import PROBE_STRENGTHS, Classifier, LinearColumn, standardize
 from minissl.optim import Muon, lr_schedule, step_optimizers
 from minissl.training.files import progress
 
@@ -92,7 +93,7 @@ def make_optimizers(model, rate, encoder_scale, precision):
 def probe_columns(features, recordings):
     """Two classifiers of features (N, D): logistic regression, and the same self-trained.
 
-    Each has fit(indices) and predict(model, indices), see evaluation/table.py. The features
+    Each has fit(indices) and predict(model, indices), see evaluation/columns.py. The features
     are standardized over the training recordings, whose other labels are not read.
     """
     pool = recordings.select(TRAIN, labelled=False)

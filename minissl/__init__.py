@@ -24,7 +24,11 @@ What the scripts need, in three folders:
         co_training.py   texts: n-grams that also learn from texts without labels
         previews.py      what training shows while it runs
         load.py          a finished run, opened again
-        table.py         the columns of finetune.py's table
+        columns.py       a column of finetune.py's table
+        classifier.py    an encoder with a linear layer, and its file
+        text_table.py    the columns for texts
+        image_table.py   the columns for images
+        measurements.py  the table, printed and kept in a file
     data/
         batches.py       random numbers and batches, as functions of the step
         splits.py        training, held-out and test examples; duplicates

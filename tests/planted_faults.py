@@ -278,7 +278,7 @@ SPLITS = "minissl/data/splits.py"
 DISTRIBUTED = "minissl/training/distributed.py"
 RUN = "minissl/training/run.py"
 PROBES = "minissl/evaluation/probes.py"
-TABLE = "minissl/evaluation/table.py"
+IMAGE_TABLE = "minissl/evaluation/image_table.py"
 
 FAULTS = [
     # ------------------------------------------------------------ masked words
@@ -707,14 +707,14 @@ FAULTS = [
         test="test_finetune.py::test_permuting_the_test_labels_changes_no_choice",
         edits=[
             Edit(
-                "finetune.py", "choose",
+                "finetune.py", "held_out_scores",
                 right="predictions = column.predict(model, task.held_out)",
                 wrong="predictions = column.predict(model, task.test)",
             ),
             Edit(
-                "finetune.py", "choose",
-                right="probes.accuracy(predictions, task.labels[task.held_out])",
-                wrong="probes.accuracy(predictions, task.labels[task.test])",
+                "finetune.py", "held_out_scores",
+                right="(predictions == task.labels[task.held_out]).double()",
+                wrong="(predictions == task.labels[task.test]).double()",
             ),
         ],
     ),
@@ -746,7 +746,7 @@ FAULTS = [
             16).""",
         test="test_finetune.py::test_fine_tuning_images_at_rate_0_is_the_probe",
         edits=[Edit(
-            TABLE, "ImageTask.features",
+            IMAGE_TABLE, "ImageTask.features",
             right="model.eval().encode",
             wrong="model.train().encode",
         )],

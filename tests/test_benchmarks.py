@@ -19,7 +19,7 @@ import finetune
 from minissl.data.text_sources import load_texts
 from minissl.data.texts import encode_texts
 from minissl.evaluation.features import text_features
-from minissl.evaluation.table import TextTask
+from minissl.evaluation.text_table import TextTask
 from minissl.tokenizer import Tokenizer
 from minissl.transformer import TextEncoder
 

@@ -7,8 +7,8 @@ from conftest import sparse
 
 from minissl.evaluation import co_training, probes
 from minissl.evaluation.co_training import CoTraining, in_units
+from minissl.evaluation.columns import LinearColumn
 from minissl.evaluation.ngrams import NGramColumn, naive_bayes_weights
-from minissl.evaluation.table import LinearColumn
 
 
 N, E = 300, 100         # texts of the table and further ones without a label

@@ -19,8 +19,11 @@ import finetune
 from minissl import UserError, contrastive
 from minissl.autoencoder import Autoencoder
 from minissl.data import images, splits, text_sources, texts
-from minissl.evaluation import features, load, ngrams, probes, table
-from minissl.evaluation.table import ImageTask, TextTask
+from minissl.evaluation import features, image_table, load, measurements, ngrams, probes
+from minissl.evaluation.classifier import Classifier, read_classifier
+from minissl.evaluation.columns import Column, LinearColumn
+from minissl.evaluation.image_table import ImageTask
+from minissl.evaluation.text_table import TextTask
 from minissl.optim import Muon
 from minissl.training import distributed, files, report
 from minissl.transformer import TextEncoder
@@ -195,13 +198,26 @@ def test_ctrl_c_keeps_the_finished_rows(run, run_script, brief, monkeypatch):
     assert (run / "classifier.pt").exists()
 
 
-def test_a_full_disk_does_not_hide_the_finished_table(run, run_script, monkeypatch):
+def test_a_crash_keeps_the_finished_rows(run, run_script, monkeypatch):
+    measure_row = finetune.measure_row
+
+    def crashes(settings, task, columns, row):
+        if row == "5":
+            raise MemoryError
+        return measure_row(settings, task, columns, row)
+    monkeypatch.setattr(finetune, "measure_row", crashes)
+    code, _ = run_script(finetune, run, *CPU, "--probe", "--labels", 2, 5, "--seeds", 1)
+    assert code == 1
+    assert {row["labels_a_class"] for row in read_rows(run / "probe.csv")} == {"2"}
+
+
+def test_a_full_disk_does_not_hide_the_finished_row(run, run_script, monkeypatch):
     def no_space(path, rows):
         raise OSError(errno.ENOSPC, "No space left on device")
-    monkeypatch.setattr(finetune, "write_csv", no_space)
+    monkeypatch.setattr(measurements, "write_csv", no_space)
     code, printed = run_script(finetune, run, *CPU, "--probe", "--labels", 2, "--seeds", 1)
     assert code == 1 and "No space left" in printed
-    assert "linear probe" in printed and "±" in printed
+    assert "draw 1: linear probe" in printed
 
 
 def test_a_table_needs_a_writable_folder(run, run_script, monkeypatch):
@@ -212,12 +228,12 @@ def test_a_table_needs_a_writable_folder(run, run_script, monkeypatch):
 
 
 def test_all_means_all_but_the_test_set(run, run_script, monkeypatch):
-    asked, fit = [], table.LinearColumn.fit
+    asked, fit = [], LinearColumn.fit
 
     def watched(self, indices, *more):
         asked.append(tuple(indices))
         return fit(self, indices, *more)
-    monkeypatch.setattr(table.LinearColumn, "fit", watched)
+    monkeypatch.setattr(LinearColumn, "fit", watched)
     code, printed = run_script(finetune, run, *CPU, "--probe", "--labels", 2, "all", "--seeds", 3)
     assert code == 0, printed
     assert [len(indices) for indices in asked] == [4] * 3 + [160] * 2
@@ -239,14 +255,34 @@ def test_the_best_option_on_held_out_examples_is_chosen():
     def predict(option, indices):
         is_right = torch.from_numpy(right[option][indices])
         return torch.where(is_right, labels[indices], 1 - labels[indices])
-    column = table.Column(lambda n: ["never", "held_out", "test"], fit, predict)
+    column = Column(lambda n: ["never", "held_out", "test"], fit, predict)
     assert finetune.choose(column, task, 3) == "held_out"
     assert finetune.choose(column, task, None) == "held_out"
 
 
+@pytest.mark.parametrize("prefers_first, gained, lost, chosen", [
+    (True, 2, 1, "first"),          # ahead by 0.1 of ten, with a standard error of 0.18
+    (False, 2, 1, "other"),
+    (True, 4, 0, "other"),          # ahead by 0.4, with a standard error of 0.16
+])
+def test_the_safe_option_yields_only_to_a_clear_lead(prefers_first, gained, lost, chosen):
+    labels = torch.tensor([0, 1] * 10)
+    task = SimpleNamespace(labels=labels, train=np.arange(10), held_out=np.arange(10, 20),
+                           choice_draws=1)
+    right = dict(first=np.arange(20) >= 15, other=np.arange(20) >= 15 - gained)
+    right["other"][20 - lost:] = False
+
+    def predict(option, indices):
+        is_right = torch.from_numpy(right[option][indices])
+        return torch.where(is_right, labels[indices], 1 - labels[indices])
+    column = Column(lambda n: ["first", "other"], lambda indices, option, seed: option, predict,
+                    prefers_first=prefers_first)
+    assert finetune.choose(column, task, 3) == chosen
+
+
 def test_chance_is_the_share_of_the_commonest_test_class(capsys):
     labels = torch.tensor([0, 1] * 10 + [0, 1, 1, 1] * 2)
-    column = table.Column(lambda n: [None], lambda indices, option, seed: None,
+    column = Column(lambda n: [None], lambda indices, option, seed: None,
                           lambda model, indices: torch.ones(len(indices)))
     task = SimpleNamespace(labels=labels, train=np.arange(10), held_out=np.arange(10, 20),
                            test=np.arange(20, 28), classes=["a", "b"], probe=column, choice_draws=1)
@@ -262,7 +298,7 @@ def test_the_printed_table_has_means_and_spreads(capsys):
             for labels, method, accuracy in (("10", "pixels", 20), ("10", "pixels", 30),
                                              ("10", "fine-tuned", 40), ("10", "fine-tuned", 40),
                                              ("all", "pixels", 50), ("all", "fine-tuned", 60))]
-    finetune.print_table(rows, 25)
+    measurements.print_table(rows, 25)
     _, _, head, *lines = capsys.readouterr().out.strip().splitlines()
     assert head.split() == ["labels", "a", "class", "pixels", "fine-tuned"]
     assert lines[0].split() == "10 25.0 ± 7.1 (2) 40.0 ± 0.0 (2)".split()
@@ -273,9 +309,9 @@ def test_the_printed_table_has_means_and_spreads(capsys):
 def test_permuting_the_test_labels_changes_no_choice(
         kind, run, image_run, run_script, brief, monkeypatch):
     folder, name = (run, "load_texts") if kind == "texts" else (image_run, "load_images")
-    loader, measure, choose = getattr(finetune, name), finetune.measure_table, finetune.choose
-    accuracy = probes.accuracy
-    models, seen = [], []                       # seen: the accuracies that the choices rest on
+    loader, measure = getattr(finetune, name), finetune.measure_table
+    held_out_scores = finetune.held_out_scores
+    models, seen = [], []                       # seen: the scores that the choices rest on
 
     def permuted(*arguments, **options):
         data = loader(*arguments, **options)
@@ -289,23 +325,19 @@ def test_permuting_the_test_labels_changes_no_choice(
         models.append(result[1].state_dict())
         return result
 
-    def keep_accuracy(*arguments):
-        seen.append(accuracy(*arguments))
-        return seen[-1]
-
-    def choose_watched(*arguments):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(probes, "accuracy", keep_accuracy)
-            return choose(*arguments)
+    def keep_scores(*arguments):
+        scores = held_out_scores(*arguments)
+        seen.append(scores.tolist())
+        return scores
     monkeypatch.setattr(finetune, "measure_table", keep_model)
-    monkeypatch.setattr(finetune, "choose", choose_watched)
+    monkeypatch.setattr(finetune, "held_out_scores", keep_scores)
     for load_data in (loader, permuted):
         monkeypatch.setattr(finetune, name, load_data)
         code, printed = run_script(finetune, folder, *CPU, "--labels", 3, "--seeds", 1,
                                    "--limit", 0 if kind == "texts" else 100)
         assert code == 0, printed
     half = len(seen) // 2
-    assert half >= 4 and seen[:half] == seen[half:]
+    assert half >= 3 and seen[:half] == seen[half:]
     assert equal(*models)
 
 
@@ -385,15 +417,15 @@ def measurement(labels="10", method="pixels", accuracy=50.0, data="a.npy", limit
 def test_rows_of_other_measurements_stay(change, tmp_path):
     path = tmp_path / "finetune.csv"
     files.write_csv(path, [measurement(), measurement(**change)])
-    old = finetune.read_measurements(path)
-    merged = finetune.merge_measurements(old, [measurement(accuracy=60.0)])
+    old = measurements.read_measurements(path)
+    merged = measurements.merge_measurements(old, [measurement(accuracy=60.0)])
     found = {float(row["test_accuracy"]) for row in merged}
     assert len(merged) == 2 and found == {50, 60}
 
 
 def test_merged_rows_are_sorted_and_the_newest_condition_is_last():
     old = [measurement("all"), measurement("10"), measurement("10", limit=12)]
-    merged = finetune.merge_measurements(old, [measurement("500")])
+    merged = measurements.merge_measurements(old, [measurement("500")])
     found = [(row["labels_a_class"], row["limit"]) for row in merged]
     assert found == [("10", 12), ("10", 0), ("500", 0), ("all", 0)]
 
@@ -417,7 +449,7 @@ def test_a_trial_does_not_replace_a_result(run, run_script, brief):
 def test_one_path_in_two_spellings_is_one_source():
     old = [measurement(data=name, limit="0") for name in ("./d/a.npy", "d/../d/a.npy", "b.npy")]
     source = dict(data="d/a.npy", limit=0, checksum="1")
-    assert finetune.rename_other_data(old, source) == 0
+    assert measurements.rename_other_data(old, source) == 0
     assert [row["data"] for row in old] == ["d/a.npy", "d/a.npy", "b.npy"]
     assert load.is_same_source("imdb", "imdb") and not load.is_same_source("imdb", "./imdb")
 
@@ -443,18 +475,18 @@ def test_rows_without_a_checksum_stay_in_a_table_of_their_own(tmp_path):
     row = measurement()
     del row["checksum"]
     files.write_csv(tmp_path / "finetune.csv", [row])
-    old = finetune.read_measurements(tmp_path / "finetune.csv")
-    assert finetune.rename_other_data(old, dict(data="a.npy", limit=0, checksum="1")) == 1
+    old = measurements.read_measurements(tmp_path / "finetune.csv")
+    assert measurements.rename_other_data(old, dict(data="a.npy", limit=0, checksum="1")) == 1
     assert old[0]["data"] == "a.npy (other content, checksum unknown)"
 
 
 def test_rows_that_came_while_measuring_are_kept(run, run_script, monkeypatch):
     measure = finetune.measure_table
 
-    def measure_slowly(settings, task):
+    def measure_slowly(settings, task, keep):
         monkeypatch.setattr(finetune, "measure_table", measure)
         assert run_script(finetune, run, *CPU, "--probe", "--labels", 5, "--seeds", 1)[0] == 0
-        return measure(settings, task)
+        return measure(settings, task, keep)
     monkeypatch.setattr(finetune, "measure_table", measure_slowly)
     code, printed = run_script(finetune, run, *CPU, "--probe", "--labels", 2, "--seeds", 1)
     assert code == 0, printed
@@ -485,7 +517,7 @@ def test_the_classifier_of_most_labels_is_kept(change, replaced, tmp_path):
 def test_a_trial_replaces_a_trial(tmp_path):
     finetune.keep_classifier(tmp_path, nn.Linear(1, 1), CONDITIONS | dict(limit=12))
     finetune.keep_classifier(tmp_path, nn.Linear(1, 1), CONDITIONS | dict(limit=40, labels=101))
-    assert table.read_classifier(tmp_path)["limit"] == 40
+    assert read_classifier(tmp_path)["limit"] == 40
 
 
 HEAD = b"labels_a_class,method,seed,test_accuracy,seconds,data,limit,step,checksum\n"
@@ -740,7 +772,7 @@ def test_predict_needs_a_classifier_of_this_step(run, run_script, brief, tmp_pat
 def test_a_classifier_of_other_classes_is_refused(change, run, run_script, brief, tmp_path):
     (tmp_path / "new.txt").write_text("the ship sails\n", encoding="utf-8")
     assert run_script(finetune, run, *CPU, "--labels", 2, "--seeds", 1)[0] == 0
-    saved = table.read_classifier(run) | change
+    saved = read_classifier(run) | change
     saved = {name: value for name, value in saved.items() if value is not None or name == "shape"}
     files.write_checkpoint(run / "classifier.pt", saved)
     code, printed = run_script(finetune, run, *CPU, "--predict", tmp_path / "new.txt")
@@ -941,7 +973,7 @@ def test_fine_tuning_images_at_rate_0_is_the_probe(precision, image_runs, brief)
 def test_the_head_is_float32_so_that_classes_do_not_tie():
     body = SimpleNamespace(encode=lambda x: x.bfloat16())
     weights = torch.tensor([[1.0, 1.001], [0.0, 0.0]])              # 1 feature, 2 classes
-    classifier = table.Classifier(nn.Identity(), torch.zeros(1), torch.ones(1), weights)
+    classifier = Classifier(nn.Identity(), torch.zeros(1), torch.ones(1), weights)
     classifier.body = None
     object.__setattr__(classifier, "body", body)
     with torch.autocast("cpu", torch.bfloat16):
@@ -951,7 +983,7 @@ def test_the_head_is_float32_so_that_classes_do_not_tie():
 
 def test_images_are_not_mirrored_where_that_is_forbidden(
         image_run, run_script, monkeypatch, brief):
-    flips, augment, read = set(), contrastive.augment, table.image_features
+    flips, augment, read = set(), contrastive.augment, image_table.image_features
 
     def watched_augment(*arguments, **named):
         flips.add(named["flip"])
@@ -961,13 +993,13 @@ def test_images_are_not_mirrored_where_that_is_forbidden(
         flips.add(named["mirror"])
         return read(*arguments, **named)
     monkeypatch.setattr(contrastive, "augment", watched_augment)
-    monkeypatch.setattr(table, "image_features", watched_features)
+    monkeypatch.setattr(image_table, "image_features", watched_features)
     for flags, expected in ([], {True}), (["--no-flip"], {False}):
         flips.clear()
         code, printed = run_script(finetune, image_run, *CPU, "--labels", 3, "--seeds", 1,
                                    "--limit", 100, *flags)
         assert code == 0 and flips == expected, printed
-        assert table.read_classifier(image_run)["flip"] == (not flags)
+        assert read_classifier(image_run)["flip"] == (not flags)
 
 
 def test_written_features_are_mirrored_unless_forbidden(image_run, run_script, tmp_path):

@@ -22,7 +22,7 @@ import train_mlm
 from minissl import autoencoder, contrastive, optim, transformer
 from minissl.data.images import load_images
 from minissl.evaluation.features import image_features
-from minissl.evaluation.table import ImageTask
+from minissl.evaluation.image_table import ImageTask
 from minissl.training.run import Run
 
 

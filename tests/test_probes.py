@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from minissl.evaluation import probes
-from minissl.evaluation.table import PROBE_STRENGTHS
+from minissl.evaluation.columns import PROBE_STRENGTHS
 
 
 def sparse(dense):

@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 
 from minissl.evaluation import probes, self_training
+from minissl.evaluation.columns import LinearColumn
 from minissl.evaluation.self_training import SelfTraining, nearest_neighbours, spread
-from minissl.evaluation.table import LinearColumn
 
 
 def clusters(sizes, distance=3.0, columns=6, seed=0):

@@ -20,7 +20,7 @@ from minissl.data.batches import Batches, generator
 from minissl.data.images import load_images
 from minissl.data.splits import HELD_OUT, TRAIN
 from minissl.evaluation import load
-from minissl.evaluation.table import ImageTask
+from minissl.evaluation.image_table import ImageTask
 from minissl.optim import Muon
 from minissl.training import machine
 from minissl.training.files import load_checkpoint

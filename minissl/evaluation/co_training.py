@@ -28,7 +28,7 @@ for the most certain.
 With many labels the student is the classifier of the column "n-grams", which learns
 from the labels alone. Then the sum shows what pretraining adds to n-grams.
 
-Read next: table.py, where this is the column "self-trained" of texts.
+Read next: text_table.py, where this is the column "self-trained" of texts.
 """
 
 import numpy as np

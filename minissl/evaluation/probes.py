@@ -6,8 +6,7 @@ Three rules make an evaluation honest, and this file keeps them:
 - Choices, such as the strength of the penalty, are made by cross-validation among those labels.
 - Labels of the test set reach `accuracy` and nothing else.
 
-Read next: ngrams.py, the baseline of texts, and then table.py, which builds the columns of
-finetune.py from these functions.
+Read next: ngrams.py, the baseline of texts, and then columns.py, the columns of finetune.py.
 """
 
 from dataclasses import dataclass

@@ -17,7 +17,7 @@ The classes are not balanced: their sizes are those that the probe guesses. Forc
 helps a little where the classes are equal, and costs more than it can win where they are not
 (EXPERIMENTS.md, "Does self-training help with few labels?").
 
-Read next: table.py, where this is the column "self-trained".
+Read next: image_table.py, where this is the column "self-trained".
 """
 
 import numpy as np

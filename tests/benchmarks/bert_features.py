@@ -41,8 +41,9 @@ import finetune
 from minissl import UserError, transformer
 from minissl.data.splits import HELD_OUT, TEST, TRAIN
 from minissl.data.text_sources import load_texts
+from minissl.evaluation.columns import LinearColumn, standardize
 from minissl.evaluation.features import text_features
-from minissl.evaluation.table import TEXT_LABELS, LinearColumn, standardize
+from minissl.evaluation.text_table import TEXT_LABELS
 from minissl.training.files import progress
 from minissl.training.machine import choose_machine
 from minissl.training.settings import read_settings, require_at_least, run_script
@@ -254,7 +255,7 @@ class ProbeTask:
         self.train = np.flatnonzero(texts.split == TRAIN)
         self.held_out = np.flatnonzero(texts.split == HELD_OUT)
         self.test = np.flatnonzero(texts.split == TEST)
-        # As in minissl.evaluation.table.TextTask.
+        # As in minissl.evaluation.text_table.TextTask.
         z, _, _ = standardize(transformer.norm(features), self.train)
         self.probe = LinearColumn(z, self.labels, len(self.classes))
 

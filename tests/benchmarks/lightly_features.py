@@ -40,7 +40,7 @@ import finetune
 from minissl import UserError
 from minissl.data.images import load_images
 from minissl.data.splits import TRAIN
-from minissl.evaluation.table import ImageTask
+from minissl.evaluation.image_table import ImageTask
 from minissl.training.machine import choose_machine
 from minissl.training.settings import read_settings, require_at_least, run_script
 

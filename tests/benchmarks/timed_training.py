@@ -5,6 +5,7 @@ import time
 from statistics import mean
 
 import finetune
+from minissl.evaluation.measurements import print_table
 
 
 def endless(loader):
@@ -48,7 +49,7 @@ def print_probe(task, limit, figures):
     """
     settings = finetune.Settings(run="", probe=True, limit=limit)
     measurements, _, _, chance = finetune.measure_table(settings, task)
-    finetune.print_table(measurements, chance)
+    print_table(measurements, chance)
     for row in dict.fromkeys(m["labels_a_class"] for m in measurements):
         draws = [m["test_accuracy"] for m in measurements if m["labels_a_class"] == row]
         figures[f"labels_{row}"] = round(mean(draws), 1)

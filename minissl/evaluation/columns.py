@@ -1,0 +1,87 @@
+"""A column of finetune.py's table: a way to get a classifier from a few labels.
+
+A task, TextTask or ImageTask, holds the examples and knows which of them are for training, for
+choices and for the test. It has a column for each way to get a classifier. A column learns from
+the labels of the examples that it is given, and from no others.
+
+This file has what the columns of texts and of images share.
+
+Read next: classifier.py.
+"""
+
+from dataclasses import dataclass
+from typing import Callable
+
+import numpy as np
+import torch
+
+from minissl.evaluation import probes
+
+
+MOST_UNLABELLED = 50_000        # examples of which self-training guesses the classes
+MANY_LABELS = 5000      # with more labels, other settings are tried
+
+
+@dataclass
+class Column:
+    """A way to get a classifier from a few labels."""
+    options: Callable       # n labels -> options, of which one is chosen on held-out examples
+    fit: Callable           # (indices, option, seed) -> a model, from these examples' labels
+    predict: Callable       # (model, indices) -> the classes of these examples, (n,) int64
+    prefers_first: bool = False     # the first option is the safe one, see `choose` in finetune.py
+
+
+def no_options(n):
+    """The options of a column that has nothing to choose."""
+    return [None]
+
+
+PROBE_STRENGTHS = (3, 1, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001)
+PIXEL_STRENGTHS = (3, 1, 0.3, 0.1, 0.03)
+
+
+class LinearColumn:
+    """The column of a logistic regression, whose strength is chosen among the labels it is given.
+
+    Arguments: x, the features of all N examples: x[indices] is (n, D), dense or SparseRows;
+    labels (N,) int64; classes, their number; strengths, to choose from.
+    """
+
+    def __init__(self, x, labels, classes, strengths=PROBE_STRENGTHS):
+        self.x = x
+        self.labels = labels
+        self.classes = classes
+        self.strengths = strengths
+        self.fitted = {}                # the fine-tuned column asks for the probe's solution again
+
+    def options(self, n):
+        return [None]
+
+    def fit(self, indices, option=None, seed=None):
+        """(weights (D + 1, C), strength). There is nothing random in it."""
+        key = np.asarray(indices).tobytes()
+        if key not in self.fitted:
+            self.fitted[key] = probes.probe(
+                self.x[indices], self.labels[indices], self.classes, self.strengths)
+        return self.fitted[key]
+
+    def predict(self, model, indices):
+        weights, _ = model
+        predictions = []
+        for part in np.array_split(indices, parts_of(len(indices), len(weights))):
+            logits = probes.predict(self.x[part], weights)
+            predictions.append(logits.argmax(1))
+        return torch.cat(predictions)
+
+
+def parts_of(n, columns):
+    """Into how many parts to cut n rows: each has about 10,000, fewer if it has many columns."""
+    rows = min(10_000, max(1, 2**25 // columns))        # at most 128 MB of float32
+    return max(1, n // rows)
+
+
+def standardize(x, pool):
+    """x (N, D) with mean 0 and std 1 over the rows `pool`; and that mean (D,) and std (D,)."""
+    mean = x[pool].mean(0)
+    std = x[pool].std(0, correction=0).clamp(min=1e-6)
+    return (x - mean) / std, mean, std

@@ -1,0 +1,257 @@
+"""The columns of finetune.py's table for images.
+
+How an image encoder is fine-tuned: as a whole. With few labels its batch norm keeps the means
+and variances of the pretraining, because a few images cannot estimate them well.
+
+Read next: self_training.py, which is the column "self-trained", and then ../../finetune.py.
+"""
+
+from copy import deepcopy
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from minissl import contrastive
+from minissl.data.batches import Batches, generator
+from minissl.data.splits import HELD_OUT, TEST, TRAIN, evenly_spaced
+from minissl.evaluation.classifier import Classifier
+from minissl.evaluation.columns import (
+    MANY_LABELS,
+    MOST_UNLABELLED,
+    PIXEL_STRENGTHS,
+    Column,
+    LinearColumn,
+    parts_of,
+    standardize,
+)
+from minissl.evaluation.features import image_features, images_a_batch
+from minissl.evaluation.self_training import SelfTraining
+from minissl.optim import Muon, step_optimizers
+from minissl.training.files import progress
+from minissl.training.machine import move_to_device
+
+
+IMAGE_LABELS = ["10", "50", "500", "all"]       # a class, the rows of the table
+
+
+class Pixels:
+    """Images as rows of standardized pixels: x[indices] is (n, C·H·W) float32."""
+
+    def __init__(self, images, mean, std):
+        self.images = images
+        self.mean = mean
+        self.std = std
+
+    def __getitem__(self, indices):
+        return (flat_pixels(self.images, indices) - self.mean) / self.std
+
+
+def flat_pixels(images, indices):
+    """The pixels of these images, (n, C·H·W) float32 from 0 to 255, on the CPU."""
+    return images[indices].cpu().flatten(1).float()
+
+
+class ImageTask:
+    """Classification of images.
+
+    Arguments: data, Images with labels; model, the pretrained one, with `encode`; autocast,
+    device and precision, for its training; new_model(seed), which makes the same model
+    untrained; flip, whether training may mirror images, and features are averaged over the
+    mirror image; code, the numbers in an autoencoder's code, or None: with it there is a column
+    of as many principal components; unlabelled, Images of the training split without a label,
+    for the column "self-trained", or None.
+    """
+
+    default_labels = IMAGE_LABELS
+    choice_draws = 1            # one draw of labels, because a whole encoder is trained on it
+
+    def __init__(self, data, model, autocast, device, precision, new_model, flip, code,
+                 unlabelled=None):
+        self.model = move_to_device(model, device)
+        self.autocast = autocast
+        self.device = device
+        self.precision = precision
+        self.new_model = new_model
+        self.flip = flip
+        self.code = code
+        self.images = data.to(device)
+        self.classes = data.classes
+        self.labels = torch.from_numpy(data.labels)
+        self.train = np.flatnonzero(data.split == TRAIN)
+        self.held_out = np.flatnonzero(data.split == HELD_OUT)
+        self.test = np.flatnonzero(data.split == TEST)
+        self.unlabelled = unlabelled
+        z, self.mean, self.std = standardize(self.features(self.model), self.train)
+        self.probe = LinearColumn(z, self.labels, len(self.classes))
+
+    def features(self, model, images=None):
+        """The features by this model, (N, D), of all images of the table, or of other ones."""
+        encode = model.eval().encode
+        images = self.images if images is None else images
+        return image_features(encode, images, self.autocast, self.device, progress,
+                              mirror=self.flip)
+
+    def columns(self):
+        """{name: column}, in the order of the table."""
+        C = len(self.classes)
+        values = self.images[:1].numel()
+        most = min(10_000, max(100, 2**25 // values))           # at most 128 MB, or 100 images
+        sample = self.train[evenly_spaced(len(self.train), most)]
+        pixels = flat_pixels(self.images, sample)
+        mean = pixels.mean(0)
+        std = pixels.std(0, correction=0).clamp(min=1)
+
+        columns = {}
+        columns["pixels"] = LinearColumn(
+            Pixels(self.images, mean, std), self.labels, C, PIXEL_STRENGTHS)
+        if self.code:
+            components = self.principal_components(pixels, mean)
+            columns["pixel PCA"] = LinearColumn(components, self.labels, C)
+        untrained = self.untrained_features(sample)
+        columns["untrained"] = LinearColumn(untrained, self.labels, C)
+        columns["from scratch"] = Column(
+            self.scratch_options, self.fit_from_scratch, self.predict)
+        columns["linear probe"] = self.probe
+        columns["self-trained"] = self.self_training()
+        columns["fine-tuned"] = Column(
+            self.fine_tuning_options, self.fit_fine_tuned, self.predict, prefers_first=True)
+        return columns
+
+    def self_training(self):
+        """The column of a probe that also learns from up to 50,000 images without their labels."""
+        extra = torch.zeros(0, len(self.mean))
+        if self.unlabelled is not None and len(self.unlabelled):
+            most = max(0, MOST_UNLABELLED - len(self.train))
+            sample = evenly_spaced(len(self.unlabelled), most)
+            features = self.features(self.model, self.unlabelled.select(sample))
+            extra = (features - self.mean) / self.std
+        pool = self.train[evenly_spaced(len(self.train), MOST_UNLABELLED)]
+        return SelfTraining(self.probe, pool, extra)
+
+    def principal_components(self, pixels, mean):
+        """The linear relative of an autoencoder's code: standardized scores (N, D).
+
+        The directions are those of a sample of the training images, pixels (n, C·H·W). There are
+        as many as a code has numbers, but n images span only n − 1 directions.
+        """
+        _, _, directions = torch.linalg.svd(pixels - mean, full_matrices=False)
+        D = min(self.code, len(pixels) - 1)
+        directions = directions[:D].T                                     # (C·H·W, D)
+        scores = []
+        N = len(self.images)
+        for part in np.array_split(np.arange(N), parts_of(N, pixels.shape[1])):
+            scores.append((flat_pixels(self.images, part) - mean) @ directions)
+        standardized, _, _ = standardize(torch.cat(scores), self.train)
+        return standardized
+
+    @torch.no_grad()
+    def untrained_features(self, sample):
+        """Standardized features (N, D) of the model with random weights.
+
+        Its batch norm takes its statistics from up to 1,000 training images, because that of the
+        pretrained model has seen images as well. With momentum None it averages over batches.
+        """
+        model = move_to_device(self.new_model(0), self.device)
+        for module in model.modules():
+            if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)):
+                module.momentum = None
+        model.train()
+        seen = sample[evenly_spaced(len(sample), 1000)]
+        size = max(2, images_a_batch(self.images.shape[1:], 1000))       # for batch norm
+        for part in np.array_split(seen, -(-len(seen) // size)):          # of nearly equal sizes
+            x = self.images[part].to(self.device).float() / 255
+            model.encode(x)
+        standardized, _, _ = standardize(self.features(model), self.train)
+        return standardized
+
+    def scratch_options(self, n):
+        """(rate of Muon, smallest share of the image in a crop)"""
+        if n <= MANY_LABELS:
+            return [(0.005, 0.5), (0.02, 0.5), (0.02, 0.2)]
+        return [(0.02, 0.5), (0.02, 0.2), (0.05, 0.2)]
+
+    def fine_tuning_options(self, n):
+        """(rate of Muon, smallest share of the image in a crop)"""
+        if n <= MANY_LABELS:
+            return [(0.0, 0.5), (0.0005, 0.5), (0.002, 0.5)]
+        return [(0.0, 0.5), (0.005, 0.5), (0.02, 0.5), (0.05, 0.5)]
+
+    def fit_from_scratch(self, indices, option, seed):
+        """A Classifier around an untrained model, trained on these images.
+
+        Its features are divided by their root mean square, because the linear layer learns
+        slowly from small features (EXPERIMENTS.md, "Which scale of the features suits training
+        from scratch?").
+        """
+        D, C = len(self.mean), len(self.classes)
+        body = move_to_device(self.new_model(seed), self.device)
+        size = max(2, images_a_batch(self.images.shape[1:], 250))         # for batch norm
+        first = np.resize(indices, max(2, min(size, len(indices))))       # one image, twice
+        x = self.images[first].to(self.device).float() / 255
+        with torch.no_grad(), self.autocast:
+            features = deepcopy(body).train().encode(x).float()           # (n, D)
+        scale = features.square().mean().sqrt().clamp(min=1e-6).cpu().expand(D)
+        classifier = Classifier(body, torch.zeros(D), scale, torch.zeros(D + 1, C))
+        return self.train_classifier(classifier, indices, option, seed,
+                                     smoothing=0.1, freeze_norm=False)
+
+    def fit_fine_tuned(self, indices, option, seed):
+        """A Classifier around the pretrained model that starts as the linear probe."""
+        weights, _ = self.probe.fit(indices)
+        classifier = Classifier(deepcopy(self.model), self.mean, self.std, weights)
+        return self.train_classifier(classifier, indices, option, seed,
+                                     smoothing=0.0, freeze_norm=len(indices) <= MANY_LABELS)
+
+    def train_classifier(self, model, indices, option, seed, smoothing, freeze_norm,
+                         images_seen=9600):
+        """Train the whole Classifier on the images `indices`.
+
+        From scratch and fine-tuned get the same number of steps: `images_seen` images, or 4
+        epochs if that is more. option: see `fine_tuning_options`; smoothing, of the labels;
+        freeze_norm: keep the statistics of batch norm.
+        """
+        rate, crop = option
+        n = len(indices)
+        size = min(n, 64 if n <= MANY_LABELS else 256)
+        size = max(2, images_a_batch(self.images.shape[1:], size))        # for batch norm
+        steps = max(images_seen, 4 * n) // size
+        if rate == 0:
+            steps = 0
+        model = move_to_device(model, self.device)
+        model.train(not freeze_norm)
+        optimizers = self.optimizers(model, rate)
+        batches = Batches(n, size, seed, "fine-tuning order")
+        for step in range(steps):
+            batch = indices[batches(step).numpy()]
+            numbers = torch.rand(size, 12, generator=generator(seed, "fine-tuning views", step))
+            x = contrastive.augment(
+                self.images[batch].to(self.device), self.images.shape[2:],
+                numbers.to(self.device), crop, jitter=0.2, hue=0.05, grey=0.0, flip=self.flip)
+            labels = self.labels[batch].to(self.device)
+            with self.autocast:
+                logits = model(x)                                         # (B, C)
+            loss = F.cross_entropy(logits, labels, label_smoothing=smoothing)
+            loss.backward()
+            warmup = min(1, 10 * (step + 1) / steps)
+            step_optimizers(optimizers, rate * warmup * (1 - step / steps))
+            if step % 10 == 0:
+                progress(f"training on {n:,} labels, rate {rate}: step {step:,} of {steps:,}")
+        return model.eval()
+
+    def optimizers(self, model, rate):
+        """Muon for the encoder's matrices and kernels; Adam for vectors and the linear layer."""
+        kernels = [p for p in model.body.parameters() if p.requires_grad and p.ndim > 1]
+        vectors = [p for p in model.parameters() if p.requires_grad and p.ndim == 1]
+        vectors.append(model.head.weight)
+        return [
+            Muon(kernels, rate, precision=self.precision),
+            torch.optim.Adam([dict(params=vectors, lr_scale=0.1)]),
+        ]
+
+    @torch.no_grad()
+    def predict(self, model, indices):
+        images = self.images.select(indices)
+        logits = image_features(model, images, self.autocast, self.device, mirror=self.flip)
+        return logits.argmax(1)

@@ -1,0 +1,271 @@
+"""The columns of finetune.py's table for texts.
+
+How a text encoder is fine-tuned: as a whole. The vector of a text is the mean of the vectors of its
+windows: of at most eight in a training step, so that long texts fit into memory, and of all in
+the test.
+
+Read next: co_training.py, which is the column "self-trained", and then ../../finetune.py.
+"""
+
+from copy import deepcopy
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from minissl import transformer
+from minissl.data.batches import Batches, generator
+from minissl.data.splits import HELD_OUT, TEST, TRAIN, evenly_spaced
+from minissl.data.texts import SAMPLE_TEXTS
+from minissl.evaluation import ngrams, probes
+from minissl.evaluation.classifier import Classifier
+from minissl.evaluation.co_training import CoTraining, in_units
+from minissl.evaluation.columns import (
+    MANY_LABELS,
+    MOST_UNLABELLED,
+    Column,
+    LinearColumn,
+    no_options,
+    standardize,
+)
+from minissl.evaluation.features import document_vectors, no_progress, text_features
+from minissl.evaluation.ngrams import NGramColumn
+from minissl.optim import Muon, lr_schedule, step_optimizers
+from minissl.training.files import progress
+from minissl.training.machine import move_to_device
+
+
+TEXT_LABELS = ["10", "100", "500", "all"]       # a class, the rows of the table
+
+
+def texts_a_batch(lengths):
+    """How many texts of these lengths (N,) make a batch of about 4,096 tokens: from 16 to 64.
+
+    >>> texts_a_batch(np.array([200, 300])), texts_a_batch(np.array([10]))
+    (16, 64)
+    """
+    return int(np.clip(4096 / lengths.mean(), 16, 64))
+
+
+class WholeTextEncoder(nn.Module):
+    """A TextEncoder as the body of a Classifier: it reads whole texts.
+
+    Arguments: encoder; autocast and device, for its forward pass.
+    """
+
+    def __init__(self, encoder, autocast, device):
+        super().__init__()
+        self.encoder = move_to_device(encoder, device)
+        self.autocast = autocast
+        self.device = device
+
+    def encode(self, texts, draws=None):
+        """Features (N, d) of Texts, on the CPU. draws: as in `features.windows_of`."""
+        is_training = draws is not None
+        shown = no_progress if is_training else progress
+        vectors = document_vectors(
+            self.encoder, texts, self.autocast, self.device, shown, draws)
+        return transformer.norm(vectors)
+
+
+class TextTask:
+    """Classification of texts.
+
+    Arguments: texts, Texts with labels; model, the pretrained TextEncoder; autocast, device and
+    precision, for its training; new_model(seed), which makes the same model untrained;
+    unlabelled, Texts of the training split without a label, which share the tokens of `texts`,
+    for the columns that learn from guesses, or None.
+    """
+
+    default_labels = TEXT_LABELS
+    choice_draws = 2            # an option is tried on this many draws of labels
+
+    def __init__(self, texts, model, autocast, device, precision, new_model, unlabelled=None):
+        self.model = move_to_device(model, device)
+        self.autocast = autocast
+        self.device = device
+        self.precision = precision
+        self.new_model = new_model
+        self.unlabelled = texts.select([]) if unlabelled is None else unlabelled
+        self.texts = texts
+        self.classes = texts.classes
+        self.labels = torch.from_numpy(texts.labels)
+        self.train = np.flatnonzero(texts.split == TRAIN)
+        self.held_out = np.flatnonzero(texts.split == HELD_OUT)
+        self.test = np.flatnonzero(texts.split == TEST)
+        z, self.mean, self.std = standardize(self.features(texts), self.train)
+        self.probe = LinearColumn(z, self.labels, len(self.classes))
+        self.last_logits = None, None   # a classifier, and what it said about the texts, (N, C)
+        self.fine_tuned = None          # the labelled texts of the last fine-tuning, and its result
+        self.co_training = None         # the column "self-trained", made by `columns`
+
+    def features(self, texts):
+        """The features of Texts by the pretrained model, (N, d), not standardized."""
+        vectors = text_features(self.model, texts, self.autocast, self.device, progress)
+        return transformer.norm(vectors)
+
+    def columns(self):
+        """{name: column}, in the order of the table. The last needs what "fine-tuned" fits."""
+        most = max(0, MOST_UNLABELLED - len(self.train))
+        extra = self.unlabelled.sample(most)
+        n_grams = self.ngram_column(extra)
+        self.co_training = self.co_training_column(n_grams, extra)
+        return {
+            "n-grams": n_grams,
+            "from scratch": Column(self.scratch_options, self.fit_from_scratch, self.predict),
+            "linear probe": self.probe,
+            "self-trained": self.co_training,
+            "fine-tuned": Column(
+                self.fine_tuning_options, self.fit_fine_tuned, self.predict, prefers_first=True),
+            "fine-tuned + n-grams": Column(no_options, self.fit_joined, self.predict_joined),
+        }
+
+    def ngram_column(self, extra):
+        """The column "n-grams". It also counts the n-grams of the Texts `extra`, for co-training.
+
+        The test texts neither choose n-grams nor weigh them.
+        """
+        not_test = np.concatenate([self.train, self.held_out])
+        counted = self.texts.select(not_test).sample(SAMPLE_TEXTS)
+        C, V = len(self.classes), len(self.texts.tokenizer)
+        longest = ngrams.LONGEST if C <= ngrams.MOST_CLASSES else 2     # tf-idf takes pairs alone
+        most = min(ngrams.MOST_NGRAMS, ngrams.MOST_WEIGHTS // C)
+        progress("counting n-grams")
+        keys = ngrams.frequent_ngrams(counted, longest, most)           # sorted: triples are last
+        counts = ngrams.count_ngrams(self.texts.followed_by(extra), keys, longest)
+        return NGramColumn(counts, (keys < V**2).sum(), self.labels, C, not_test)
+
+    def co_training_column(self, n_grams, extra):
+        """The column of a student of n-grams that learns from up to 50,000 texts without labels."""
+        x = torch.zeros(0, len(self.mean))
+        if len(extra):
+            x = (self.features(extra) - self.mean) / self.std
+        pool = self.train[evenly_spaced(len(self.train), MOST_UNLABELLED)]
+        return CoTraining(self.probe, n_grams, pool, self.held_out, x)
+
+    # EXPERIMENTS.md: "What does a transformer from scratch need?" and "Does it help to fine-tune
+    # the whole transformer?".
+
+    def scratch_options(self, n):
+        """(rate of Muon, steps)"""
+        if n <= MANY_LABELS:
+            return [(0.02, 100), (0.02, 300)]
+        return [(0.02, self.steps(n, epochs=4))]
+
+    def fine_tuning_options(self, n):
+        """(rate of Muon, steps). At rate 0 this is the probe."""
+        if n <= MANY_LABELS:
+            return [(0.0, 0), (0.003, 150), (0.01, 150)]
+        return [(0.01, self.steps(n, epochs=2))]
+
+    def steps(self, n, epochs):
+        """The steps of so many epochs of n texts, but at least 500."""
+        size = texts_a_batch(self.texts.lengths[self.train])
+        return max(500, epochs * n // size)
+
+    def fit_from_scratch(self, indices, option, seed):
+        """A Classifier around an untrained encoder, trained on these texts.
+
+        Its features are standardized over up to 1,000 of them, because those of an untrained
+        encoder are nearly the same for all texts (EXPERIMENTS.md, "What does a transformer from
+        scratch need?").
+        """
+        d, C = len(self.mean), len(self.classes)
+        body = WholeTextEncoder(self.new_model(seed), self.autocast, self.device)
+        sample = indices[evenly_spaced(len(indices), 1000)]
+        with torch.no_grad():
+            features = body.encode(self.texts.select(sample))
+        _, mean, std = standardize(features, np.arange(len(sample)))
+        classifier = Classifier(body, mean, std, torch.zeros(d + 1, C))
+        return self.train_classifier(
+            classifier, indices, option, seed, strength=0, embedding_scale=0.15)
+
+    def fit_fine_tuned(self, indices, option, seed):
+        """A Classifier around the pretrained encoder that starts as the linear probe."""
+        weights, strength = self.probe.fit(indices)
+        body = WholeTextEncoder(deepcopy(self.model), self.autocast, self.device)
+        classifier = Classifier(body, self.mean, self.std, weights)
+        self.train_classifier(
+            classifier, indices, option, seed, strength, embedding_scale=0.3)
+        rate, _ = option
+        if rate == 0:       # then it says what the probe says, and need not read any text again
+            self.last_logits = classifier, probes.predict(self.probe.x, weights)
+        self.fine_tuned = np.array(indices), classifier
+        return classifier
+
+    def fit_joined(self, indices, option, seed):
+        """(the fine-tuned Classifier, the student of co-training).
+
+        Must follow `fit_fine_tuned` on the same labels, because it takes the result of that.
+        """
+        fitted_on, classifier = self.fine_tuned
+        if not np.array_equal(fitted_on, indices):
+            raise ValueError("the encoder was fine-tuned on other texts")
+        _, student = self.co_training.fit(indices)
+        return classifier, student
+
+    def train_classifier(self, model, indices, option, seed, strength, embedding_scale):
+        """Train the whole Classifier on the texts `indices`.
+
+        option: see `fine_tuning_options`; strength: the L2 penalty of the linear layer, as in
+        the probe; embedding_scale: the embeddings and the linear layer learn at this share of
+        the rate of the blocks.
+        """
+        rate, steps = option
+        n = len(indices)
+        size = min(n, texts_a_batch(self.texts.lengths[indices]))
+        optimizers = self.optimizers(model, rate, embedding_scale)
+        batches = Batches(n, size, seed, "fine-tuning order")
+        model.train()
+        for step in range(steps):
+            batch = indices[batches(step).numpy()]
+            draws = torch.rand(size, generator=generator(seed, "fine-tuning windows", step))
+            logits = model(self.texts.select(batch), draws)               # (B, C)
+            penalty = strength / 2 * model.head.weight.square().sum()
+            loss = F.cross_entropy(logits, self.labels[batch]) + penalty
+            loss.backward()
+            step_optimizers(optimizers, rate * lr_schedule(step, steps, 0.1 * steps, decay=1))
+            if step % 10 == 0:
+                progress(f"training on {n:,} labels, rate {rate}: step {step:,} of {steps:,}")
+        return model.eval()
+
+    def optimizers(self, model, rate, embedding_scale):
+        """Muon for the blocks; Adam for the embeddings and the linear layer."""
+        encoder = model.body.encoder
+        parameters = [
+            encoder.token_embedding.weight,
+            encoder.pair_embedding.weight,
+            *model.head.parameters(),
+        ]
+        groups = [dict(params=parameters, lr_scale=embedding_scale)]
+        fused = self.device.type != "mps"
+        adam = torch.optim.Adam(groups, betas=(0.9, 0.99), fused=fused)
+        blocks = list(encoder.blocks.parameters())
+        if not blocks:
+            return [adam]
+        return [Muon(blocks, rate, precision=self.precision), adam]
+
+    @torch.no_grad()
+    def logits(self, classifier, indices):
+        """What a Classifier says about these texts, (n, C).
+
+        The answers of the last classifier are kept, because two columns ask for them.
+        """
+        last, known = self.last_logits                          # known: (N, C), nan where unknown
+        if last is not classifier:
+            known = torch.full((len(self.texts), len(self.classes)), float("nan"))
+            self.last_logits = classifier, known
+        unknown = indices[known[indices].isnan().any(1).numpy()]
+        if len(unknown):
+            known[unknown] = classifier(self.texts.select(unknown))
+        return known[indices]
+
+    def predict(self, model, indices):
+        return self.logits(model, indices).argmax(1)
+
+    def predict_joined(self, model, indices):
+        """The sum of what both say, each in its standard deviation over the held-out texts."""
+        classifier, student = model
+        own = in_units(self.logits(classifier, indices), self.logits(classifier, self.held_out))
+        return (own + self.co_training.student_logits(student, indices)).argmax(1)
