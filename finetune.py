@@ -11,9 +11,9 @@
 "Labels a class" says how many labelled examples of each class a row may use. They are drawn
 several times, and all columns get the same draws. Everything else is chosen on held-out examples
 or by cross-validation. The test set is used for the figures alone. Without --labels the rows are
-10, 100, 500 and all for texts, and 10, 50, 500 and all for images. Each row is kept as soon as it
-is finished. The row "all" uses every
+10, 100, 500 and all for texts, and 10, 50, 500 and all for images. The row "all" uses every
 label, so its labels are always the same. It is trained twice, in two orders (with --seeds 1 once).
+Each row is kept as soon as it is finished.
 
     n-grams       texts: logistic regression on n-grams, without any pretraining: tokens and
                   pairs weighted by tf-idf. With up to five classes, tokens, pairs and triples with
@@ -26,9 +26,10 @@ label, so its labels are always the same. It is trained twice, in two orders (wi
     self-trained  The probe guesses the classes of the training examples whose labels are not
                   used. Of images, a second probe learns from the guesses. Of texts, a classifier
                   of n-grams does, and its logits are added to those of the probe. No guesses
-                  are used with more than 2,000 labels (images) or 5,000 (texts).
+                  are used with more than 2,000 labels in all (images) or 5,000 (texts).
     fine-tuned    the probe and the whole encoder trained further on the labels. It stays the probe
                   (rate 0) unless held-out examples are clearly better off with another rate.
+                  With more than 5,000 labels in all, texts have one rate.
     fine-tuned + n-grams    texts: the logits of "fine-tuned" plus those of the n-grams of
                   "self-trained"
 
@@ -38,7 +39,8 @@ other rows stay. If the content of the data has changed, its old rows stay in a 
 
 The fine-tuned model of the last row goes into classifier.pt, for --predict, without n-grams. If
 classifier.pt holds a model of more labels of the same data, that one is kept. A trial with
---limit never replaces the model of a whole table, nor its figure finetune.svg.
+--limit never replaces the model of a whole table of the same pretraining, nor its figure
+finetune.svg.
 """
 
 import contextlib
@@ -262,7 +264,7 @@ def choose(column, task, per_class):
     scores = torch.stack([held_out_scores(column, task, option, draws) for option in options])
     best = int(scores.mean(1).argmax())
     lead = scores[best] - scores[0]                             # (H,)
-    if column.prefers_first and lead.mean() <= lead.std() / len(lead) ** 0.5:
+    if column.prefers_first and not lead.mean() > lead.std() / len(lead) ** 0.5:
         best = 0
     return options[best]
 
@@ -280,9 +282,8 @@ def held_out_scores(column, task, option, draws):
 def measure_row(settings, task, columns, labels_a_class):
     """One row of the table: (measurements, the model of the last draw, its number of labels).
 
-    The model is that of the column "fine-tuned", or with --probe that of the probe.
-
-    A measurement is a dict of labels_a_class, method, seed, test_accuracy and seconds.
+    The model is that of the column "fine-tuned", or None if there is no such column. For the
+    measurements see evaluation/measurements.py. data, limit, step and checksum follow later.
     """
     title = "1 label a class" if labels_a_class == "1" else f"{labels_a_class} labels a class"
     print(title, flush=True)
@@ -317,7 +318,7 @@ def measure_row(settings, task, columns, labels_a_class):
                 labels_a_class=labels_a_class, method=name, seed=seed,
                 test_accuracy=round(accuracy, 2), seconds=round(seconds, 1)))
         print(f"  draw {seed + 1}: {', '.join(shown)}", flush=True)
-    return measurements, models.get("fine-tuned", model), len(indices)
+    return measurements, models.get("fine-tuned"), len(indices)
 
 
 def measure_table(settings, task, keep=None):

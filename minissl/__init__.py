@@ -20,15 +20,15 @@ What the scripts need, in three folders:
         features.py      what an encoder says about whole texts and images
         probes.py        nearest neighbours, logistic regression, draws of labels
         ngrams.py        the baseline of texts: tf-idf, naive Bayes weights
-        self_training.py images: a probe that also learns from images without labels
-        co_training.py   texts: n-grams that also learn from texts without labels
-        previews.py      what training shows while it runs
-        load.py          a finished run, opened again
         columns.py       a column of finetune.py's table
         classifier.py    an encoder with a linear layer, and its file
         text_table.py    the columns for texts
+        co_training.py   texts: n-grams that also learn from texts without labels
         image_table.py   the columns for images
+        self_training.py images: a probe that also learns from images without labels
         measurements.py  the table, printed and kept in a file
+        load.py          a finished run, opened again
+        previews.py      what training shows while it runs
     data/
         batches.py       random numbers and batches, as functions of the step
         splits.py        training, held-out and test examples; duplicates

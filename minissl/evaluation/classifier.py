@@ -3,7 +3,7 @@
 Fine-tuning trains a Classifier. finetune.py writes that of the last row into classifier.pt of
 the run's folder, and `finetune.py --predict` reads it.
 
-Read next: text_table.py or image_table.py, which train Classifiers.
+Read next: text_table.py.
 """
 
 import shlex
@@ -35,9 +35,9 @@ class Classifier(nn.Module):
     def forward(self, *inputs):
         """Logits (B, C) float32."""
         z = (self.body.encode(*inputs).float() - self.mean) / self.std
-        # In bfloat16 two classes often get the same logit, and argmax takes the first of them.
-        if z.device.type == "mps":          # computes in float32; torch 2.4 has no autocast there
+        if z.device.type == "mps":          # without autocast before torch 2.5
             return self.head(z)
+        # In bfloat16 two classes often get the same logit, and argmax takes the first of them.
         with torch.autocast(z.device.type, enabled=False):
             return self.head(z)
 

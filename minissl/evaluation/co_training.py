@@ -28,7 +28,7 @@ for the most certain.
 With many labels the student is the classifier of the column "n-grams", which learns
 from the labels alone. Then the sum shows what pretraining adds to n-grams.
 
-Read next: text_table.py, where this is the column "self-trained" of texts.
+Read next: image_table.py.
 """
 
 import numpy as np
@@ -37,7 +37,6 @@ import torch.nn.functional as F
 
 from minissl.evaluation import probes
 from minissl.evaluation.ngrams import naive_bayes_weights
-from minissl.evaluation.self_training import weighted_targets
 
 
 MOST_LABELS = 5000      # with more the student learns from the labels alone
@@ -63,7 +62,7 @@ class CoTraining:
         self.pool = pool
         self.held_out = held_out
         self.extra = extra
-        self.last = None                # the last column asks for the same student again
+        self.last = None                # "fine-tuned + n-grams" asks for the same student again
 
     def options(self, n):
         return [None]
@@ -91,7 +90,7 @@ class CoTraining:
         p = probes.predict(x, weights).softmax(1)                         # (U, C)
         guesses = p**2 / (p**2).sum(1, keepdim=True)
         one_hot = F.one_hot(self.probe.labels[indices], C).float()
-        targets = weighted_targets(guesses, one_hot)                      # (U + n, C)
+        targets = probes.weighted_targets(guesses, one_hot)               # (U + n, C)
 
         weighting = "naive Bayes" if "naive Bayes" in self.n_grams.rows else "tf-idf"
         row_of_extra = len(self.probe.labels) + np.arange(len(self.extra))

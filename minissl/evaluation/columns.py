@@ -4,9 +4,7 @@ A task, TextTask or ImageTask, holds the examples and knows which of them are fo
 choices and for the test. It has a column for each way to get a classifier. A column learns from
 the labels of the examples that it is given, and from no others.
 
-This file has what the columns of texts and of images share.
-
-Read next: classifier.py.
+This file has what texts and images share. Read next: classifier.py.
 """
 
 from dataclasses import dataclass
@@ -15,11 +13,12 @@ from typing import Callable
 import numpy as np
 import torch
 
+from minissl.data.splits import HELD_OUT, TEST, TRAIN, evenly_spaced
 from minissl.evaluation import probes
 
 
 MOST_UNLABELLED = 50_000        # examples of which self-training guesses the classes
-MANY_LABELS = 5000      # with more labels, other settings are tried
+MANY_LABELS = 5000      # with more labels in all, other settings are tried
 
 
 @dataclass
@@ -36,8 +35,30 @@ def no_options(n):
     return [None]
 
 
+class Task:
+    """What finetune.py reads of the examples of a table.
+
+    Arguments: examples, Texts or Images, all with labels. train, held_out and test are the
+    indices of the examples of each split.
+    """
+
+    def __init__(self, examples):
+        self.classes = examples.classes                         # their names
+        self.labels = torch.from_numpy(examples.labels)         # (N,)
+        self.train = np.flatnonzero(examples.split == TRAIN)
+        self.held_out = np.flatnonzero(examples.split == HELD_OUT)
+        self.test = np.flatnonzero(examples.split == TEST)
+
+    def unlabelled_pool(self):
+        """(the training examples whose classes self-training guesses, room for more examples).
+
+        The first are indices. Their labels are not read.
+        """
+        pool = self.train[evenly_spaced(len(self.train), MOST_UNLABELLED)]
+        return pool, MOST_UNLABELLED - len(pool)
+
+
 PROBE_STRENGTHS = (3, 1, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001)
-PIXEL_STRENGTHS = (3, 1, 0.3, 0.1, 0.03)
 
 
 class LinearColumn:
@@ -75,9 +96,12 @@ class LinearColumn:
 
 
 def parts_of(n, columns):
-    """Into how many parts to cut n rows: each has about 10,000, fewer if it has many columns."""
-    rows = min(10_000, max(1, 2**25 // columns))        # at most 128 MB of float32
-    return max(1, n // rows)
+    """Into how many parts to cut n rows of so many columns.
+
+    A part has at most 10,000 rows, and at most 128 MB of float32.
+    """
+    rows = min(10_000, max(1, 2**25 // columns))
+    return max(1, -(-n // rows))
 
 
 def standardize(x, pool):

@@ -1,9 +1,9 @@
 """The columns of finetune.py's table for images.
 
-How an image encoder is fine-tuned: as a whole. With few labels its batch norm keeps the means
-and variances of the pretraining, because a few images cannot estimate them well.
+Fine-tuning trains the whole image encoder. With few labels its batch norm keeps the means and
+variances of the pretraining, because a few images cannot estimate them well.
 
-Read next: self_training.py, which is the column "self-trained", and then ../../finetune.py.
+Read next: self_training.py, the column "self-trained".
 """
 
 from copy import deepcopy
@@ -15,14 +15,13 @@ from torch import nn
 
 from minissl import contrastive
 from minissl.data.batches import Batches, generator
-from minissl.data.splits import HELD_OUT, TEST, TRAIN, evenly_spaced
+from minissl.data.splits import evenly_spaced
 from minissl.evaluation.classifier import Classifier
 from minissl.evaluation.columns import (
     MANY_LABELS,
-    MOST_UNLABELLED,
-    PIXEL_STRENGTHS,
     Column,
     LinearColumn,
+    Task,
     parts_of,
     standardize,
 )
@@ -34,6 +33,7 @@ from minissl.training.machine import move_to_device
 
 
 IMAGE_LABELS = ["10", "50", "500", "all"]       # a class, the rows of the table
+PIXEL_STRENGTHS = (3, 1, 0.3, 0.1, 0.03)        # of the column "pixels"
 
 
 class Pixels:
@@ -53,7 +53,7 @@ def flat_pixels(images, indices):
     return images[indices].cpu().flatten(1).float()
 
 
-class ImageTask:
+class ImageTask(Task):
     """Classification of images.
 
     Arguments: data, Images with labels; model, the pretrained one, with `encode`; autocast,
@@ -65,10 +65,11 @@ class ImageTask:
     """
 
     default_labels = IMAGE_LABELS
-    choice_draws = 1            # one draw of labels, because a whole encoder is trained on it
+    choice_draws = 1            # one draw of labels, because each option takes long
 
     def __init__(self, data, model, autocast, device, precision, new_model, flip, code,
                  unlabelled=None):
+        super().__init__(data)
         self.model = move_to_device(model, device)
         self.autocast = autocast
         self.device = device
@@ -77,11 +78,6 @@ class ImageTask:
         self.flip = flip
         self.code = code
         self.images = data.to(device)
-        self.classes = data.classes
-        self.labels = torch.from_numpy(data.labels)
-        self.train = np.flatnonzero(data.split == TRAIN)
-        self.held_out = np.flatnonzero(data.split == HELD_OUT)
-        self.test = np.flatnonzero(data.split == TEST)
         self.unlabelled = unlabelled
         z, self.mean, self.std = standardize(self.features(self.model), self.train)
         self.probe = LinearColumn(z, self.labels, len(self.classes))
@@ -120,14 +116,14 @@ class ImageTask:
         return columns
 
     def self_training(self):
-        """The column of a probe that also learns from up to 50,000 images without their labels."""
+        """The column of a probe that also learns from guesses for images without a label."""
+        pool, room = self.unlabelled_pool()
+        number = 0 if self.unlabelled is None else len(self.unlabelled)
+        sample = evenly_spaced(number, room)
         extra = torch.zeros(0, len(self.mean))
-        if self.unlabelled is not None and len(self.unlabelled):
-            most = max(0, MOST_UNLABELLED - len(self.train))
-            sample = evenly_spaced(len(self.unlabelled), most)
+        if len(sample):
             features = self.features(self.model, self.unlabelled.select(sample))
             extra = (features - self.mean) / self.std
-        pool = self.train[evenly_spaced(len(self.train), MOST_UNLABELLED)]
         return SelfTraining(self.probe, pool, extra)
 
     def principal_components(self, pixels, mean):
@@ -188,8 +184,8 @@ class ImageTask:
         D, C = len(self.mean), len(self.classes)
         body = move_to_device(self.new_model(seed), self.device)
         size = max(2, images_a_batch(self.images.shape[1:], 250))         # for batch norm
-        first = np.resize(indices, max(2, min(size, len(indices))))       # one image, twice
-        x = self.images[first].to(self.device).float() / 255
+        sample = indices[evenly_spaced(len(indices), size)]
+        x = self.images[sample].to(self.device).float() / 255
         with torch.no_grad(), self.autocast:
             features = deepcopy(body).train().encode(x).float()           # (n, D)
         scale = features.square().mean().sqrt().clamp(min=1e-6).cpu().expand(D)

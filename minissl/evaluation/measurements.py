@@ -13,7 +13,7 @@ A measurement is a dict of
 
 A row of the table has several, one for each draw.
 
-Read next: ../../finetune.py.
+Read next: ../../finetune.py, or load.py, which opens a run.
 """
 
 import csv
@@ -80,7 +80,7 @@ def merge_measurements(old, new):
             others.append(row)
         elif values_of(row, SAME_MEASUREMENT) not in measured_again:
             same.append(row)
-    return others + sorted(same + new, key=labels_a_class)
+    return others + sorted(same + new, key=sort_key)
 
 
 def rename_other_data(old, source):
@@ -107,7 +107,8 @@ def values_of(row, names):
     return [str(row[name]) for name in names]
 
 
-def labels_a_class(row):
+def sort_key(row):
+    """Where a row stands: its labels a class as a number. "all" is the last."""
     if row["labels_a_class"] == "all":
         return float("inf")
     return int(row["labels_a_class"])
@@ -134,7 +135,7 @@ def read_measurements(path):
 
 def check_measurement(row):
     """Raise ValueError, KeyError or TypeError unless a row of the file is whole."""
-    labels_a_class(row)
+    sort_key(row)
     values_of(row, SAME_MEASUREMENT)
     for name in ("seed", "limit", "step"):
         int(row[name])

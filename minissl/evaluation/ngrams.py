@@ -18,7 +18,7 @@ Here p_wc is the number of texts of class c that contain w, and q_wc that of all
 The second way is Wang and Manning 2012, "Baselines and bigrams: simple, good sentiment and topic
 classification" (NB-SVM), with the loss of logistic regression.
 
-Read next: text_table.py.
+Read next: columns.py.
 """
 
 from functools import partial

@@ -6,7 +6,7 @@ the log. It learns nothing, and no random number of the training depends on it.
 
 Labels are used here for one number of the log, the accuracy of the nearest neighbours.
 
-Read next: columns.py.
+Read next: ../../train_mlm.py.
 """
 
 import json

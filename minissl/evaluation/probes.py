@@ -233,6 +233,20 @@ def products(x):
     return product, transposed_product
 
 
+LABEL_SHARE = 0.5       # of the weight of the labels, beside guesses
+
+
+def weighted_targets(guesses, one_hot):
+    """Targets of `logistic_regression`, (U + n, C), from soft labels and labels.
+
+    guesses (U, C); one_hot (n, C). Each row of one_hot weighs 1 + LABEL_SHARE · U / n times as
+    much as a guess. All rows are scaled so that their mean weight is 1.
+    """
+    label_weight = 1 + LABEL_SHARE * len(guesses) / len(one_hot)
+    targets = torch.cat([guesses, label_weight * one_hot])
+    return targets * (len(targets) / targets.sum())
+
+
 def predict(x, weights):
     """The logits (N, C) of x (N, D), dense or SparseRows, for weights (D + 1, C)."""
     return x @ weights[:-1] + weights[-1]

@@ -17,7 +17,7 @@ The classes are not balanced: their sizes are those that the probe guesses. Forc
 helps a little where the classes are equal, and costs more than it can win where they are not
 (EXPERIMENTS.md, "Does self-training help with few labels?").
 
-Read next: image_table.py, where this is the column "self-trained".
+Read next: measurements.py.
 """
 
 import numpy as np
@@ -31,7 +31,6 @@ AXES = 256              # principal axes on which the second probe is fitted
 NEIGHBOUR_AXES = 128    # of them, where neighbours are searched
 NEIGHBOURS = 10
 MOST_LABELS = 2000      # with more labels the guesses do harm, so this is the plain probe
-LABEL_SHARE = 0.5       # of the weight of the labels, see `weighted_targets`
 
 
 def nearest_neighbours(x, k, rows=2000):
@@ -59,17 +58,6 @@ def spread(p, cosines, indices, alpha=0.8, repeats=3):
         around = (weights * q[indices]).sum(1)                            # (U, C)
         q = (1 - alpha) * p + alpha * around
     return q
-
-
-def weighted_targets(guesses, one_hot):
-    """Targets of `probes.logistic_regression`, (U + n, C), from soft labels and labels.
-
-    guesses (U, C); one_hot (n, C). Each row of one_hot weighs 1 + LABEL_SHARE · U / n times as
-    much as a guess. All rows are scaled so that their mean weight is 1.
-    """
-    label_weight = 1 + LABEL_SHARE * len(guesses) / len(one_hot)
-    targets = torch.cat([guesses, label_weight * one_hot])
-    return targets * (len(targets) / targets.sum())
 
 
 class SelfTraining:
@@ -129,7 +117,7 @@ class SelfTraining:
         q = spread(p, *self.find_neighbours()) ** 4
         soft_labels = (q / q.sum(1, keepdim=True))[others]
 
-        targets = weighted_targets(soft_labels, one_hot)
+        targets = probes.weighted_targets(soft_labels, one_hot)
         x = torch.cat([self.x[others], self.probe.x[indices] @ self.axes])
         strength = strength * n / len(targets)
         fitted = probes.logistic_regression(

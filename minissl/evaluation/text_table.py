@@ -1,10 +1,10 @@
 """The columns of finetune.py's table for texts.
 
-How a text encoder is fine-tuned: as a whole. The vector of a text is the mean of the vectors of its
+Fine-tuning trains the whole text encoder. The vector of a text is the mean of the vectors of its
 windows: of at most eight in a training step, so that long texts fit into memory, and of all in
 the test.
 
-Read next: co_training.py, which is the column "self-trained", and then ../../finetune.py.
+Read next: co_training.py, the column "self-trained".
 """
 
 from copy import deepcopy
@@ -16,16 +16,16 @@ from torch import nn
 
 from minissl import transformer
 from minissl.data.batches import Batches, generator
-from minissl.data.splits import HELD_OUT, TEST, TRAIN, evenly_spaced
+from minissl.data.splits import evenly_spaced
 from minissl.data.texts import SAMPLE_TEXTS
 from minissl.evaluation import ngrams, probes
 from minissl.evaluation.classifier import Classifier
 from minissl.evaluation.co_training import CoTraining, in_units
 from minissl.evaluation.columns import (
     MANY_LABELS,
-    MOST_UNLABELLED,
     Column,
     LinearColumn,
+    Task,
     no_options,
     standardize,
 )
@@ -69,7 +69,7 @@ class WholeTextEncoder(nn.Module):
         return transformer.norm(vectors)
 
 
-class TextTask:
+class TextTask(Task):
     """Classification of texts.
 
     Arguments: texts, Texts with labels; model, the pretrained TextEncoder; autocast, device and
@@ -82,6 +82,7 @@ class TextTask:
     choice_draws = 2            # an option is tried on this many draws of labels
 
     def __init__(self, texts, model, autocast, device, precision, new_model, unlabelled=None):
+        super().__init__(texts)
         self.model = move_to_device(model, device)
         self.autocast = autocast
         self.device = device
@@ -89,11 +90,6 @@ class TextTask:
         self.new_model = new_model
         self.unlabelled = texts.select([]) if unlabelled is None else unlabelled
         self.texts = texts
-        self.classes = texts.classes
-        self.labels = torch.from_numpy(texts.labels)
-        self.train = np.flatnonzero(texts.split == TRAIN)
-        self.held_out = np.flatnonzero(texts.split == HELD_OUT)
-        self.test = np.flatnonzero(texts.split == TEST)
         z, self.mean, self.std = standardize(self.features(texts), self.train)
         self.probe = LinearColumn(z, self.labels, len(self.classes))
         self.last_logits = None, None   # a classifier, and what it said about the texts, (N, C)
@@ -107,10 +103,10 @@ class TextTask:
 
     def columns(self):
         """{name: column}, in the order of the table. The last needs what "fine-tuned" fits."""
-        most = max(0, MOST_UNLABELLED - len(self.train))
-        extra = self.unlabelled.sample(most)
+        pool, room = self.unlabelled_pool()
+        extra = self.unlabelled.sample(room)
         n_grams = self.ngram_column(extra)
-        self.co_training = self.co_training_column(n_grams, extra)
+        self.co_training = self.co_training_column(n_grams, pool, extra)
         return {
             "n-grams": n_grams,
             "from scratch": Column(self.scratch_options, self.fit_from_scratch, self.predict),
@@ -136,16 +132,15 @@ class TextTask:
         counts = ngrams.count_ngrams(self.texts.followed_by(extra), keys, longest)
         return NGramColumn(counts, (keys < V**2).sum(), self.labels, C, not_test)
 
-    def co_training_column(self, n_grams, extra):
-        """The column of a student of n-grams that learns from up to 50,000 texts without labels."""
+    def co_training_column(self, n_grams, pool, extra):
+        """The column of a student of n-grams that learns from guesses for pool and extra."""
         x = torch.zeros(0, len(self.mean))
         if len(extra):
             x = (self.features(extra) - self.mean) / self.std
-        pool = self.train[evenly_spaced(len(self.train), MOST_UNLABELLED)]
         return CoTraining(self.probe, n_grams, pool, self.held_out, x)
 
-    # EXPERIMENTS.md: "What does a transformer from scratch need?" and "Does it help to fine-tune
-    # the whole transformer?".
+    # The settings below come from EXPERIMENTS.md, "What does a transformer from scratch need?"
+    # and "Does it help to fine-tune the whole transformer?".
 
     def scratch_options(self, n):
         """(rate of Muon, steps)"""
