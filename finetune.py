@@ -30,8 +30,8 @@ Each row is kept as soon as it is finished.
     fine-tuned    the probe and the whole encoder trained further on the labels. It stays the probe
                   (rate 0) unless held-out examples are clearly better off with another rate.
                   With more than 5,000 labels in all, texts have one rate.
-    fine-tuned + n-grams    texts: the logits of "fine-tuned" plus those of the n-grams of
-                  "self-trained"
+    all together  texts: the sum of probe and fine-tuned encoder, plus the n-grams of
+                  "self-trained". With rate 0 this is "self-trained".
 
 The table goes into finetune.csv and onto the page report.html of the run's folder. New rows
 replace old rows that were measured with the same labels, data, limit and pretraining steps. All

@@ -19,7 +19,15 @@ import finetune
 from minissl import UserError, contrastive
 from minissl.autoencoder import Autoencoder
 from minissl.data import images, splits, text_sources, texts
-from minissl.evaluation import features, image_table, load, measurements, ngrams, probes
+from minissl.evaluation import (
+    columns,
+    features,
+    image_table,
+    load,
+    measurements,
+    ngrams,
+    probes,
+)
 from minissl.evaluation.classifier import Classifier, read_classifier
 from minissl.evaluation.columns import Column, LinearColumn
 from minissl.evaluation.image_table import ImageTask
@@ -140,7 +148,7 @@ def test_the_table_goes_into_csv_and_page(run, run_script, brief):
     code, printed = run_script(finetune, run, *CPU, "--labels", 10, "all", "--seeds", 2)
     assert code == 0, printed
     rows = read_rows(run / "finetune.csv")
-    methods = ["n-grams", "from scratch", "linear probe", "self-trained", "fine-tuned + n-grams",
+    methods = ["n-grams", "from scratch", "linear probe", "self-trained", "all together",
                "fine-tuned"]
     assert {(row["labels_a_class"], row["method"]) for row in rows} == {
         (labels, method) for labels in ("10", "all") for method in methods}
@@ -832,7 +840,7 @@ def test_each_text_is_read_once_for_two_columns(text_run, brief):
     task = text_task(text_run)
     columns = task.columns()
     indices = task.train[::10]
-    tuned, joined = columns["fine-tuned"], columns["fine-tuned + n-grams"]
+    tuned, joined = columns["fine-tuned"], columns["all together"]
     model = tuned.fit(indices, (0.02, 2), 0)
     read = []
     model.register_forward_hook(lambda module, inputs, logits: read.append(len(logits)))
@@ -841,6 +849,31 @@ def test_each_text_is_read_once_for_two_columns(text_run, brief):
     assert sum(read) == len(task.test) + len(task.held_out)
     with torch.no_grad():
         assert torch.equal(first, model(task.texts.select(task.test)).argmax(1))
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.02])
+def test_all_together_is_the_sum_of_three_standardized_answers(rate, text_run, brief):
+    task = text_task(text_run)
+    columns = task.columns()
+    indices = task.train[::10]
+    tuned = columns["fine-tuned"].fit(indices, (rate, 2), 0)
+    together = columns["all together"].fit(indices, None, 0)
+    weights, (weighting, student) = columns["self-trained"].fit(indices)
+
+    def standardized(logits):
+        logits = logits - logits.mean(1, keepdims=True)
+        return logits / logits[task.held_out].std()
+    x, z = task.co_training.n_grams.rows[weighting][np.arange(len(task.texts))], task.probe.x
+    answers = [z @ weights[:-1] + weights[-1], task.logits(tuned, np.arange(len(task.texts))),
+               x.to_dense() @ student[:-1] + student[-1]]
+    probe, tuned, n_grams = [standardized(answer.detach().numpy()) for answer in answers]
+    expected = standardized(probe + tuned) + n_grams
+    found = task.logits_together(together, task.test).detach()
+    np.testing.assert_allclose(found, expected[task.test], atol=1e-3)
+    if rate == 0:
+        model = columns["self-trained"].fit(indices)
+        assert torch.equal(columns["all together"].predict(together, task.test),
+                           columns["self-trained"].predict(model, task.test))
 
 
 def test_n_grams_take_no_statistics_from_test_texts(text_run):
@@ -916,6 +949,15 @@ def test_self_training_also_sees_images_without_labels(image_runs):
     # The same images without a label have the same features as in the table.
     torch.testing.assert_close(columns[0].x[120:], columns[0].x[:40], atol=1e-3, rtol=1e-3)
     assert accuracy_of(columns[0], tasks[0], tasks[0].train[:20]) == 100
+
+
+def test_self_training_has_a_largest_number_of_images(image_runs, monkeypatch):
+    monkeypatch.setattr(columns, "MOST_UNLABELLED", 100)
+    model, checkpoint = load.load_run(image_runs / "simclr")
+    data = two_classes(100, [120, 20, 60])
+    task = ImageTask(data, model, nullcontext(), torch.device("cpu"), torch.float32,
+                     partial(load.new_model, checkpoint), True, None, data.select([0, 1]))
+    assert len(task.self_training().pool) == 100
 
 
 def test_the_rate_of_fine_tuning_rises_and_falls(image_runs, monkeypatch):

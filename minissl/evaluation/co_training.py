@@ -62,7 +62,7 @@ class CoTraining:
         self.pool = pool
         self.held_out = held_out
         self.extra = extra
-        self.last = None                # "fine-tuned + n-grams" asks for the same student again
+        self.last = None                # "all together" asks for the same student again
 
     def options(self, n):
         return [None]

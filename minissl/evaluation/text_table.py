@@ -114,7 +114,7 @@ class TextTask(Task):
             "self-trained": self.co_training,
             "fine-tuned": Column(
                 self.fine_tuning_options, self.fit_fine_tuned, self.predict, prefers_first=True),
-            "fine-tuned + n-grams": Column(no_options, self.fit_joined, self.predict_joined),
+            "all together": Column(no_options, self.fit_together, self.predict_together),
         }
 
     def ngram_column(self, extra):
@@ -189,16 +189,16 @@ class TextTask(Task):
         self.fine_tuned = np.array(indices), classifier
         return classifier
 
-    def fit_joined(self, indices, option, seed):
-        """(the fine-tuned Classifier, the student of co-training).
+    def fit_together(self, indices, option, seed):
+        """(the probe's weights, the fine-tuned Classifier, the student of co-training).
 
         Must follow `fit_fine_tuned` on the same labels, because it takes the result of that.
         """
         fitted_on, classifier = self.fine_tuned
         if not np.array_equal(fitted_on, indices):
             raise ValueError("the encoder was fine-tuned on other texts")
-        _, student = self.co_training.fit(indices)
-        return classifier, student
+        weights, student = self.co_training.fit(indices)
+        return weights, classifier, student
 
     def train_classifier(self, model, indices, option, seed, strength, embedding_scale):
         """Train the whole Classifier on the texts `indices`.
@@ -259,8 +259,23 @@ class TextTask(Task):
     def predict(self, model, indices):
         return self.logits(model, indices).argmax(1)
 
-    def predict_joined(self, model, indices):
-        """The sum of what both say, each in its standard deviation over the held-out texts."""
-        classifier, student = model
-        own = in_units(self.logits(classifier, indices), self.logits(classifier, self.held_out))
-        return (own + self.co_training.student_logits(student, indices)).argmax(1)
+    def predict_together(self, model, indices):
+        return self.logits_together(model, indices).argmax(1)
+
+    def logits_together(self, model, indices):
+        """The encoder's answer, which is the sum of probe and fine-tuned encoder, plus n-grams.
+
+        (n, C). Each is divided by its standard deviation over the held-out texts. At rate 0 this is the
+        column "self-trained". (EXPERIMENTS.md, "What do n-grams add to the document vector?")
+        """
+        weights, classifier, student = model
+
+        def encoder_logits(indices):
+            probe = probes.predict(self.probe.x[indices], weights)
+            probe_held_out = probes.predict(self.probe.x[self.held_out], weights)
+            tuned = self.logits(classifier, indices)
+            tuned_held_out = self.logits(classifier, self.held_out)
+            return in_units(probe, probe_held_out) + in_units(tuned, tuned_held_out)
+
+        own = in_units(encoder_logits(indices), encoder_logits(self.held_out))
+        return own + self.co_training.student_logits(student, indices)

@@ -240,7 +240,7 @@ METHOD_COLOURS = {
     "linear probe": "#1f6feb",
     "self-trained": "#d1477a",
     "fine-tuned": "#1a7f37",
-    "fine-tuned + n-grams": "#0b8f8f",
+    "all together": "#0b8f8f",
 }
 OTHER_METHOD = "#69788a"
 
