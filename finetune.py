@@ -57,7 +57,14 @@ import torch
 
 from minissl import UserError
 from minissl.data.images import load_images, own_images
-from minissl.data.splits import HELD_OUT, TRAIN, fingerprint, incomplete_classes, list_names
+from minissl.data.splits import (
+    HELD_OUT,
+    TRAIN,
+    count_of,
+    fingerprint,
+    incomplete_classes,
+    list_names,
+)
 from minissl.data.text_sources import load_texts, read_texts
 from minissl.data.texts import encode_texts
 from minissl.evaluation import load, probes
@@ -237,14 +244,6 @@ def keep_complete_classes(data, name):
                    classes=[data.classes[label] for label in kept])
 
 
-def count(n, thing):
-    """
-    >>> count(1, "example"), count(1000, "label")
-    ('1 example', '1,000 labels')
-    """
-    return f"{n:,} {thing}" if n == 1 else f"{n:,} {thing}s"
-
-
 # ---------------------------------------------------------------- 3. the table
 
 def choose(column, task, per_class):
@@ -341,14 +340,14 @@ def measure_table(settings, task, keep=None):
     for row in rows:
         try:
             measured, model, labels = measure_row(settings, task, columns, row)
+            if keep:
+                keep(measured)
         except KeyboardInterrupt:
             if not measurements:
                 raise KeyboardInterrupt("interrupted before the first row was complete: nothing "
                                         "was written") from None
             print("stopped: the rows before this one are kept", flush=True)
             break
-        if keep:
-            keep(measured)
         measurements += measured
         last = model, labels
     return measurements, *last, chance
@@ -363,11 +362,11 @@ def possible_rows(settings, task):
     too_large = [row for row in rows if row != "all" and int(row) > least]
     if too_large and settings.labels:
         raise UserError(f"--labels {' '.join(too_large)}: too many, because the smallest class, "
-                        f"{smallest}, has {count(least, 'example')} to train on; "
+                        f"{smallest}, has {count_of(least, 'example')} to train on; "
                         f"give at most {least}")
     if too_large:
         print(f"left out: {' and '.join(too_large)} labels a class, because the smallest class, "
-              f"{smallest}, has {count(least, 'example')} to train on")
+              f"{smallest}, has {count_of(least, 'example')} to train on")
     return [row for row in rows if row not in too_large]
 
 
@@ -435,7 +434,7 @@ def make_table(settings, model, checkpoint, machine):
         """Write the measurements of a finished row into the file."""
         changed = add_measurements(path, row, source)
         if changed:
-            print(f"{name} has not the checksum of {count(changed, 'older result')} in {path}, "
+            print(f"{name} has not the checksum of {count_of(changed, 'older result')} in {path}, "
                   f"so they stay in a separate table")
 
     new, classifier, labels, chance = measure_table(settings, task, keep)

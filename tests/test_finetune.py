@@ -878,14 +878,14 @@ def test_all_together_is_the_sum_of_three_standardized_answers(rate, text_run, b
 
 def test_n_grams_take_no_statistics_from_test_texts(text_run):
     task = text_task(text_run)
-    rows = task.ngram_column(task.unlabelled).rows
+    rows = task.columns()["n-grams"].rows
     before = [rows[name][task.train].to_dense() for name in ("tf-idf", "naive Bayes")]
     words = task.texts.tokens.copy()
     for n in task.test:
         begin, end = task.texts.starts[n], task.texts.starts[n] + task.texts.lengths[n]
         words[begin:end] = words[begin]
     task.texts.tokens = words
-    column = task.ngram_column(task.unlabelled)
+    column = task.columns()["n-grams"]
     assert torch.equal(column.rows["tf-idf"][task.train].to_dense(), before[0])
     assert torch.equal(column.rows["naive Bayes"][task.train].to_dense(), before[1])
 

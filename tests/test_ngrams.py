@@ -25,7 +25,7 @@ def word_counts(labels, seed=0, words=40, strength=0.4):
     return present * torch.randint(1, 4, present.shape, generator=draws).float()
 
 
-def ngram_column(counts, labels):
+def column_of(counts, labels):
     """The column of these counts (N, D), in which tf-idf and naive Bayes see the same terms."""
     rows = sparse(counts)
     return NGramColumn(rows, rows.columns, labels, int(labels.max()) + 1, np.arange(len(labels)))
@@ -231,7 +231,7 @@ def test_the_column_reads_no_label_beyond_the_draw():
 
 def test_the_weighting_with_the_least_held_out_loss_is_taken():
     labels = torch.arange(200) % 2
-    column = ngram_column(word_counts(labels), labels)
+    column = column_of(word_counts(labels), labels)
     name, fitted = column.fit(np.arange(100))
     losses = {}
     losses["tf-idf"] = probes.cross_validate(
@@ -247,6 +247,6 @@ def test_the_weighting_with_the_least_held_out_loss_is_taken():
 def test_with_many_classes_there_is_tf_idf_alone():
     labels = torch.arange(60) % 6
     counts = word_counts(labels % 2)
-    name, _ = ngram_column(counts, labels).fit(np.arange(60))
+    name, _ = column_of(counts, labels).fit(np.arange(60))
     assert name == "tf-idf"
-    assert list(ngram_column(counts, labels % 5).rows) == ["tf-idf", "naive Bayes"]
+    assert list(column_of(counts, labels % 5).rows) == ["tf-idf", "naive Bayes"]

@@ -23,6 +23,7 @@ from minissl.data.splits import (
     HELD_OUT,
     TEST,
     TRAIN,
+    count_of,
     drop_duplicates,
     evenly_spaced,
     fingerprint,
@@ -119,7 +120,7 @@ def load_images(data, data_dir="data", limit=0, keep_all=False, labels=True):
 def describe(images):
     """A description of the training images with a checksum, by which a run knows its data."""
     n, C, H, W = images.subset(TRAIN).shape
-    return f"{_counted(n, 'image')} of {H} × {W} × {C}, checksum {fingerprint(images)}"
+    return f"{count_of(n, 'image')} of {H} × {W} × {C}, checksum {fingerprint(images)}"
 
 
 def sample_of_pixels(images):
@@ -267,7 +268,7 @@ def own_images(path, keep_all=False, flag="--data", labels=True):
     _check_images(array, name)
     fewest = 1 if keep_all else FEWEST
     if len(array) < fewest:
-        found = _counted(len(array), "image")
+        found = count_of(len(array), "image")
         raise UserError(f"{name}: found {found}; expected at least {fewest}")
     if labels:
         labels, classes = _read_labels(path.with_name(path.stem + ".labels.npy"), len(array))
@@ -289,7 +290,7 @@ def own_images(path, keep_all=False, flag="--data", labels=True):
     undivided = np.full(len(array), TRAIN, np.uint8)
     kept = np.flatnonzero(drop_duplicates(hashes, undivided, labels))
     if len(kept) < fewest:
-        found = _counted(len(kept), "different image")
+        found = count_of(len(kept), "different image")
         raise UserError(f"{name}: found {found}; expected at least {fewest}")
     dropped = len(array) - len(kept)
     if dropped:
@@ -405,8 +406,3 @@ def _warn_if_black(array, path):
         problem = ("all values are 0 or 1 (of 255), so the images are black; "
                    "if 1 means white, save 255 * x")
     print(f"warning: {path}: {problem}", file=sys.stderr)
-
-
-def _counted(n, noun):
-    """A number and its noun, such as "1 image" or "2,000 images"."""
-    return f"1 {noun}" if n == 1 else f"{n:,} {noun}s"

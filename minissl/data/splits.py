@@ -105,6 +105,14 @@ def list_names(names, most=10):
     return text
 
 
+def count_of(n, noun):
+    """
+    >>> count_of(1, "image"), count_of(2000, "label")
+    ('1 image', '2,000 labels')
+    """
+    return f"1 {noun}" if n == 1 else f"{n:,} {noun}s"
+
+
 def drop_duplicates(hashes, split, labels):
     """Return a mask (N,) that is True for the examples to keep.
 

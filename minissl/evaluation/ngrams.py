@@ -27,7 +27,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from minissl.data.texts import add_counts
+from minissl.data.texts import SAMPLE_TEXTS, add_counts
 from minissl.evaluation import probes
 from minissl.evaluation.probes import SparseRows
 
@@ -131,7 +131,22 @@ def naive_bayes_weights(x, labels, classes, alpha=1):
     return torch.where(occurs, r, 0).float()
 
 
-# ---------------------------------------------------------------- columns
+# ---------------------------------------------------------------- the column
+
+def ngram_column(texts, counted, extra):
+    """The column "n-grams" of Texts with labels.
+
+    counted (n,): the texts that choose and weigh the n-grams, without their labels: all but the
+    test texts; extra: Texts without a label, whose n-grams are counted too, for co_training.py.
+    """
+    C, V = len(texts.classes), len(texts.tokenizer)
+    longest = LONGEST if C <= MOST_CLASSES else 2               # tf-idf takes pairs alone
+    most = min(MOST_NGRAMS, MOST_WEIGHTS // C)
+    keys = frequent_ngrams(texts.select(counted).sample(SAMPLE_TEXTS), longest, most)
+    counts = count_ngrams(texts.followed_by(extra), keys, longest)
+    terms = (keys < V**2).sum()                                 # the keys are sorted: triples last
+    return NGramColumn(counts, terms, torch.from_numpy(texts.labels), C, counted)
+
 
 class NGramColumn:
     """The column "n-grams", as options, fit and predict.

@@ -17,8 +17,7 @@ from torch import nn
 from minissl import transformer
 from minissl.data.batches import Batches, generator
 from minissl.data.splits import evenly_spaced
-from minissl.data.texts import SAMPLE_TEXTS
-from minissl.evaluation import ngrams, probes
+from minissl.evaluation import probes
 from minissl.evaluation.classifier import Classifier
 from minissl.evaluation.co_training import CoTraining, in_units
 from minissl.evaluation.columns import (
@@ -30,7 +29,7 @@ from minissl.evaluation.columns import (
     standardize,
 )
 from minissl.evaluation.features import document_vectors, no_progress, text_features
-from minissl.evaluation.ngrams import NGramColumn
+from minissl.evaluation.ngrams import ngram_column
 from minissl.optim import Muon, lr_schedule, step_optimizers
 from minissl.training.files import progress
 from minissl.training.machine import move_to_device
@@ -105,7 +104,9 @@ class TextTask(Task):
         """{name: column}, in the order of the table. The last needs what "fine-tuned" fits."""
         pool, room = self.unlabelled_pool()
         extra = self.unlabelled.sample(room)
-        n_grams = self.ngram_column(extra)
+        progress("counting n-grams")
+        not_test = np.concatenate([self.train, self.held_out])
+        n_grams = ngram_column(self.texts, not_test, extra)
         self.co_training = self.co_training_column(n_grams, pool, extra)
         return {
             "n-grams": n_grams,
@@ -116,21 +117,6 @@ class TextTask(Task):
                 self.fine_tuning_options, self.fit_fine_tuned, self.predict, prefers_first=True),
             "all together": Column(no_options, self.fit_together, self.predict_together),
         }
-
-    def ngram_column(self, extra):
-        """The column "n-grams". It also counts the n-grams of the Texts `extra`, for co-training.
-
-        The test texts neither choose n-grams nor weigh them.
-        """
-        not_test = np.concatenate([self.train, self.held_out])
-        counted = self.texts.select(not_test).sample(SAMPLE_TEXTS)
-        C, V = len(self.classes), len(self.texts.tokenizer)
-        longest = ngrams.LONGEST if C <= ngrams.MOST_CLASSES else 2     # tf-idf takes pairs alone
-        most = min(ngrams.MOST_NGRAMS, ngrams.MOST_WEIGHTS // C)
-        progress("counting n-grams")
-        keys = ngrams.frequent_ngrams(counted, longest, most)           # sorted: triples are last
-        counts = ngrams.count_ngrams(self.texts.followed_by(extra), keys, longest)
-        return NGramColumn(counts, (keys < V**2).sum(), self.labels, C, not_test)
 
     def co_training_column(self, n_grams, pool, extra):
         """The column of a student of n-grams that learns from guesses for pool and extra."""
@@ -263,10 +249,11 @@ class TextTask(Task):
         return self.logits_together(model, indices).argmax(1)
 
     def logits_together(self, model, indices):
-        """The encoder's answer, which is the sum of probe and fine-tuned encoder, plus n-grams.
+        """(n, C): the sum of probe and fine-tuned encoder, plus the n-grams.
 
-        (n, C). Each is divided by its standard deviation over the held-out texts. At rate 0 this is the
-        column "self-trained". (EXPERIMENTS.md, "What do n-grams add to the document vector?")
+        Both summands are divided by their standard deviations over the held-out texts, and so
+        are the two of the first sum. At rate 0 the result orders the classes as the column
+        "self-trained" does. (EXPERIMENTS.md, "What do n-grams add to the document vector?")
         """
         weights, classifier, student = model
 
