@@ -300,10 +300,10 @@ def measure_row(settings, task, columns, labels_a_class):
         # The choices are made, so "all" includes the held-out examples.
         pool = np.concatenate([task.train, task.held_out])
         draws = min(draws, 2)
-    measurements = []
+    measurements, fine_tuned = [], None
     for seed in range(draws):
         indices = pool[probes.draw_labels(task.labels[pool], per_class, seed)]
-        shown, models = [], {}
+        shown = []
         for name, column in columns.items():
             progress(f"{title}, draw {seed + 1}: {name}")
             begin = time.perf_counter()
@@ -311,13 +311,14 @@ def measure_row(settings, task, columns, labels_a_class):
             seconds = time.perf_counter() - begin
             predictions = column.predict(model, task.test)
             accuracy = probes.accuracy(predictions, task.labels[task.test])
-            models[name] = model
+            if name == "fine-tuned":
+                fine_tuned = model
             shown.append(f"{name} {accuracy:.1f}")
             measurements.append(dict(
                 labels_a_class=labels_a_class, method=name, seed=seed,
                 test_accuracy=round(accuracy, 2), seconds=round(seconds, 1)))
         print(f"  draw {seed + 1}: {', '.join(shown)}", flush=True)
-    return measurements, models.get("fine-tuned"), len(indices)
+    return measurements, fine_tuned, len(indices)
 
 
 def measure_table(settings, task, keep=None):

@@ -103,6 +103,11 @@ class CoTraining:
             rows, targets, C, STRENGTHS[weighting], tolerance=1e-4, weight_scale=scale)
         return weighting, fitted
 
+    def probe_logits(self, weights, indices):
+        """a / σ(a) of these texts, (n, C). Every row has the mean 0."""
+        logits = probes.predict(self.probe.x[indices], weights)
+        return in_units(logits, probes.predict(self.probe.x[self.held_out], weights))
+
     def student_logits(self, student, indices):
         """b / σ(b) of these texts, (n, C). Every row has the mean 0."""
         weighting, weights = student
@@ -112,9 +117,8 @@ class CoTraining:
 
     def predict(self, model, indices):
         weights, student = model
-        logits = probes.predict(self.probe.x[indices], weights)
-        held_out = probes.predict(self.probe.x[self.held_out], weights)
-        return (in_units(logits, held_out) + self.student_logits(student, indices)).argmax(1)
+        own = self.probe_logits(weights, indices)
+        return (own + self.student_logits(student, indices)).argmax(1)
 
 
 def in_units(logits, reference):

@@ -49,6 +49,14 @@ class Task:
         self.held_out = np.flatnonzero(examples.split == HELD_OUT)
         self.test = np.flatnonzero(examples.split == TEST)
 
+    def set_features(self, features):
+        """Make the column "linear probe" of the features (N, D) of all examples.
+
+        Also sets mean and std (D,), those of the training examples.
+        """
+        x, self.mean, self.std = standardize(features, self.train)
+        self.probe = LinearColumn(x, self.labels, len(self.classes))
+
     def unlabelled_pool(self):
         """(the training examples whose classes self-training guesses, room for more examples).
 

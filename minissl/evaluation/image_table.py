@@ -79,8 +79,7 @@ class ImageTask(Task):
         self.code = code
         self.images = data.to(device)
         self.unlabelled = unlabelled
-        z, self.mean, self.std = standardize(self.features(self.model), self.train)
-        self.probe = LinearColumn(z, self.labels, len(self.classes))
+        self.set_features(self.features(self.model))
 
     def features(self, model, images=None):
         """The features by this model, (N, D), of all images of the table, or of other ones."""

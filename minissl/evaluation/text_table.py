@@ -23,7 +23,6 @@ from minissl.evaluation.co_training import CoTraining, in_units
 from minissl.evaluation.columns import (
     MANY_LABELS,
     Column,
-    LinearColumn,
     Task,
     no_options,
     standardize,
@@ -89,8 +88,7 @@ class TextTask(Task):
         self.new_model = new_model
         self.unlabelled = texts.select([]) if unlabelled is None else unlabelled
         self.texts = texts
-        z, self.mean, self.std = standardize(self.features(texts), self.train)
-        self.probe = LinearColumn(z, self.labels, len(self.classes))
+        self.set_features(self.features(texts))
         self.last_logits = None, None   # a classifier, and what it said about the texts, (N, C)
         self.fine_tuned = None          # the labelled texts of the last fine-tuning, and its result
         self.co_training = None         # the column "self-trained", made by `columns`
@@ -258,11 +256,9 @@ class TextTask(Task):
         weights, classifier, student = model
 
         def encoder_logits(indices):
-            probe = probes.predict(self.probe.x[indices], weights)
-            probe_held_out = probes.predict(self.probe.x[self.held_out], weights)
             tuned = self.logits(classifier, indices)
-            tuned_held_out = self.logits(classifier, self.held_out)
-            return in_units(probe, probe_held_out) + in_units(tuned, tuned_held_out)
+            held_out = self.logits(classifier, self.held_out)
+            return self.co_training.probe_logits(weights, indices) + in_units(tuned, held_out)
 
         own = in_units(encoder_logits(indices), encoder_logits(self.held_out))
         return own + self.co_training.student_logits(student, indices)

@@ -39,9 +39,9 @@ from timed_training import print_probe, train_for
 
 import finetune
 from minissl import UserError, transformer
-from minissl.data.splits import HELD_OUT, TEST, TRAIN
+from minissl.data.splits import TRAIN
 from minissl.data.text_sources import load_texts
-from minissl.evaluation.columns import LinearColumn, standardize
+from minissl.evaluation.columns import Task
 from minissl.evaluation.features import text_features
 from minissl.evaluation.text_table import TEXT_LABELS
 from minissl.training.files import progress
@@ -243,21 +243,15 @@ class MeanOfTokens:
         return x.sum(1) / lengths[:, None]
 
 
-class ProbeTask:
+class ProbeTask(Task):
     """What finetune.measure_table asks of a task, for features (N, D) of labelled Texts."""
 
     default_labels = TEXT_LABELS
     choice_draws = 1        # nothing is chosen on held-out texts
 
     def __init__(self, texts, features):
-        self.classes = texts.classes
-        self.labels = torch.from_numpy(texts.labels)
-        self.train = np.flatnonzero(texts.split == TRAIN)
-        self.held_out = np.flatnonzero(texts.split == HELD_OUT)
-        self.test = np.flatnonzero(texts.split == TEST)
-        # As in minissl.evaluation.text_table.TextTask.
-        z, _, _ = standardize(transformer.norm(features), self.train)
-        self.probe = LinearColumn(z, self.labels, len(self.classes))
+        super().__init__(texts)
+        self.set_features(transformer.norm(features))   # normalized as in TextTask
 
 
 def main():
