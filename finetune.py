@@ -69,6 +69,7 @@ from minissl.data.text_sources import load_texts, read_texts
 from minissl.data.texts import encode_texts
 from minissl.evaluation import load, probes
 from minissl.evaluation.classifier import build_classifier, read_classifier, write_classifier
+from minissl.evaluation.columns import plain_column
 from minissl.evaluation.features import image_features, text_features
 from minissl.evaluation.image_table import ImageTask
 from minissl.evaluation.measurements import add_measurements, print_table, read_measurements
@@ -234,45 +235,50 @@ def keep_complete_classes(data, name):
     if len(kept) < 2:
         raise UserError(f"--data {name}: only the class {data.classes[kept[0]]} has examples both "
                         f"to train on and to test on; {advice}")
-    if HELD_OUT not in labelled.split:
+    selected = labelled.select(np.isin(labelled.labels, kept))
+    if HELD_OUT not in selected.split:
         raise UserError(f"--data {name}: no labelled example is held out to choose by; {advice}")
     if left_out:
         print(f"left out, without an example to train on or without one to test on: "
               f"{list_names(left_out)}")
-    selected = labelled.select(np.isin(labelled.labels, kept))
     return replace(selected, labels=np.searchsorted(kept, selected.labels),
                    classes=[data.classes[label] for label in kept])
 
 
 # ---------------------------------------------------------------- 3. the table
 
-def choose(column, task, per_class):
-    """The column's option that is best on held-out examples, on a few draws of labels.
-
-    A column that prefers its first option keeps it, unless the best one is ahead by more than
-    the standard error of the difference (the rule of Breiman et al. 1984, "Classification and
-    regression trees", section 3.4.3).
-    """
+def draws_for_choices(task, per_class):
+    """A few draws of labels for `choose`: (indices, {"linear probe": its model}) of each."""
     draws = []
     for seed in range(1 if per_class is None else task.choice_draws):
         drawn = probes.draw_labels(task.labels[task.train], per_class, 1000 + seed)
-        draws.append(task.train[drawn])
-    options = column.options(len(draws[0]))
-    if len(options) == 1:
-        return options[0]
+        indices = task.train[drawn]
+        draws.append((indices, {"linear probe": task.probe.fit(indices)}))
+    return draws
+
+
+def choose(column, options, task, draws):
+    """The option that is best on held-out examples, after learning from a few draws of labels.
+
+    A column that prefers its first option keeps it, unless the best one is ahead by more than
+    the standard error of the difference (the rule of Breiman et al. 1984, "Classification and
+    regression trees", section 3.4.3). This is the error from having few held-out examples. That
+    another draw of labels could decide otherwise is not in it.
+    """
     scores = torch.stack([held_out_scores(column, task, option, draws) for option in options])
     best = int(scores.mean(1).argmax())
     lead = scores[best] - scores[0]                             # (H,)
-    if column.prefers_first and not lead.mean() > lead.std() / len(lead) ** 0.5:
-        best = 0
+    if column.prefers_first:
+        is_clear = len(lead) > 1 and lead.mean() > lead.std() / len(lead) ** 0.5
+        best = best if is_clear else 0
     return options[best]
 
 
 def held_out_scores(column, task, option, draws):
     """The share of the draws after which each held-out example is classified right, (H,)."""
     right = 0
-    for seed, indices in enumerate(draws):
-        model = column.fit(indices, option, seed)
+    for seed, (indices, fitted) in enumerate(draws):
+        model = column.fit(indices, option, seed, fitted)
         predictions = column.predict(model, task.held_out)
         right = right + (predictions == task.labels[task.held_out]).double()
     return right / len(draws)
@@ -287,38 +293,50 @@ def measure_row(settings, task, columns, labels_a_class):
     title = "1 label a class" if labels_a_class == "1" else f"{labels_a_class} labels a class"
     print(title, flush=True)
     per_class = None if labels_a_class == "all" else int(labels_a_class)
-    chosen = {}
-    for name, column in columns.items():
-        progress(f"{title}, {name}: choosing on held-out examples")
-        chosen[name] = choose(column, task, per_class)
-        if chosen[name]:
-            print(f"  {name}: chose {chosen[name]}", flush=True)
+    pool, draws = task.train, settings.seeds
+    if per_class is None:       # the held-out examples are for choices, and for "all" at the end
+        pool, draws = np.concatenate([task.train, task.held_out]), min(draws, 2)
+    drawn = [pool[probes.draw_labels(task.labels[pool], per_class, seed)] for seed in range(draws)]
 
-    pool = task.train
-    draws = settings.seeds
-    if per_class is None:
-        # The choices are made, so "all" includes the held-out examples.
-        pool = np.concatenate([task.train, task.held_out])
-        draws = min(draws, 2)
-    measurements, fine_tuned = [], None
-    for seed in range(draws):
-        indices = pool[probes.draw_labels(task.labels[pool], per_class, seed)]
+    chosen = choose_options(task, columns, per_class, len(drawn[0]), title)
+    measurements, fitted = [], {}
+    for seed, indices in enumerate(drawn):
+        if per_class is not None:
+            fitted = {}
         shown = []
         for name, column in columns.items():
+            if name in fitted and not column.is_random:
+                continue                        # "all" again: the same labels, the same model
             progress(f"{title}, draw {seed + 1}: {name}")
             begin = time.perf_counter()
-            model = column.fit(indices, chosen[name], seed)
+            fitted[name] = column.fit(indices, chosen[name], seed, fitted)
             seconds = time.perf_counter() - begin
-            predictions = column.predict(model, task.test)
+            predictions = column.predict(fitted[name], task.test)
             accuracy = probes.accuracy(predictions, task.labels[task.test])
-            if name == "fine-tuned":
-                fine_tuned = model
             shown.append(f"{name} {accuracy:.1f}")
             measurements.append(dict(
                 labels_a_class=labels_a_class, method=name, seed=seed,
                 test_accuracy=round(accuracy, 2), seconds=round(seconds, 1)))
-        print(f"  draw {seed + 1}: {', '.join(shown)}", flush=True)
-    return measurements, fine_tuned, len(indices)
+        if shown:
+            print(f"  draw {seed + 1}: {', '.join(shown)}", flush=True)
+    return measurements, fitted.get("fine-tuned"), len(indices)
+
+
+def choose_options(task, columns, per_class, n, title):
+    """{name of a column: its option}, for a row of n labels. Prints what was chosen."""
+    options = {name: column.options(n) for name, column in columns.items()}
+    draws = []
+    if any(len(of_column) > 1 for of_column in options.values()):
+        draws = draws_for_choices(task, per_class)
+    chosen = {}
+    for name, column in columns.items():
+        chosen[name] = options[name][0]
+        if len(options[name]) > 1:
+            progress(f"{title}, {name}: choosing on held-out examples")
+            chosen[name] = choose(column, options[name], task, draws)
+        if chosen[name]:
+            print(f"  {name}: chose {chosen[name]}", flush=True)
+    return chosen
 
 
 def measure_table(settings, task, keep=None):
@@ -334,7 +352,7 @@ def measure_table(settings, task, keep=None):
           f"choices, {len(task.test):,} to test on (the commonest class: {chance:.1f} %)")
     rows = possible_rows(settings, task)
     if settings.probe:
-        columns = {"linear probe": task.probe}
+        columns = {"linear probe": plain_column(task.probe)}
     else:
         columns = task.columns()
     measurements = []
@@ -401,7 +419,6 @@ def keep_classifier(run, model, conditions):
 
 def make_table(settings, model, checkpoint, machine):
     """Measure the table, print it, and write finetune.csv (or probe.csv), .svg, classifier.pt."""
-    device, precision, autocast = machine
     trained = checkpoint["settings"]
     folder = Path(settings.run)
     path = folder / ("probe.csv" if settings.probe else "finetune.csv")
@@ -419,15 +436,14 @@ def make_table(settings, model, checkpoint, machine):
         print(f"data: {note}")
     unlabelled = data.select((data.labels < 0) & (data.split == TRAIN))
     data = keep_complete_classes(data, name)
+    new_model = partial(load.new_model, checkpoint)
     if is_text:
         flip = None
-        task = TextTask(data, model, autocast, device, precision,
-                        partial(load.new_model, checkpoint), unlabelled)
+        task = TextTask(data, model, machine, new_model, unlabelled)
     else:
         flip = load.may_mirror(checkpoint) and not settings.no_flip
-        task = ImageTask(data, model, autocast, device, precision,
-                         partial(load.new_model, checkpoint), flip, trained.get("code"),
-                         unlabelled)
+        task = ImageTask(
+            data, model, machine, new_model, flip, trained.get("code"), unlabelled)
     source = dict(data=name, limit=settings.limit, step=checkpoint["step"],
                   checksum=checksum(data))
 

@@ -22,7 +22,7 @@ import wav2vec_data
 from minissl.data.splits import HELD_OUT, TEST, TRAIN
 from minissl.evaluation import probes
 from minissl.evaluation.classifier import Classifier
-from minissl.evaluation.columns import PROBE_STRENGTHS, LinearColumn, standardize
+from minissl.evaluation.columns import PROBE_STRENGTHS, LinearClassifier, standardize
 from minissl.evaluation.self_training import SelfTraining
 from minissl.optim import Muon, lr_schedule, step_optimizers
 from minissl.training.files import progress
@@ -90,16 +90,15 @@ def make_optimizers(model, rate, encoder_scale, precision):
     return [muon, adam]
 
 
-def probe_columns(features, recordings):
-    """Two classifiers of features (N, D): logistic regression, and the same self-trained.
+def probe_and_self_training(features, recordings):
+    """Two classifiers of features (N, D): a LinearClassifier, and SelfTraining on top of it.
 
-    Each has fit(indices) and predict(model, indices), see evaluation/columns.py. The features
-    are standardized over the training recordings, whose other labels are not read.
+    The features are standardized over the training recordings, whose other labels are not read.
     """
     pool = recordings.select(TRAIN, labelled=False)
     x, _, _ = standardize(features, pool)
     labels = torch.from_numpy(recordings.labels)
-    probe = LinearColumn(x, labels, len(recordings.classes), PROBE_STRENGTHS)
+    probe = LinearClassifier(x, labels, len(recordings.classes), PROBE_STRENGTHS)
     return probe, SelfTraining(probe, pool, torch.zeros(0, x.shape[1]))
 
 
@@ -159,7 +158,7 @@ def measure(model, make_model, recordings, settings, machine):
     _, mean, std = standardize(features[UNTRAINED], train)
     classifiers = {}
     for name, x in features.items():
-        classifiers[name], classifiers[name + SELF_TRAINED] = probe_columns(x, recordings)
+        classifiers[name] = probe_and_self_training(x, recordings)
     labels = recordings.labels
     columns = [n for n in settings.labels if n <= np.bincount(labels[train]).min()]
     rows = [*features, SCRATCH, *(name + SELF_TRAINED for name in features)]
@@ -168,11 +167,13 @@ def measure(model, make_model, recordings, settings, machine):
         for column, count in enumerate(columns):
             progress(f"table: draw {draw + 1} of {settings.draws}, {count} labels a class")
             fit = train[probes.draw_labels(labels[train], count, settings.seed + draw)]
-            for name in features:
-                classifiers[name].strengths = STRENGTH_OF_ONE if count == 1 else PROBE_STRENGTHS
-            for name, classifier in classifiers.items():
-                answers = classifier.predict(classifier.fit(fit), test)
+            for name, (probe, self_training) in classifiers.items():
+                probe.strengths = STRENGTH_OF_ONE if count == 1 else PROBE_STRENGTHS
+                probe_model = probe.fit(fit)
+                answers = probe.predict(probe_model, test)
                 table[name][draw, column] = probes.accuracy(answers, labels[test])
+                answers = self_training.predict(self_training.fit(fit, probe_model), test)
+                table[name + SELF_TRAINED][draw, column] = probes.accuracy(answers, labels[test])
             table[SCRATCH][draw, column] = train_from_scratch(
                 make_model(), mean, std, recordings, fit, settings, machine
             )
@@ -195,7 +196,7 @@ def measure_speakers(features, recordings, settings):
     table = {name: [] for name in features}
     for name, x in features.items():
         x, _, _ = standardize(x, train)
-        probe = LinearColumn(x, numbered, len(known), PROBE_STRENGTHS)
+        probe = LinearClassifier(x, numbered, len(known), PROBE_STRENGTHS)
         for draw in range(settings.draws):
             drawn = probes.draw_labels(numbers, LABELS_A_SPEAKER, settings.seed + draw)
             answers = probe.predict(probe.fit(train[drawn]), test)

@@ -18,7 +18,7 @@ import torch
 import finetune
 from minissl.data.text_sources import load_texts
 from minissl.data.texts import encode_texts
-from minissl.evaluation.features import text_features
+from minissl.evaluation.features import document_vectors, text_features
 from minissl.evaluation.text_table import TextTask
 from minissl.tokenizer import Tokenizer
 from minissl.transformer import TextEncoder
@@ -84,7 +84,7 @@ def test_features_are_the_mean_of_the_real_tokens(bert_features):
             return torch.nn.Embedding(300, 8)
 
     texts = encode_texts(["a", "three words here", "the longest text of all"], Tokenizer([]))
-    features = text_features(bert_features.MeanOfTokens(StandIn()), texts, nullcontext())
+    features = document_vectors(bert_features.MeanOfTokens(StandIn()), texts, nullcontext())
     for i in range(len(texts)):
         expected = table[texts[i]].mean(0)
         assert torch.allclose(features[i], expected, atol=1e-6)
@@ -97,7 +97,8 @@ def test_the_probe_is_that_of_finetune(bert_features, corpus, tmp_path):
     torch.manual_seed(0)
     model = TextEncoder(len(texts.tokenizer), torch.empty(0, dtype=torch.int64), width=8,
                         layers=1, heads=2, window=32, document_columns=8)
-    ours = TextTask(texts, model, nullcontext(), torch.device("cpu"), torch.float32, None)
+    machine = torch.device("cpu"), torch.float32, nullcontext()
+    ours = TextTask(texts, model, machine, None)
     theirs = bert_features.ProbeTask(texts, text_features(model, texts, nullcontext()))
     settings = finetune.Settings(run="", labels=["5"], seeds=3, probe=True)
     tables = []

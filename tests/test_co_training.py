@@ -7,15 +7,15 @@ from conftest import sparse
 
 from minissl.evaluation import co_training, probes
 from minissl.evaluation.co_training import CoTraining, in_units
-from minissl.evaluation.columns import LinearColumn
-from minissl.evaluation.ngrams import NGramColumn, naive_bayes_weights
+from minissl.evaluation.columns import LinearClassifier
+from minissl.evaluation.ngrams import NGrams, naive_bayes_weights
 
 
 N, E = 300, 100         # texts of the table and further ones without a label
 
 
-def column_of(weighting="tf-idf", seed=0, classes=2):
-    """A column in which the vector and the words of a text both know something of its class.
+def co_training_of(weighting="tf-idf", seed=0, classes=2):
+    """A CoTraining for which the vector and the words of a text both know something of its class.
 
     The first 200 texts are for training, the next 50 are held out, and the last 50 are the test.
     """
@@ -27,11 +27,16 @@ def column_of(weighting="tf-idf", seed=0, classes=2):
     for c in range(classes):
         words[labels == c, 8 * c:8 * c + 8] |= rng.random(((labels == c).sum(), 8)) < 0.35
     x = torch.from_numpy(x)
-    probe = LinearColumn(x[:N], torch.from_numpy(labels[:N]), classes)
+    probe = LinearClassifier(x[:N], torch.from_numpy(labels[:N]), classes)
     rows = sparse(torch.from_numpy(words.astype(np.float32)))
-    n_grams = NGramColumn(rows, rows.columns, probe.labels, classes, np.arange(250))
+    n_grams = NGrams(rows, rows.columns, probe.labels, classes, np.arange(250))
     n_grams.rows = {weighting: n_grams.rows[weighting]}
     return CoTraining(probe, n_grams, np.arange(200), np.arange(200, 250), x[N:])
+
+
+def fit(column, indices, ngram_model=None):
+    """What CoTraining fits to the labels of these texts, after the probe."""
+    return column.fit(indices, column.probe.fit(indices), ngram_model)
 
 
 DRAW = np.arange(0, 200, 10)
@@ -46,26 +51,27 @@ def accuracy(predictions, labels):
 def test_the_student_makes_the_answers_better(weighting):
     gains = []
     for seed in range(8):
-        column = column_of(weighting, seed)
+        column = co_training_of(weighting, seed)
         labels = column.probe.labels
         alone = column.probe.predict(column.probe.fit(DRAW), TEST)
-        both = column.predict(column.fit(DRAW), TEST)
+        both = column.predict(fit(column, DRAW), TEST)
         gains.append(accuracy(both, labels) - accuracy(alone, labels))
     assert np.mean(gains) > 3, gains
 
 
 @pytest.mark.parametrize("weighting", ["tf-idf", "naive Bayes"])
 def test_the_student_learns_from_labels_and_guesses(weighting, monkeypatch):
-    column = column_of(weighting, classes=3)
+    column = co_training_of(weighting, classes=3)
     labels, seen = column.probe.labels, {}
-    fit = probes.logistic_regression
+    regress = probes.logistic_regression
 
     def watched(rows, targets, *arguments, **options):
         seen.update(rows=rows.to_dense(), targets=targets, **options)
-        return fit(rows, targets, *arguments, **options)
-    weights, _ = column.probe.fit(DRAW)
+        return regress(rows, targets, *arguments, **options)
+    probe_model = column.probe.fit(DRAW)
+    weights, _ = probe_model
     monkeypatch.setattr(probes, "logistic_regression", watched)
-    column.fit(DRAW)
+    column.fit(DRAW, probe_model, None)
 
     features = torch.cat([column.probe.x, column.extra]).double()
     rows = column.n_grams.rows[weighting].to_dense()
@@ -96,24 +102,24 @@ def test_the_student_learns_from_labels_and_guesses(weighting, monkeypatch):
 def test_no_label_beyond_the_draw_is_read():
     models = []
     for permuted in (False, True):
-        column = column_of()
+        column = co_training_of()
         if permuted:
             others = np.setdiff1d(np.arange(N), DRAW)
             labels = column.probe.labels.clone()
             labels[others] = labels[others].flip(0)
             column.probe.labels = column.n_grams.labels = labels
-        weights, (_, student) = column.fit(DRAW)
+        weights, (_, student) = fit(column, DRAW)
         models.append((weights, student))
     for one, other in zip(*models):
         assert torch.equal(one, other)
 
 
 def test_with_many_labels_the_student_is_the_baseline(monkeypatch):
-    column = column_of()
-    monkeypatch.setattr(co_training, "MOST_LABELS", 50)
+    column = co_training_of()
+    monkeypatch.setattr(co_training, "MANY_LABELS", 50)
     every = np.arange(200)
-    _, (name, student) = column.fit(every)
     expected_name, fitted = column.n_grams.fit(every)
+    _, (name, student) = fit(column, every, (expected_name, fitted))
     assert name == expected_name and torch.equal(student, fitted.weights)
 
 

@@ -20,7 +20,7 @@ from minissl.data.texts import Texts, encode_texts
 from minissl.evaluation import features, load
 from minissl.evaluation.features import image_features, text_features
 from minissl.training.files import CHECKPOINT_FORMAT, write_checkpoint
-from minissl.transformer import TextEncoder
+from minissl.transformer import TextEncoder, norm
 
 
 STORY = "the ship sails and the storm sinks the ship while the sailor waits at the harbour"
@@ -83,7 +83,7 @@ def test_features_of_texts_are_means_over_all_their_tokens():
     before = {name: value.clone() for name, value in model.state_dict().items()}
     texts = texts_of_lengths([17, 6, 7, 1, 12, 29])
     order = np.array([3, 0, 5, 1, 2, 4])            # the texts need not follow each other
-    features = text_features(model, texts.select(order), nullcontext())
+    found = features.document_vectors(model, texts.select(order), nullcontext())
     for row, n in enumerate(order):
         tokens = torch.from_numpy(texts[n])
         parts = -(-len(tokens) // 6)
@@ -91,7 +91,11 @@ def test_features_of_texts_are_means_over_all_their_tokens():
         for part in range(parts):
             first, end = len(tokens) * part // parts, len(tokens) * (part + 1) // parts
             total += model(tokens[None, first:end])[0, :, :4].sum(0).detach()
-        torch.testing.assert_close(features[row], total / len(tokens), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(found[row], total / len(tokens), rtol=1e-4, atol=1e-5)
+    normalized = text_features(model, texts.select(order), nullcontext())
+    expected = found - found.mean(1, keepdim=True)
+    expected = expected / expected.std(1, correction=0, keepdim=True)
+    torch.testing.assert_close(normalized, expected, rtol=1e-3, atol=1e-3)
     assert model.training
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
@@ -153,12 +157,12 @@ def test_a_training_step_reads_neighbouring_windows(monkeypatch):
 def test_every_token_counts_whatever_the_window(window):
     texts = texts_of_lengths(np.arange(777) % 37 * 10 + 1)
     model = fake_text_model(window)
-    features = text_features(model, texts, nullcontext())
+    found = features.document_vectors(model, texts, nullcontext())
     expected = [texts[n].mean() for n in range(777)]
-    assert features[:, 1].tolist() == pytest.approx(expected, rel=1e-5)
+    assert found[:, 1].tolist() == pytest.approx(expected, rel=1e-5)
     if window == 1000:
         assert len(model.batches) > 3
-        assert features[:, 0].tolist() == texts.lengths.tolist()
+        assert found[:, 0].tolist() == texts.lengths.tolist()
 
 
 def test_a_wide_text_encoder_gets_smaller_batches():
@@ -229,8 +233,8 @@ def test_load_encoder_takes_strings_from_a_list_or_a_generator(tmp_path):
     model, checkpoint = load.load_run(run)
     texts = encode_texts(strings[:1], load.tokenizer_of(checkpoint))
     with torch.no_grad():
-        alone = model.encode(torch.from_numpy(texts[0])[None], torch.tensor([len(texts[0])]))
-    torch.testing.assert_close(features[:1], alone, rtol=1e-4, atol=1e-5)
+        vector = model.encode(torch.from_numpy(texts[0])[None], torch.tensor([len(texts[0])]))
+    torch.testing.assert_close(features[:1], norm(vector), rtol=1e-4, atol=1e-5)
 
 
 def test_minissl_offers_load_encoder_without_importing_torch():

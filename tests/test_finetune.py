@@ -6,6 +6,7 @@ The runs here have random weights, so no test needs a training script.
 import csv
 import errno
 import shutil
+import warnings
 from contextlib import nullcontext
 from functools import partial
 from types import SimpleNamespace
@@ -29,8 +30,8 @@ from minissl.evaluation import (
     probes,
 )
 from minissl.evaluation.classifier import Classifier, read_classifier
-from minissl.evaluation.columns import Column, LinearColumn
-from minissl.evaluation.image_table import ImageTask
+from minissl.evaluation.columns import Column, LinearClassifier
+from minissl.evaluation.image_table import ImageOption, ImageTask
 from minissl.evaluation.text_table import TextTask
 from minissl.optim import Muon
 from minissl.training import distributed, files, report
@@ -122,7 +123,7 @@ def brief(monkeypatch):
         monkeypatch.setattr(ngrams, name, getattr(ngrams, name)[1::3])
     monkeypatch.setattr(ImageTask, "train_classifier", train_briefly)
     def two_options(self, n):
-        return [(0.0, 0.5), (0.002, 0.5)]
+        return [ImageOption(0.0, 0.5), ImageOption(0.002, 0.5, freeze_norm=True)]
     def few_epochs(self, n):
         return [(0.0, 0), (0.02, 2)]
     monkeypatch.setattr(TextTask, "scratch_options", few_epochs)
@@ -161,7 +162,10 @@ def test_the_table_goes_into_csv_and_page(run, run_script, brief):
     assert (run / "finetune.svg").read_text(encoding="utf-8").startswith("<svg")
     assert "the table has 2 classes: city, sea" in printed
     last = printed.splitlines()[-1]
-    assert last.split()[0] == "all" and last.count("±") == 6
+    # The three columns in which nothing is random have one measurement in the row "all".
+    assert last.split()[0] == "all" and last.count("±") == 3
+    of_all = [row["method"] for row in rows if row["labels_a_class"] == "all"]
+    assert [of_all.count(method) for method in methods] == [1, 2, 1, 1, 2, 2]
 
 
 def test_predict_labels_new_texts(run, run_script, brief, tmp_path):
@@ -236,36 +240,38 @@ def test_a_table_needs_a_writable_folder(run, run_script, monkeypatch):
 
 
 def test_all_means_all_but_the_test_set(run, run_script, monkeypatch):
-    asked, fit = [], LinearColumn.fit
+    asked, fit = [], LinearClassifier.fit
 
-    def watched(self, indices, *more):
+    def watched(self, indices):
         asked.append(tuple(indices))
-        return fit(self, indices, *more)
-    monkeypatch.setattr(LinearColumn, "fit", watched)
+        return fit(self, indices)
+    monkeypatch.setattr(LinearClassifier, "fit", watched)
     code, printed = run_script(finetune, run, *CPU, "--probe", "--labels", 2, "all", "--seeds", 3)
     assert code == 0, printed
-    assert [len(indices) for indices in asked] == [4] * 3 + [160] * 2
+    assert [len(indices) for indices in asked] == [4] * 3 + [160]
     assert len(set(asked[:3])) == 3             # each draw is another
     task = text_task(run)
     assert set(sum(asked[:3], ())) <= set(task.train)
     assert set(asked[3]) == set(task.train) | set(task.held_out)
 
 
+def fit_option(indices, option, seed, fitted):
+    """The model of a column for tests: its option."""
+    return option
+
+
 def test_the_best_option_on_held_out_examples_is_chosen():
     labels = torch.tensor([0, 1] * 30)
-    task = SimpleNamespace(labels=labels, train=np.arange(40), held_out=np.arange(40, 50),
-                           test=np.arange(50, 60), choice_draws=2)
+    task = SimpleNamespace(labels=labels, held_out=np.arange(40, 50))
     right = dict(never=np.zeros(60, bool), held_out=np.arange(60) < 50, test=np.arange(60) >= 50)
-
-    def fit(indices, option, seed):
-        return option
 
     def predict(option, indices):
         is_right = torch.from_numpy(right[option][indices])
         return torch.where(is_right, labels[indices], 1 - labels[indices])
-    column = Column(lambda n: ["never", "held_out", "test"], fit, predict)
-    assert finetune.choose(column, task, 3) == "held_out"
-    assert finetune.choose(column, task, None) == "held_out"
+    column = Column(fit_option, predict)
+    options = ["never", "held_out", "test"]
+    for draws in (1, 2):
+        assert finetune.choose(column, options, task, [(np.arange(4), {})] * draws) == "held_out"
 
 
 @pytest.mark.parametrize("prefers_first, gained, lost, chosen", [
@@ -275,30 +281,86 @@ def test_the_best_option_on_held_out_examples_is_chosen():
 ])
 def test_the_safe_option_yields_only_to_a_clear_lead(prefers_first, gained, lost, chosen):
     labels = torch.tensor([0, 1] * 10)
-    task = SimpleNamespace(labels=labels, train=np.arange(10), held_out=np.arange(10, 20),
-                           choice_draws=1)
+    task = SimpleNamespace(labels=labels, held_out=np.arange(10, 20))
     right = dict(first=np.arange(20) >= 15, other=np.arange(20) >= 15 - gained)
     right["other"][20 - lost:] = False
 
     def predict(option, indices):
         is_right = torch.from_numpy(right[option][indices])
         return torch.where(is_right, labels[indices], 1 - labels[indices])
-    column = Column(lambda n: ["first", "other"], lambda indices, option, seed: option, predict,
-                    prefers_first=prefers_first)
-    assert finetune.choose(column, task, 3) == chosen
+    column = Column(fit_option, predict, prefers_first=prefers_first)
+    draws = [(np.arange(6), {})]
+    assert finetune.choose(column, ["first", "other"], task, draws) == chosen
+
+
+def test_with_one_held_out_example_the_safe_option_stays():
+    task = SimpleNamespace(labels=torch.tensor([1]), held_out=np.array([0]))
+
+    def predict(option, indices):
+        return torch.tensor([option])
+    column = Column(fit_option, predict, prefers_first=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")          # of a standard deviation of one number
+        assert finetune.choose(column, [0, 1], task, [(np.array([0]), {})]) == 0
 
 
 def test_chance_is_the_share_of_the_commonest_test_class(capsys):
     labels = torch.tensor([0, 1] * 10 + [0, 1, 1, 1] * 2)
-    column = Column(lambda n: [None], lambda indices, option, seed: None,
-                          lambda model, indices: torch.ones(len(indices)))
+    probe = SimpleNamespace(fit=lambda indices: None,
+                            predict=lambda model, indices: torch.ones(len(indices)))
     task = SimpleNamespace(labels=labels, train=np.arange(10), held_out=np.arange(10, 20),
-                           test=np.arange(20, 28), classes=["a", "b"], probe=column, choice_draws=1)
+                           test=np.arange(20, 28), classes=["a", "b"], probe=probe, choice_draws=1)
     settings = SimpleNamespace(labels=["2"], seeds=2, probe=True)
     rows, _, number, chance = finetune.measure_table(settings, task)
     assert chance == 75 and number == 4
     assert [row["test_accuracy"] for row in rows] == [75, 75]
     assert "the commonest class: 75.0 %" in capsys.readouterr().out
+
+
+def test_a_row_is_planned_for_all_its_labels(monkeypatch):
+    planned = []
+
+    def options(n):
+        planned.append(n)
+        return [None]
+
+    def predict(model, indices):
+        return torch.zeros(len(indices))
+    task = SimpleNamespace(labels=torch.tensor([0, 1] * 14), train=np.arange(10),
+                           held_out=np.arange(10, 20), test=np.arange(20, 28))
+    columns = dict(any=Column(fit_option, predict, options))
+    settings = SimpleNamespace(seeds=2)
+    for row in ("3", "all"):
+        finetune.measure_row(settings, task, columns, row)
+    assert planned == [6, 20]       # "all" includes the held-out examples
+
+
+def test_a_column_sees_the_models_of_the_columns_before():
+    seen = []
+
+    def fit(indices, option, seed, fitted):
+        seen.append((tuple(indices), dict(fitted)))
+        return tuple(indices)
+
+    def predict(model, indices):
+        return torch.zeros(len(indices))
+    task = SimpleNamespace(labels=torch.tensor([0, 1] * 14), train=np.arange(10),
+                           held_out=np.arange(10, 20), test=np.arange(20, 28))
+    columns = dict(first=Column(fit, predict), second=Column(fit, predict))
+    finetune.measure_row(SimpleNamespace(seeds=3), task, columns, "2")
+    for first, second in zip(seen[::2], seen[1::2], strict=True):
+        assert first[1] == {} and second == (first[0], dict(first=first[0]))
+    assert len({indices for indices, _ in seen}) == 3
+
+
+def test_held_out_examples_of_incomplete_classes_are_not_enough():
+    # The classes a and b have no held-out example, and c has no test example.
+    labels = np.array([0, 1, 0, 1, 2, 2])
+    split = np.array([splits.TRAIN] * 2 + [splits.TEST] * 2 + [splits.TRAIN, splits.HELD_OUT])
+    pixels = torch.zeros(6, 3, 8, 8, dtype=torch.uint8)
+    data = images.Images(pixels, torch.arange(6), labels, split, ["a", "b", "c"])
+    with pytest.raises(UserError, match="no labelled example is held out"):
+        finetune.keep_complete_classes(data, "x.npy")
 
 
 def test_the_printed_table_has_means_and_spreads(capsys):
@@ -310,7 +372,7 @@ def test_the_printed_table_has_means_and_spreads(capsys):
     _, _, head, *lines = capsys.readouterr().out.strip().splitlines()
     assert head.split() == ["labels", "a", "class", "pixels", "fine-tuned"]
     assert lines[0].split() == "10 25.0 ± 7.1 (2) 40.0 ± 0.0 (2)".split()
-    assert lines[1].split() == "all 50.0 ± 0.0 (2) 60.0 ± 0.0 (2)".split()
+    assert lines[1].split() == "all 50.0 (2) 60.0 (2)".split()
 
 
 @pytest.mark.parametrize("kind", ["texts", "images"])
@@ -798,6 +860,9 @@ def test_a_blank_guess_is_shown_in_quotes(text_run):
 
 # ---------------------------------------------------------------- the columns of texts
 
+MACHINE = torch.device("cpu"), torch.float32, nullcontext()         # as of choose_machine
+
+
 def text_task(run, change=None):
     """The task of the run's own texts. change: a function that changes the model first."""
     model, checkpoint = load.load_run(run)
@@ -807,8 +872,20 @@ def text_task(run, change=None):
     data = text_sources.load_texts(settings["data"], settings["data_dir"],
                                    settings["vocabulary_size"],
                                    tokenizer=load.tokenizer_of(checkpoint))
-    return TextTask(data, model, nullcontext(), torch.device("cpu"), torch.float32,
-                    partial(load.new_model, checkpoint))
+    return TextTask(data, model, MACHINE, partial(load.new_model, checkpoint))
+
+
+def fit_columns(task, indices, option):
+    """{name of a column: (the column, its model)}: all have learned from these examples.
+
+    option: of the column "fine-tuned". "From scratch" is left out.
+    """
+    columns, fitted = task.columns(), {}
+    del columns["from scratch"]
+    for name, column in columns.items():
+        chosen = option if name == "fine-tuned" else None
+        fitted[name] = column.fit(indices, chosen, 0, fitted)
+    return {name: (column, fitted[name]) for name, column in columns.items()}
 
 
 def test_from_scratch_texts_owe_nothing_to_pretraining(text_run):
@@ -818,7 +895,7 @@ def test_from_scratch_texts_owe_nothing_to_pretraining(text_run):
     fitted = []
     for change in (None, randomise):
         task = text_task(text_run, change)
-        model = task.columns()["from scratch"].fit(task.train[::5], (0.03, 2), 0)
+        model = task.columns()["from scratch"].fit(task.train[::5], (0.03, 2), 0, {})
         fitted.append(model.state_dict())
     assert equal(*fitted)
 
@@ -826,10 +903,11 @@ def test_from_scratch_texts_owe_nothing_to_pretraining(text_run):
 def test_fine_tuning_texts_at_rate_0_is_the_probe(text_run):
     task = text_task(text_run)
     indices = task.train[::10]
-    model = task.columns()["fine-tuned"].fit(indices, (0.0, 2), 0)
+    probe_model = task.probe.fit(indices)
+    model = task.columns()["fine-tuned"].fit(indices, (0.0, 2), 0, {"linear probe": probe_model})
     with torch.no_grad():
         logits = model(task.texts.select(task.test))
-    weights, _ = task.probe.fit(indices)
+    weights, _ = probe_model
     expected = probes.predict(task.probe.x[task.test], weights)
     assert expected.abs().max() > 0.1
     torch.testing.assert_close(logits, expected, atol=1e-3, rtol=1e-3)
@@ -838,14 +916,13 @@ def test_fine_tuning_texts_at_rate_0_is_the_probe(text_run):
 
 def test_each_text_is_read_once_for_two_columns(text_run, brief):
     task = text_task(text_run)
-    columns = task.columns()
-    indices = task.train[::10]
-    tuned, joined = columns["fine-tuned"], columns["all together"]
-    model = tuned.fit(indices, (0.02, 2), 0)
+    columns = fit_columns(task, task.train[::10], (0.02, 2))
+    tuned, model = columns["fine-tuned"]
+    together, models = columns["all together"]
     read = []
     model.register_forward_hook(lambda module, inputs, logits: read.append(len(logits)))
     first = tuned.predict(model, task.test)
-    joined.predict(joined.fit(indices, None, 0), task.test)
+    together.predict(models, task.test)
     assert sum(read) == len(task.test) + len(task.held_out)
     with torch.no_grad():
         assert torch.equal(first, model(task.texts.select(task.test)).argmax(1))
@@ -854,11 +931,11 @@ def test_each_text_is_read_once_for_two_columns(text_run, brief):
 @pytest.mark.parametrize("rate", [0.0, 0.02])
 def test_all_together_is_the_sum_of_three_standardized_answers(rate, text_run, brief):
     task = text_task(text_run)
-    columns = task.columns()
-    indices = task.train[::10]
-    tuned = columns["fine-tuned"].fit(indices, (rate, 2), 0)
-    together = columns["all together"].fit(indices, None, 0)
-    weights, (weighting, student) = columns["self-trained"].fit(indices)
+    columns = fit_columns(task, task.train[::10], (rate, 2))
+    _, tuned = columns["fine-tuned"]
+    together, models = columns["all together"]
+    self_trained, pair = columns["self-trained"]
+    weights, (weighting, student) = pair
 
     def standardized(logits):
         logits = logits - logits.mean(1, keepdims=True)
@@ -868,26 +945,27 @@ def test_all_together_is_the_sum_of_three_standardized_answers(rate, text_run, b
                x.to_dense() @ student[:-1] + student[-1]]
     probe, tuned, n_grams = [standardized(answer.detach().numpy()) for answer in answers]
     expected = standardized(probe + tuned) + n_grams
-    found = task.logits_together(together, task.test).detach()
+    found = task.logits_together(models, task.test).detach()
     np.testing.assert_allclose(found, expected[task.test], atol=1e-3)
     if rate == 0:
-        model = columns["self-trained"].fit(indices)
-        assert torch.equal(columns["all together"].predict(together, task.test),
-                           columns["self-trained"].predict(model, task.test))
+        assert torch.equal(together.predict(models, task.test),
+                           self_trained.predict(pair, task.test))
 
 
 def test_n_grams_take_no_statistics_from_test_texts(text_run):
     task = text_task(text_run)
-    rows = task.columns()["n-grams"].rows
+    task.columns()
+    rows = task.co_training.n_grams.rows
     before = [rows[name][task.train].to_dense() for name in ("tf-idf", "naive Bayes")]
     words = task.texts.tokens.copy()
     for n in task.test:
         begin, end = task.texts.starts[n], task.texts.starts[n] + task.texts.lengths[n]
         words[begin:end] = words[begin]
     task.texts.tokens = words
-    column = task.columns()["n-grams"]
-    assert torch.equal(column.rows["tf-idf"][task.train].to_dense(), before[0])
-    assert torch.equal(column.rows["naive Bayes"][task.train].to_dense(), before[1])
+    task.columns()
+    rows = task.co_training.n_grams.rows
+    assert torch.equal(rows["tf-idf"][task.train].to_dense(), before[0])
+    assert torch.equal(rows["naive Bayes"][task.train].to_dense(), before[1])
 
 
 # ---------------------------------------------------------------- the columns of images
@@ -899,8 +977,9 @@ def image_task(run, data=None, code=None, noise=0.0, autocast=None):
         parameter.data += noise * torch.randn(parameter.shape)
     if data is None:
         data = images.load_images("shapes", limit=100)
-    return ImageTask(data, model, autocast or nullcontext(), torch.device("cpu"), torch.float32,
-                     partial(load.new_model, checkpoint), flip=True, code=code)
+    machine = torch.device("cpu"), torch.float32, autocast or nullcontext()
+    new_model = partial(load.new_model, checkpoint)
+    return ImageTask(data, model, machine, new_model, flip=True, code=code)
 
 
 def two_classes(difference, sizes):
@@ -915,7 +994,7 @@ def two_classes(difference, sizes):
 
 def accuracy_of(column, task, indices):
     """The test accuracy of a column that is fitted on the labels of these examples."""
-    model = column.fit(indices)
+    model = column.fit(indices, None, 0, {"linear probe": task.probe.fit(indices)})
     return probes.accuracy(column.predict(model, task.test), task.labels[task.test])
 
 
@@ -941,22 +1020,23 @@ def test_self_training_also_sees_images_without_labels(image_runs):
     model, checkpoint = load.load_run(image_runs / "simclr")
     data = two_classes(100, [120, 20, 60])
     more = data.select(np.arange(40))
-    tasks = [ImageTask(data, model, nullcontext(), torch.device("cpu"), torch.float32,
-                       partial(load.new_model, checkpoint), True, None, unlabelled)
+    new_model = partial(load.new_model, checkpoint)
+    tasks = [ImageTask(data, model, MACHINE, new_model, True, None, unlabelled)
              for unlabelled in (more, None)]
-    columns = [task.self_training() for task in tasks]
-    assert [len(column.pool) for column in columns] == [160, 120]
+    trained = [task.self_training() for task in tasks]
+    assert [len(self_training.pool) for self_training in trained] == [160, 120]
     # The same images without a label have the same features as in the table.
-    torch.testing.assert_close(columns[0].x[120:], columns[0].x[:40], atol=1e-3, rtol=1e-3)
-    assert accuracy_of(columns[0], tasks[0], tasks[0].train[:20]) == 100
+    torch.testing.assert_close(trained[0].x[120:], trained[0].x[:40], atol=1e-3, rtol=1e-3)
+    column = tasks[0].columns()["self-trained"]
+    assert accuracy_of(column, tasks[0], tasks[0].train[:20]) == 100
 
 
 def test_self_training_has_a_largest_number_of_images(image_runs, monkeypatch):
     monkeypatch.setattr(columns, "MOST_UNLABELLED", 100)
     model, checkpoint = load.load_run(image_runs / "simclr")
     data = two_classes(100, [120, 20, 60])
-    task = ImageTask(data, model, nullcontext(), torch.device("cpu"), torch.float32,
-                     partial(load.new_model, checkpoint), True, None, data.select([0, 1]))
+    new_model = partial(load.new_model, checkpoint)
+    task = ImageTask(data, model, MACHINE, new_model, True, None, data.select([0, 1]))
     assert len(task.self_training().pool) == 100
 
 
@@ -968,8 +1048,9 @@ def test_the_rate_of_fine_tuning_rises_and_falls(image_runs, monkeypatch):
         monkeypatch.setattr(optimizer, "step", record)
     task = image_task(image_runs / "simclr")
     indices = task.train[:32]
-    model = task.fit_fine_tuned(indices, (0.0, 0.5), 0)
-    task.train_classifier(model, indices, (0.01, 0.5), 0, 0.0, True, images_seen=640)
+    fitted = {"linear probe": task.probe.fit(indices)}
+    model = task.fit_fine_tuned(indices, ImageOption(0.0, 0.5), 0, fitted)
+    task.train_classifier(model, indices, ImageOption(0.01, 0.5), 0, 0.0, images_seen=640)
     expected = [0.01 * min(1, (step + 1) / 2) * (1 - step / 20) for step in range(20)]
     assert rates[Muon] == pytest.approx(expected)
     assert rates[torch.optim.Adam] == pytest.approx([0.1 * rate for rate in expected])
@@ -977,7 +1058,8 @@ def test_the_rate_of_fine_tuning_rises_and_falls(image_runs, monkeypatch):
 
 def test_from_scratch_images_owe_nothing_to_pretraining(image_runs, brief):
     tasks = [image_task(image_runs / "simclr", noise=noise) for noise in (0.0, 0.1)]
-    fitted = [task.fit_from_scratch(task.train[:32], (0.02, 0.5), 3).state_dict()
+    option = ImageOption(0.02, 0.5)
+    fitted = [task.fit_from_scratch(task.train[:32], option, 3, {}).state_dict()
               for task in tasks]
     assert equal(*fitted)
     moved = [value for name, value in fitted[0].items()
@@ -992,9 +1074,10 @@ def test_a_probe_does_not_move_the_encoder(image_runs, brief):
     before = {name: value.clone() for name, value in task.model.state_dict().items()}
     columns = task.columns()
     indices = task.train[probes.draw_labels(task.labels[task.train], 5, 0)]
-    weights = columns["linear probe"].fit(indices, None, 0)
-    columns["linear probe"].predict(weights, task.test)
-    tuned = columns["fine-tuned"].fit(indices, (0.002, 0.5), 0)
+    fitted = {"linear probe": columns["linear probe"].fit(indices, None, 0, {})}
+    columns["linear probe"].predict(fitted["linear probe"], task.test)
+    option = ImageOption(0.002, 0.5, freeze_norm=True)
+    tuned = columns["fine-tuned"].fit(indices, option, 0, fitted)
     assert equal(before, task.model.state_dict())
     stays = {name for name, _ in tuned.body.named_buffers()}        # batch norm, with few labels
     stays.add("projection_head.3.weight")                           # after the hidden layer
@@ -1007,9 +1090,11 @@ def test_fine_tuning_images_at_rate_0_is_the_probe(precision, image_runs, brief)
     autocast = torch.autocast("cpu", precision, enabled=precision == torch.bfloat16)
     task = image_task(image_runs / "simclr", autocast=autocast)
     indices = task.train[probes.draw_labels(task.labels[task.train], 3, 0)]
-    tuned, probe = task.columns()["fine-tuned"], task.probe
-    found = tuned.predict(tuned.fit(indices, (0.0, 0.5), 0), task.test)
-    assert torch.equal(found, probe.predict(probe.fit(indices), task.test))
+    tuned, probe_model = task.columns()["fine-tuned"], task.probe.fit(indices)
+    option = ImageOption(0.0, 0.5, freeze_norm=True)
+    model = tuned.fit(indices, option, 0, {"linear probe": probe_model})
+    found = tuned.predict(model, task.test)
+    assert torch.equal(found, task.probe.predict(probe_model, task.test))
 
 
 def test_the_head_is_float32_so_that_classes_do_not_tie():
@@ -1071,7 +1156,7 @@ def test_no_batch_of_large_images_exceeds_its_bytes(image_runs, monkeypatch, bri
     monkeypatch.setattr(contrastive, "augment", watched_augment)
     task = image_task(image_runs / "simclr")
     task.columns()
-    model = task.fit_from_scratch(task.train[:32], (0.02, 0.5), 0)
+    model = task.fit_from_scratch(task.train[:32], ImageOption(0.02, 0.5), 0, {})
     task.predict(model, task.test)
     assert max(sizes) == 7
 

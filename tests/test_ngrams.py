@@ -10,7 +10,7 @@ from conftest import sparse
 
 from minissl.data.texts import encode_texts
 from minissl.evaluation import ngrams, probes
-from minissl.evaluation.ngrams import NGramColumn, naive_bayes_weights
+from minissl.evaluation.ngrams import NGrams, naive_bayes_weights
 from minissl.tokenizer import train
 from minissl.transformer import TextEncoder
 
@@ -28,7 +28,7 @@ def word_counts(labels, seed=0, words=40, strength=0.4):
 def column_of(counts, labels):
     """The column of these counts (N, D), in which tf-idf and naive Bayes see the same terms."""
     rows = sparse(counts)
-    return NGramColumn(rows, rows.columns, labels, int(labels.max()) + 1, np.arange(len(labels)))
+    return NGrams(rows, rows.columns, labels, int(labels.max()) + 1, np.arange(len(labels)))
 
 
 # ---------------------------------------------------------------- counts
@@ -223,7 +223,7 @@ def test_the_column_reads_no_label_beyond_the_draw():
     garbage[drawn] = labels[drawn]
     models = []
     for seen in (labels, garbage):
-        column = NGramColumn(counts, counts.columns, seen, 2, np.arange(100))
+        column = NGrams(counts, counts.columns, seen, 2, np.arange(100))
         models.append(column.fit(drawn))
     (name, fitted), (other, other_fitted) = models
     assert name == other and torch.equal(fitted.weights, other_fitted.weights)

@@ -22,7 +22,7 @@ import train_mlm
 from minissl import autoencoder, contrastive, optim, transformer
 from minissl.data.images import load_images
 from minissl.evaluation.features import image_features
-from minissl.evaluation.image_table import ImageTask
+from minissl.evaluation.image_table import ImageOption, ImageTask
 from minissl.training.run import Run
 
 
@@ -319,15 +319,14 @@ def test_fine_tuning_of_images(freeze_norm, monkeypatch):
     use_adam_as_on_mps(monkeypatch)
     data = load_images("shapes", limit=40)
     model = contrastive.SimCLR([0.5] * 3, torch.eye(12), width=8)
-    task = ImageTask(
-        data, model, nullcontext(), torch.device("cpu"), torch.float32,
-        new_model=None, flip=True, code=None,
-    )
-    classifier = task.fit_fine_tuned(task.train[:16], (0.0, 0.5), seed=0)     # only made
+    machine = torch.device("cpu"), torch.float32, nullcontext()
+    task = ImageTask(data, model, machine, new_model=None, flip=True, code=None)
+    fitted = {"linear probe": task.probe.fit(task.train[:16])}
+    classifier = task.fit_fine_tuned(task.train[:16], ImageOption(0.0, 0.5), 0, fitted)
     with Recorder() as recorder:
         task.train_classifier(
-            classifier, task.train[:16], (0.01, 0.5), seed=0, smoothing=0.1,
-            freeze_norm=freeze_norm, images_seen=48,
+            classifier, task.train[:16], ImageOption(0.01, 0.5, freeze_norm=freeze_norm), seed=0,
+            smoothing=0.1, images_seen=48,
         )
         image_features(classifier, task.images.select(np.arange(4)), nullcontext())
     assert {"convolution_backward", "grid_sampler_2d"} <= recorder.operators

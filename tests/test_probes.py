@@ -142,6 +142,15 @@ def test_the_probe_is_fitted_on_all_its_labels():
     torch.testing.assert_close(weights, expected, atol=1e-3, rtol=1e-3)
 
 
+def test_an_example_of_a_class_that_was_not_fitted_does_not_count():
+    """A class of one label: the fold that holds it out has learned nothing about it."""
+    torch.manual_seed(0)
+    labels = torch.tensor([0] * 15 + [1] * 15 + [2])
+    x = 4 * F.one_hot(labels, 3) + 0.1 * torch.randn(31, 3)
+    fitted = probes.cross_validate(x, labels, 3, (0.01, 1e-4))
+    assert fitted.loss < 0.1
+
+
 def test_noise_gets_a_strong_penalty_and_signal_a_weak_one():
     torch.manual_seed(0)
     labels = np.arange(60) % 2

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from minissl.evaluation import probes, self_training
-from minissl.evaluation.columns import LinearColumn
+from minissl.evaluation.columns import LinearClassifier
 from minissl.evaluation.self_training import SelfTraining, nearest_neighbours, spread
 
 
@@ -22,10 +22,17 @@ def clusters(sizes, distance=3.0, columns=6, seed=0):
 
 def columns_of(x, labels, pool, extra=None):
     """The probe and the self-trained column of the same features."""
-    probe = LinearColumn(x, labels, int(labels.max()) + 1)
+    probe = LinearClassifier(x, labels, int(labels.max()) + 1)
     if extra is None:
         extra = x[:0]
     return probe, SelfTraining(probe, pool, extra)
+
+
+def fit_both(columns, indices):
+    """What the probe and the self-training of `columns_of` fit to the labels of these examples."""
+    probe, self_training = columns
+    probe_model = probe.fit(indices)
+    return probe_model, self_training.fit(indices, probe_model)
 
 
 def test_neighbours_are_those_of_a_loop():
@@ -73,9 +80,10 @@ def test_weights_of_classes_stand_for_repeated_examples():
 def test_one_label_for_each_of_two_far_clusters_is_enough():
     x, labels = clusters([100, 100], distance=8.0)
     drawn = probes.draw_labels(labels, 1, 0)
-    _, column = columns_of(x, labels, np.arange(150))
+    columns = columns_of(x, labels, np.arange(150))
+    _, model = fit_both(columns, drawn)
     test = np.arange(150, 200)
-    predictions = column.predict(column.fit(drawn), test)
+    predictions = columns[1].predict(model, test)
     assert probes.accuracy(predictions, labels[test]) == 100
 
 
@@ -84,12 +92,12 @@ def test_it_beats_the_probe_when_labels_are_few(sizes, least):
     x, labels = clusters(sizes, distance=4.0, columns=60)
     pool = np.arange(len(x) * 2 // 3)
     test = np.arange(len(pool), len(x))
-    probe, column = columns_of(x, labels, pool)
+    columns = columns_of(x, labels, pool)
     gains = []
     for seed in range(5):
         drawn = probes.draw_labels(labels[pool], 3, seed)
-        accuracies = [probes.accuracy(c.predict(c.fit(drawn), test), labels[test])
-                      for c in (probe, column)]
+        accuracies = [probes.accuracy(column.predict(model, test), labels[test])
+                      for column, model in zip(columns, fit_both(columns, drawn))]
         gains.append(accuracies[1] - accuracies[0])
     assert np.mean(gains) > least, gains
 
@@ -99,10 +107,10 @@ def test_labels_beyond_the_draw_are_never_read():
     drawn = probes.draw_labels(labels[:120], 4, 0)
     garbage = torch.full_like(labels, 10**6)
     garbage[drawn] = labels[drawn]
-    expected, _ = columns_of(x, labels, np.arange(120))[1].fit(drawn)
-    probe = LinearColumn(x, garbage, 3)
-    found, _ = SelfTraining(probe, np.arange(120), x[:0]).fit(drawn)
-    assert torch.equal(found, expected)
+    expected = fit_both(columns_of(x, labels, np.arange(120)), drawn)
+    probe = LinearClassifier(x, garbage, 3)
+    found = fit_both((probe, SelfTraining(probe, np.arange(120), x[:0])), drawn)
+    assert torch.equal(found[1][0], expected[1][0])
 
 
 def test_examples_outside_of_the_pool_are_never_read():
@@ -110,42 +118,43 @@ def test_examples_outside_of_the_pool_are_never_read():
     changed = x.clone()
     changed[120:] = float("nan")
     drawn = probes.draw_labels(labels[:120], 4, 0)
-    found = [columns_of(features, labels, np.arange(120))[1].fit(drawn)[0]
+    found = [fit_both(columns_of(features, labels, np.arange(120)), drawn)
              for features in (x, changed)]
-    assert torch.equal(*found)
+    assert torch.equal(found[0][1][0], found[1][1][0])
 
 
 def test_without_other_images_it_is_the_probe():
     x, labels = clusters([20, 20])
     everything = np.arange(40)
-    probe, column = columns_of(x, labels, everything)
-    assert torch.equal(column.fit(everything)[0], probe.fit(everything)[0])
+    probe_model, model = fit_both(columns_of(x, labels, everything), everything)
+    assert torch.equal(model[0], probe_model[0])
 
 
 def test_with_many_labels_it_is_the_probe(monkeypatch):
     x, labels = clusters([40, 40])
-    probe, column = columns_of(x, labels, np.arange(80))
+    columns = columns_of(x, labels, np.arange(80))
     for most, same in ((20, True), (21, False)):
         monkeypatch.setattr(self_training, "MOST_LABELS", most - 1)
-        drawn = np.arange(20)
-        assert torch.equal(column.fit(drawn)[0], probe.fit(drawn)[0]) == same
+        probe_model, model = fit_both(columns, np.arange(20))
+        assert torch.equal(model[0], probe_model[0]) == same
 
 
 def test_a_few_other_images_change_little():
     x, labels = clusters([30, 30, 30], columns=20)
-    probe, column = columns_of(x, labels, np.arange(62))
+    columns = columns_of(x, labels, np.arange(62))
     drawn = np.arange(60)
     test = np.arange(62, 90)
-    accuracies = [probes.accuracy(c.predict(c.fit(drawn), test), labels[test])
-                  for c in (probe, column)]
+    accuracies = [probes.accuracy(column.predict(model, test), labels[test])
+                  for column, model in zip(columns, fit_both(columns, drawn))]
     assert abs(accuracies[0] - accuracies[1]) < 5, accuracies
 
 
 def test_images_without_a_label_serve_like_any_other():
     x, labels = clusters([60, 60, 60])
     drawn = probes.draw_labels(labels[:60], 3, 0)
-    expected, _ = columns_of(x, labels, np.arange(120))[1].fit(drawn)
-    found, _ = columns_of(x[:60], labels[:60], np.arange(60), extra=x[60:120])[1].fit(drawn)
+    _, (expected, _) = fit_both(columns_of(x, labels, np.arange(120)), drawn)
+    columns = columns_of(x[:60], labels[:60], np.arange(60), extra=x[60:120])
+    _, (found, _) = fit_both(columns, drawn)
     torch.testing.assert_close(found, expected)
 
 
@@ -153,5 +162,5 @@ def test_labels_may_come_from_outside_of_the_pool():
     """The row "all" also draws held-out examples."""
     x, labels = clusters([60, 60, 60])
     drawn = np.append(probes.draw_labels(labels[:100], 3, 0), [100, 101, 102])
-    weights, _ = columns_of(x, labels, np.arange(100))[1].fit(drawn)
+    _, (weights, _) = fit_both(columns_of(x, labels, np.arange(100)), drawn)
     assert weights.shape == (7, 3) and weights.isfinite().all()

@@ -376,7 +376,7 @@ def test_a_mean_spectrum_does_not_tell_synthetic_words():
     accuracy = []
     made.split = np.where(made.speakers < 4, TRAIN, TEST)
     for features in (mean, over_time):
-        probe, _ = baselines.probe_columns(features, made)
+        probe, _ = baselines.probe_and_self_training(features, made)
         answers = probe.predict(probe.fit(train), test).numpy()
         accuracy.append(100 * (answers == made.labels[test]).mean())
     assert accuracy[0] < 30 < 50 < accuracy[1]
@@ -397,8 +397,8 @@ def test_self_training_reads_no_test_recording_and_no_other_label():
     fit = train[baselines.probes.draw_labels(made.labels[train], 5, 0)]
     weights = []
     for _ in range(2):
-        self_trained = baselines.probe_columns(x, made)[1]
-        weights.append(self_trained.fit(fit)[0])
+        probe, self_training = baselines.probe_and_self_training(x, made)
+        weights.append(self_training.fit(fit, probe.fit(fit))[0])
         hidden = np.setdiff1d(np.arange(len(made)), fit)
         made.labels[hidden] = 0
         x[made.split == TEST] += 100

@@ -36,20 +36,20 @@ import torch
 import torch.nn.functional as F
 
 from minissl.evaluation import probes
+from minissl.evaluation.columns import MANY_LABELS
 from minissl.evaluation.ngrams import naive_bayes_weights
 
 
-MOST_LABELS = 5000      # with more the student learns from the labels alone
 STRENGTHS = {"tf-idf": 1e-4, "naive Bayes": 0.01}       # of the student's penalty
 
 
 class CoTraining:
-    """The column "self-trained" of texts, as options, fit and predict.
+    """The classifier of the column "self-trained" of texts.
 
     Arguments:
-        probe: the LinearColumn of the document vectors of N texts
-        n_grams: the NGramColumn of these texts; E more rows may follow, of texts without
-            a label
+        probe: the LinearClassifier of the document vectors of N texts
+        n_grams: the NGrams of these texts; E more rows may follow, of texts without a
+            label
         pool (T,): the indices of the training texts, whose labels are not read
         held_out: the indices of the texts over which σ is computed
         extra (E, d): the document vectors of the texts without a label, standardized as
@@ -62,28 +62,25 @@ class CoTraining:
         self.pool = pool
         self.held_out = held_out
         self.extra = extra
-        self.last = None                # "all together" asks for the same student again
 
-    def options(self, n):
-        return [None]
+    def fit(self, indices, probe_model, ngram_model):
+        """(the probe's weights, the student). There is nothing random in it.
 
-    def fit(self, indices, option=None, seed=None):
-        """(the probe's weights, the student). There is nothing random in it."""
-        if self.last is None or not np.array_equal(self.last[0], indices):
-            weights, _ = self.probe.fit(indices)
-            self.last = np.array(indices), (weights, self.fit_student(indices, weights))
-        return self.last[1]
+        probe_model, ngram_model: what `probe` and `n_grams` have fitted to the same labels.
+        """
+        weights, _ = probe_model
+        return weights, self.fit_student(indices, weights, ngram_model)
 
-    def fit_student(self, indices, weights):
+    def fit_student(self, indices, weights, ngram_model):
         """(the name of its weighting, its weights (P + 1, C)), from labels and guesses.
 
         weights (d + 1, C): of the probe that guesses. With many labels, or without any
-        other text, the student is the classifier of the column "n-grams".
+        other text, the student is ngram_model, which has learned from the labels alone.
         """
         n, C = len(indices), self.probe.classes
         others = np.setdiff1d(self.pool, indices)           # of the table; those of extra follow
-        if n > MOST_LABELS or len(others) + len(self.extra) == 0:
-            weighting, fitted = self.n_grams.fit(indices)
+        if n > MANY_LABELS or len(others) + len(self.extra) == 0:
+            weighting, fitted = ngram_model
             return weighting, fitted.weights
 
         x = torch.cat([self.probe.x[others], self.extra])

@@ -2,7 +2,8 @@
 
 A task, TextTask or ImageTask, holds the examples and knows which of them are for training, for
 choices and for the test. It has a column for each way to get a classifier. A column learns from
-the labels of the examples that it is given, and from no others.
+the labels of the examples that it is given, and from no others. It may build on the columns to
+its left: self-training and fine-tuning begin at the linear probe.
 
 This file has what texts and images share. Read next: classifier.py.
 """
@@ -21,18 +22,35 @@ MOST_UNLABELLED = 50_000        # examples of which self-training guesses the cl
 MANY_LABELS = 5000      # with more labels in all, other settings are tried
 
 
-@dataclass
-class Column:
-    """A way to get a classifier from a few labels."""
-    options: Callable       # n labels -> options, of which one is chosen on held-out examples
-    fit: Callable           # (indices, option, seed) -> a model, from these examples' labels
-    predict: Callable       # (model, indices) -> the classes of these examples, (n,) int64
-    prefers_first: bool = False     # the first option is the safe one, see `choose` in finetune.py
-
-
 def no_options(n):
     """The options of a column that has nothing to choose."""
     return [None]
+
+
+@dataclass
+class Column:
+    """A way to get a classifier from a few labels.
+
+    fit(indices, option, seed, fitted) returns a model that has learned from the labels of these
+    examples alone. fitted is a dict of the models of the columns before, which have learned from
+    the same labels; "linear probe" is always among them. predict(model, indices) returns the
+    classes of these examples, (n,) int64.
+    """
+    fit: Callable
+    predict: Callable
+    options: Callable = no_options  # n labels -> options; one is chosen on held-out examples
+    prefers_first: bool = False     # the first option is the safe one, see `choose` in finetune.py
+    is_random: bool = True          # whether another seed gives another model
+
+
+def plain_column(classifier):
+    """The Column of a classifier without options, in which nothing is random.
+
+    classifier: an object with fit(indices) -> model and predict(model, indices) -> classes.
+    """
+    def fit(indices, option, seed, fitted):
+        return classifier.fit(indices)
+    return Column(fit, classifier.predict, is_random=False)
 
 
 class Task:
@@ -50,12 +68,12 @@ class Task:
         self.test = np.flatnonzero(examples.split == TEST)
 
     def set_features(self, features):
-        """Make the column "linear probe" of the features (N, D) of all examples.
+        """Make the classifier of the column "linear probe", from features (N, D) of all examples.
 
         Also sets mean and std (D,), those of the training examples.
         """
         x, self.mean, self.std = standardize(features, self.train)
-        self.probe = LinearColumn(x, self.labels, len(self.classes))
+        self.probe = LinearClassifier(x, self.labels, len(self.classes))
 
     def unlabelled_pool(self):
         """(the training examples whose classes self-training guesses, room for more examples).
@@ -69,11 +87,11 @@ class Task:
 PROBE_STRENGTHS = (3, 1, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001)
 
 
-class LinearColumn:
-    """The column of a logistic regression, whose strength is chosen among the labels it is given.
+class LinearClassifier:
+    """A logistic regression, whose strength is chosen among the labels that it is given.
 
-    Arguments: x, the features of all N examples: x[indices] is (n, D), dense or SparseRows;
-    labels (N,) int64; classes, their number; strengths, to choose from.
+    Arguments: x, the features of all N examples: x[indices] is (n, D); labels (N,) int64;
+    classes, their number; strengths, to choose from.
     """
 
     def __init__(self, x, labels, classes, strengths=PROBE_STRENGTHS):
@@ -81,18 +99,11 @@ class LinearColumn:
         self.labels = labels
         self.classes = classes
         self.strengths = strengths
-        self.fitted = {}                # the fine-tuned column asks for the probe's solution again
 
-    def options(self, n):
-        return [None]
-
-    def fit(self, indices, option=None, seed=None):
+    def fit(self, indices):
         """(weights (D + 1, C), strength). There is nothing random in it."""
-        key = np.asarray(indices).tobytes()
-        if key not in self.fitted:
-            self.fitted[key] = probes.probe(
-                self.x[indices], self.labels[indices], self.classes, self.strengths)
-        return self.fitted[key]
+        return probes.probe(
+            self.x[indices], self.labels[indices], self.classes, self.strengths)
 
     def predict(self, model, indices):
         weights, _ = model

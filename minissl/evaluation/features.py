@@ -11,6 +11,8 @@ import math
 import numpy as np
 import torch
 
+from minissl import transformer
+
 
 def no_progress(line):
     """The default for `progress`: show nothing."""
@@ -25,8 +27,11 @@ TOKENS_A_BATCH = 2**13
 
 @torch.no_grad()
 def text_features(model, texts, autocast, device="cpu", progress=no_progress):
-    """Features (N, d) float32 of N whole texts, on the CPU. Arguments as of `document_vectors`."""
-    return document_vectors(model, texts, autocast, device, progress)
+    """Features (N, d) float32 of N whole texts, on the CPU: their document vectors, normalized.
+
+    Each vector gets the mean 0 and the standard deviation 1. Arguments as of `document_vectors`.
+    """
+    return transformer.norm(document_vectors(model, texts, autocast, device, progress))
 
 
 def document_vectors(model, texts, autocast, device="cpu", progress=no_progress, draws=None):

@@ -7,6 +7,7 @@ Read next: self_training.py, the column "self-trained".
 """
 
 from copy import deepcopy
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -20,14 +21,15 @@ from minissl.evaluation.classifier import Classifier
 from minissl.evaluation.columns import (
     MANY_LABELS,
     Column,
-    LinearColumn,
+    LinearClassifier,
     Task,
     parts_of,
+    plain_column,
     standardize,
 )
 from minissl.evaluation.features import image_features, images_a_batch
 from minissl.evaluation.self_training import SelfTraining
-from minissl.optim import Muon, step_optimizers
+from minissl.optim import muon_and_adam, step_optimizers
 from minissl.training.files import progress
 from minissl.training.machine import move_to_device
 
@@ -53,31 +55,36 @@ def flat_pixels(images, indices):
     return images[indices].cpu().flatten(1).float()
 
 
+class ImageOption(NamedTuple):
+    """How a Classifier of images is trained."""
+    rate: float             # the peak learning rate of Muon
+    crop: float             # the smallest share of the image in a crop
+    batch_size: int = 64
+    freeze_norm: bool = False   # whether batch norm keeps its means and variances
+
+
 class ImageTask(Task):
     """Classification of images.
 
-    Arguments: data, Images with labels; model, the pretrained one, with `encode`; autocast,
-    device and precision, for its training; new_model(seed), which makes the same model
-    untrained; flip, whether training may mirror images, and features are averaged over the
-    mirror image; code, the numbers in an autoencoder's code, or None: with it there is a column
-    of as many principal components; unlabelled, Images of the training split without a label,
-    for the column "self-trained", or None.
+    Arguments: data, Images with labels; model, the pretrained one, with `encode`; machine, what
+    choose_machine returns; new_model(seed), which makes the same model untrained; flip, whether
+    training may mirror images, and features are averaged over the mirror image; code, the
+    numbers in an autoencoder's code, or None: with it there is a column of as many principal
+    components; unlabelled, Images of the training split without a label, for the column
+    "self-trained", or None.
     """
 
     default_labels = IMAGE_LABELS
     choice_draws = 1            # one draw of labels, because each option takes long
 
-    def __init__(self, data, model, autocast, device, precision, new_model, flip, code,
-                 unlabelled=None):
+    def __init__(self, data, model, machine, new_model, flip, code, unlabelled=None):
         super().__init__(data)
-        self.model = move_to_device(model, device)
-        self.autocast = autocast
-        self.device = device
-        self.precision = precision
+        self.device, self.precision, self.autocast = machine
+        self.model = move_to_device(model, self.device)
         self.new_model = new_model
         self.flip = flip
         self.code = code
-        self.images = data.to(device)
+        self.images = data.to(self.device)
         self.unlabelled = unlabelled
         self.set_features(self.features(self.model))
 
@@ -98,24 +105,31 @@ class ImageTask(Task):
         mean = pixels.mean(0)
         std = pixels.std(0, correction=0).clamp(min=1)
 
+        def column_of_probe(x, *strengths):
+            return plain_column(LinearClassifier(x, self.labels, C, *strengths))
+
         columns = {}
-        columns["pixels"] = LinearColumn(
-            Pixels(self.images, mean, std), self.labels, C, PIXEL_STRENGTHS)
+        columns["pixels"] = column_of_probe(Pixels(self.images, mean, std), PIXEL_STRENGTHS)
         if self.code:
-            components = self.principal_components(pixels, mean)
-            columns["pixel PCA"] = LinearColumn(components, self.labels, C)
-        untrained = self.untrained_features(sample)
-        columns["untrained"] = LinearColumn(untrained, self.labels, C)
+            columns["pixel PCA"] = column_of_probe(self.principal_components(pixels, mean))
+        columns["untrained"] = column_of_probe(self.untrained_features(sample))
         columns["from scratch"] = Column(
-            self.scratch_options, self.fit_from_scratch, self.predict)
-        columns["linear probe"] = self.probe
-        columns["self-trained"] = self.self_training()
+            self.fit_from_scratch, self.predict, self.scratch_options)
+        columns["linear probe"] = plain_column(self.probe)
+        columns["self-trained"] = self.self_trained_column()
         columns["fine-tuned"] = Column(
-            self.fine_tuning_options, self.fit_fine_tuned, self.predict, prefers_first=True)
+            self.fit_fine_tuned, self.predict, self.fine_tuning_options, prefers_first=True)
         return columns
 
+    def self_trained_column(self):
+        self_training = self.self_training()
+
+        def fit(indices, option, seed, fitted):
+            return self_training.fit(indices, fitted["linear probe"])
+        return Column(fit, self_training.predict, is_random=False)
+
     def self_training(self):
-        """The column of a probe that also learns from guesses for images without a label."""
+        """A probe that also learns from guesses for images without a label."""
         pool, room = self.unlabelled_pool()
         number = 0 if self.unlabelled is None else len(self.unlabelled)
         sample = evenly_spaced(number, room)
@@ -162,18 +176,23 @@ class ImageTask(Task):
         return standardized
 
     def scratch_options(self, n):
-        """(rate of Muon, smallest share of the image in a crop)"""
         if n <= MANY_LABELS:
-            return [(0.005, 0.5), (0.02, 0.5), (0.02, 0.2)]
-        return [(0.02, 0.5), (0.02, 0.2), (0.05, 0.2)]
+            return [ImageOption(0.005, 0.5), ImageOption(0.02, 0.5), ImageOption(0.02, 0.2)]
+        return [
+            ImageOption(0.02, 0.5, batch_size=256),
+            ImageOption(0.02, 0.2, batch_size=256),
+            ImageOption(0.05, 0.2, batch_size=256),
+        ]
 
     def fine_tuning_options(self, n):
-        """(rate of Muon, smallest share of the image in a crop)"""
+        """The first is the probe, because with the rate 0 nothing is learned."""
         if n <= MANY_LABELS:
-            return [(0.0, 0.5), (0.0005, 0.5), (0.002, 0.5)]
-        return [(0.0, 0.5), (0.005, 0.5), (0.02, 0.5), (0.05, 0.5)]
+            rates = 0.0, 0.0005, 0.002
+            return [ImageOption(rate, 0.5, freeze_norm=True) for rate in rates]
+        rates = 0.0, 0.005, 0.02, 0.05
+        return [ImageOption(rate, 0.5, batch_size=256) for rate in rates]
 
-    def fit_from_scratch(self, indices, option, seed):
+    def fit_from_scratch(self, indices, option, seed, fitted):
         """A Classifier around an untrained model, trained on these images.
 
         Its features are divided by their root mean square, because the linear layer learns
@@ -189,28 +208,24 @@ class ImageTask(Task):
             features = deepcopy(body).train().encode(x).float()           # (n, D)
         scale = features.square().mean().sqrt().clamp(min=1e-6).cpu().expand(D)
         classifier = Classifier(body, torch.zeros(D), scale, torch.zeros(D + 1, C))
-        return self.train_classifier(classifier, indices, option, seed,
-                                     smoothing=0.1, freeze_norm=False)
+        return self.train_classifier(classifier, indices, option, seed, smoothing=0.1)
 
-    def fit_fine_tuned(self, indices, option, seed):
+    def fit_fine_tuned(self, indices, option, seed, fitted):
         """A Classifier around the pretrained model that starts as the linear probe."""
-        weights, _ = self.probe.fit(indices)
+        weights, _ = fitted["linear probe"]
         classifier = Classifier(deepcopy(self.model), self.mean, self.std, weights)
-        return self.train_classifier(classifier, indices, option, seed,
-                                     smoothing=0.0, freeze_norm=len(indices) <= MANY_LABELS)
+        return self.train_classifier(classifier, indices, option, seed, smoothing=0.0)
 
-    def train_classifier(self, model, indices, option, seed, smoothing, freeze_norm,
-                         images_seen=9600):
+    def train_classifier(self, model, indices, option, seed, smoothing, images_seen=9600):
         """Train the whole Classifier on the images `indices`.
 
         From scratch and fine-tuned get the same number of steps: `images_seen` images, or 4
-        epochs if that is more. option: see `fine_tuning_options`; smoothing, of the labels;
-        freeze_norm: keep the statistics of batch norm.
+        epochs if that is more. option: an ImageOption; smoothing, of the labels.
         """
-        rate, crop = option
+        rate, crop, batch_size, freeze_norm = option
         n = len(indices)
-        size = min(n, 64 if n <= MANY_LABELS else 256)
-        size = max(2, images_a_batch(self.images.shape[1:], size))        # for batch norm
+        size = images_a_batch(self.images.shape[1:], min(n, batch_size))
+        size = max(2, size)                                               # for batch norm
         steps = max(images_seen, 4 * n) // size
         if rate == 0:
             steps = 0
@@ -237,13 +252,9 @@ class ImageTask(Task):
 
     def optimizers(self, model, rate):
         """Muon for the encoder's matrices and kernels; Adam for vectors and the linear layer."""
-        kernels = [p for p in model.body.parameters() if p.requires_grad and p.ndim > 1]
-        vectors = [p for p in model.parameters() if p.requires_grad and p.ndim == 1]
-        vectors.append(model.head.weight)
-        return [
-            Muon(kernels, rate, precision=self.precision),
-            torch.optim.Adam([dict(params=vectors, lr_scale=0.1)]),
-        ]
+        muon, adam = muon_and_adam(model.body, rate, precision=self.precision)
+        adam.add_param_group(dict(params=list(model.head.parameters()), lr_scale=0.1))
+        return [muon, adam]
 
     @torch.no_grad()
     def predict(self, model, indices):

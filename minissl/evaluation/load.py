@@ -116,8 +116,9 @@ def is_same_source(name, other):
 def load_encoder(run):
     """The encoder of a run's folder, as a function from new examples to features (N, D) float32.
 
-    For a run of train_mlm.py the function takes a list of N strings (or any iterable). For runs
-    on images it takes a uint8 array (N, H, W, C) or (N, H, W).
+    These are the features that finetune.py probes. For a run of train_mlm.py the function takes a
+    list of N strings (or any iterable). For runs on images it takes a uint8 array (N, H, W, C) or
+    (N, H, W).
     """
     model, checkpoint = load_run(run)
     if checkpoint["method"] == "mlm":

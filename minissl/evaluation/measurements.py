@@ -11,7 +11,8 @@ A measurement is a dict of
     step              of the pretraining
     checksum          of the examples, their split and their labels
 
-A row of the table has several, one for each draw.
+A row of the table has several, one for each draw. In the row "all" a column has two if its
+training is random, and otherwise one.
 
 Read next: ../../finetune.py, or load.py, which opens a run.
 """
@@ -40,8 +41,8 @@ def print_table(measurements, chance):
                      if m["labels_a_class"] == row and m["method"] == method]
             accuracies = [draw["test_accuracy"] for draw in draws]
             seconds = np.mean([draw["seconds"] for draw in draws])
-            std = np.std(accuracies, ddof=1) if len(accuracies) > 1 else 0
-            line.append(f"{np.mean(accuracies):.1f} ± {std:.1f} ({seconds:.0f})")
+            spread = f" ± {np.std(accuracies, ddof=1):.1f}" if len(accuracies) > 1 else ""
+            line.append(f"{np.mean(accuracies):.1f}{spread} ({seconds:.0f})")
         lines.append(line)
     widths = [max(len(cell) for cell in column) for column in zip(*lines)]
     for line in lines:

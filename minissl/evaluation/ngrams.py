@@ -2,7 +2,7 @@
 
 An n-gram is a sequence of n neighbouring tokens. Which n-grams a text contains says a lot about
 its class, and a logistic regression on them is what a good engineer tries first. Two ways to
-weigh them are common, and `NGramColumn` takes the one with the smaller held-out loss among the
+weigh them are common, and `NGrams` takes the one with the smaller held-out loss among the
 labels that it is given:
 
     tf-idf         (1 + ln count) · idf of tokens and pairs, and each text is scaled to length 1.
@@ -131,10 +131,10 @@ def naive_bayes_weights(x, labels, classes, alpha=1):
     return torch.where(occurs, r, 0).float()
 
 
-# ---------------------------------------------------------------- the column
+# ---------------------------------------------------------------- the classifier
 
-def ngram_column(texts, counted, extra):
-    """The column "n-grams" of Texts with labels.
+def make_ngrams(texts, counted, extra):
+    """The classifier of the column "n-grams", for Texts with labels.
 
     counted (n,): the texts that choose and weigh the n-grams, without their labels: all but the
     test texts; extra: Texts without a label, whose n-grams are counted too, for co_training.py.
@@ -145,11 +145,11 @@ def ngram_column(texts, counted, extra):
     keys = frequent_ngrams(texts.select(counted).sample(SAMPLE_TEXTS), longest, most)
     counts = count_ngrams(texts.followed_by(extra), keys, longest)
     terms = (keys < V**2).sum()                                 # the keys are sorted: triples last
-    return NGramColumn(counts, terms, torch.from_numpy(texts.labels), C, counted)
+    return NGrams(counts, terms, torch.from_numpy(texts.labels), C, counted)
 
 
-class NGramColumn:
-    """The column "n-grams", as options, fit and predict.
+class NGrams:
+    """The classifier of the column "n-grams".
 
     Arguments: counts, SparseRows (N, D), of the n-grams of N texts, tokens and pairs first; terms,
     how many of the D columns are tokens and pairs; labels (N,) int64; classes, their number;
@@ -165,21 +165,12 @@ class NGramColumn:
             ones = torch.ones_like(counts.values)
             self.rows["naive Bayes"] = SparseRows(
                 counts.indices, counts.offsets, ones, counts.columns)
-        self.last = None                # the student of co_training.py may ask for it again
 
-    def options(self, n):
-        return [None]
-
-    def fit(self, indices, option=None, seed=None):
+    def fit(self, indices):
         """(the name of the weighting, CrossValidated): the one with the least held-out loss.
 
         With one label a class nothing can be held out, and it is tf-idf.
         """
-        if self.last is None or not np.array_equal(self.last[0], indices):
-            self.last = np.array(indices), self.fit_both(indices)
-        return self.last[1]
-
-    def fit_both(self, indices):
         labels, classes = self.labels[indices], self.classes
         tf_idf_fit = probes.cross_validate(
             self.rows["tf-idf"][indices], labels, classes, TF_IDF_STRENGTHS)

@@ -293,8 +293,11 @@ def cross_validate(x, labels, classes, strengths, weight_scale_of=None):
     for f in range(5 if len(labels) <= 5000 else 1):
         inside = np.flatnonzero(fold != f)
         outside = np.flatnonzero(fold == f)
-        if len(inside) == 0 or len(outside) == 0:
-            continue                            # one label a class: the strongest is taken
+        # An example whose class is not inside says nothing about the strength. With one label a
+        # class no example is left, and the strongest is taken.
+        outside = outside[np.isin(labels[outside], labels[inside])]
+        if len(outside) == 0:
+            continue
         held_out += len(outside)
         x_inside, x_outside = x[inside], x[outside]
         y_outside = torch.from_numpy(labels[outside])

@@ -5,6 +5,7 @@ better if each image listens to its nearest neighbours. A second probe learns fr
 and from these guesses:
 
     p = softmax of the first probe's logits, but one-hot for an image with a label      (U, C)
+        (computed on the first 256 principal axes of the features)
     q ← (1 − α) p + α · weighted mean of q over the nearest neighbours, three times     (U, C)
     soft label of an image = q⁴ / Σ q⁴
 
@@ -61,11 +62,11 @@ def spread(p, cosines, indices, alpha=0.8, repeats=3):
 
 
 class SelfTraining:
-    """The column "self-trained", as options, fit and predict.
+    """The classifier of the column "self-trained" of images.
 
-    Arguments: probe, the LinearColumn of the first probe; pool (P,), the indices of the training
-    images, whose labels are not read; extra (E, D), the features of images outside of the table,
-    which have no label, standardized as those of the probe.
+    Arguments: probe, the LinearClassifier of the first probe; pool (P,), the indices of the
+    training images, whose labels are not read; extra (E, D), the features of images outside of
+    the table, which have no label, standardized as those of the probe.
     """
 
     def __init__(self, probe, pool, extra):
@@ -77,9 +78,6 @@ class SelfTraining:
         self.axes = probes.principal_axes(x)[:, -AXES:].flip(1)           # (D, A)
         self.x = x @ self.axes                                            # (U, A)
         self.neighbours = None
-
-    def options(self, n):
-        return [None]
 
     def find_neighbours(self):
         """Cosines and indices (U, k) of the neighbours, searched once for all draws.
@@ -93,27 +91,27 @@ class SelfTraining:
             self.neighbours = nearest_neighbours(x, min(NEIGHBOURS, len(x) - 1))
         return self.neighbours
 
-    def fit(self, indices, option=None, seed=None):
+    def fit(self, indices, probe_model):
         """(weights (D + 1, C), strength) from the labels of these examples alone.
 
-        Without any other image, and with more than MOST_LABELS, this is the probe. The
-        probe minimizes Σ loss + n · strength/2 ‖W‖². The second fit keeps this penalty, but
-        it averages over more examples, so its strength is smaller. Nothing is random.
+        probe_model: what `probe` has fitted to the same labels. Without any other image, and
+        with more than MOST_LABELS, it is also the result. The probe minimizes
+        Σ loss + n · strength/2 ‖W‖². The second fit keeps this penalty, but it averages over
+        more examples, so its strength is smaller. Nothing is random.
         """
-        weights, strength = self.probe.fit(indices)
+        weights, strength = probe_model
         is_labelled = np.isin(self.pool, indices)                         # (U,)
         others = torch.from_numpy(np.flatnonzero(~is_labelled))
         n = len(indices)
         if len(others) == 0 or n > MOST_LABELS:
             return weights, strength
-        one_hot = F.one_hot(self.probe.labels[indices], self.probe.classes).float()
-        # The rows of one_hot for the labelled images of the pool, in the order of the pool.
-        row_of = {int(index): row for row, index in enumerate(indices)}
-        drawn = [row_of[int(index)] for index in self.pool[is_labelled]]
+        labels, C = self.probe.labels, self.probe.classes
+        one_hot = F.one_hot(labels[indices], C).float()                   # (n, C)
+        labelled = self.pool[is_labelled]       # those of `indices` that are in the pool
 
         on_axes = torch.cat([self.axes.T @ weights[:-1], weights[-1:]])   # (A + 1, C)
         p = probes.predict(self.x, on_axes).softmax(1)                    # (U, C)
-        p[torch.from_numpy(is_labelled)] = one_hot[drawn]
+        p[torch.from_numpy(is_labelled)] = F.one_hot(labels[labelled], C).float()
         q = spread(p, *self.find_neighbours()) ** 4
         soft_labels = (q / q.sum(1, keepdim=True))[others]
 
@@ -121,5 +119,5 @@ class SelfTraining:
         x = torch.cat([self.x[others], self.probe.x[indices] @ self.axes])
         strength = strength * n / len(targets)
         fitted = probes.logistic_regression(
-            x, targets, self.probe.classes, strength, on_axes, tolerance=1e-4)
+            x, targets, C, strength, on_axes, tolerance=1e-4)
         return torch.cat([self.axes @ fitted[:-1], fitted[-1:]]), strength

@@ -8,6 +8,7 @@ Read next: co_training.py, the column "self-trained".
 """
 
 from copy import deepcopy
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -20,15 +21,9 @@ from minissl.data.splits import evenly_spaced
 from minissl.evaluation import probes
 from minissl.evaluation.classifier import Classifier
 from minissl.evaluation.co_training import CoTraining, in_units
-from minissl.evaluation.columns import (
-    MANY_LABELS,
-    Column,
-    Task,
-    no_options,
-    standardize,
-)
+from minissl.evaluation.columns import MANY_LABELS, Column, Task, plain_column, standardize
 from minissl.evaluation.features import document_vectors, no_progress, text_features
-from minissl.evaluation.ngrams import ngram_column
+from minissl.evaluation.ngrams import make_ngrams
 from minissl.optim import Muon, lr_schedule, step_optimizers
 from minissl.training.files import progress
 from minissl.training.machine import move_to_device
@@ -67,83 +62,84 @@ class WholeTextEncoder(nn.Module):
         return transformer.norm(vectors)
 
 
+class TextOption(NamedTuple):
+    """How a Classifier of texts is trained."""
+    rate: float             # the peak learning rate of Muon
+    steps: int
+
+
 class TextTask(Task):
     """Classification of texts.
 
-    Arguments: texts, Texts with labels; model, the pretrained TextEncoder; autocast, device and
-    precision, for its training; new_model(seed), which makes the same model untrained;
-    unlabelled, Texts of the training split without a label, which share the tokens of `texts`,
-    for the columns that learn from guesses, or None.
+    Arguments: texts, Texts with labels; model, the pretrained TextEncoder; machine, what
+    choose_machine returns; new_model(seed), which makes the same model untrained; unlabelled,
+    Texts of the training split without a label, which share the tokens of `texts`, for the
+    columns that learn from guesses, or None.
     """
 
     default_labels = TEXT_LABELS
     choice_draws = 2            # an option is tried on this many draws of labels
 
-    def __init__(self, texts, model, autocast, device, precision, new_model, unlabelled=None):
+    def __init__(self, texts, model, machine, new_model, unlabelled=None):
         super().__init__(texts)
-        self.model = move_to_device(model, device)
-        self.autocast = autocast
-        self.device = device
-        self.precision = precision
+        self.device, self.precision, self.autocast = machine
+        self.model = move_to_device(model, self.device)
         self.new_model = new_model
         self.unlabelled = texts.select([]) if unlabelled is None else unlabelled
         self.texts = texts
         self.set_features(self.features(texts))
         self.last_logits = None, None   # a classifier, and what it said about the texts, (N, C)
-        self.fine_tuned = None          # the labelled texts of the last fine-tuning, and its result
-        self.co_training = None         # the column "self-trained", made by `columns`
+        self.co_training = None         # the classifier of "self-trained", made by `columns`
 
     def features(self, texts):
         """The features of Texts by the pretrained model, (N, d), not standardized."""
-        vectors = text_features(self.model, texts, self.autocast, self.device, progress)
-        return transformer.norm(vectors)
+        return text_features(self.model, texts, self.autocast, self.device, progress)
 
     def columns(self):
-        """{name: column}, in the order of the table. The last needs what "fine-tuned" fits."""
+        """{name: column}, in the order of the table."""
         pool, room = self.unlabelled_pool()
         extra = self.unlabelled.sample(room)
         progress("counting n-grams")
         not_test = np.concatenate([self.train, self.held_out])
-        n_grams = ngram_column(self.texts, not_test, extra)
-        self.co_training = self.co_training_column(n_grams, pool, extra)
-        return {
-            "n-grams": n_grams,
-            "from scratch": Column(self.scratch_options, self.fit_from_scratch, self.predict),
-            "linear probe": self.probe,
-            "self-trained": self.co_training,
-            "fine-tuned": Column(
-                self.fine_tuning_options, self.fit_fine_tuned, self.predict, prefers_first=True),
-            "all together": Column(no_options, self.fit_together, self.predict_together),
-        }
-
-    def co_training_column(self, n_grams, pool, extra):
-        """The column of a student of n-grams that learns from guesses for pool and extra."""
+        n_grams = make_ngrams(self.texts, not_test, extra)
         x = torch.zeros(0, len(self.mean))
         if len(extra):
             x = (self.features(extra) - self.mean) / self.std
-        return CoTraining(self.probe, n_grams, pool, self.held_out, x)
+        self.co_training = CoTraining(self.probe, n_grams, pool, self.held_out, x)
+        return {
+            "n-grams": plain_column(n_grams),
+            "from scratch": Column(self.fit_from_scratch, self.predict, self.scratch_options),
+            "linear probe": plain_column(self.probe),
+            "self-trained": Column(
+                self.fit_self_trained, self.co_training.predict, is_random=False),
+            "fine-tuned": Column(
+                self.fit_fine_tuned, self.predict, self.fine_tuning_options, prefers_first=True),
+            "all together": Column(self.fit_together, self.predict_together),
+        }
 
     # The settings below come from EXPERIMENTS.md, "What does a transformer from scratch need?"
     # and "Does it help to fine-tune the whole transformer?".
 
     def scratch_options(self, n):
-        """(rate of Muon, steps)"""
         if n <= MANY_LABELS:
-            return [(0.02, 100), (0.02, 300)]
-        return [(0.02, self.steps(n, epochs=4))]
+            return [TextOption(0.02, 100), TextOption(0.02, 300)]
+        return [TextOption(0.02, self.steps(n, epochs=4))]
 
     def fine_tuning_options(self, n):
-        """(rate of Muon, steps). At rate 0 this is the probe."""
+        """The first is the probe, because with the rate 0 nothing is learned."""
         if n <= MANY_LABELS:
-            return [(0.0, 0), (0.003, 150), (0.01, 150)]
-        return [(0.01, self.steps(n, epochs=2))]
+            return [TextOption(0.0, 0), TextOption(0.003, 150), TextOption(0.01, 150)]
+        return [TextOption(0.01, self.steps(n, epochs=2))]
 
     def steps(self, n, epochs):
         """The steps of so many epochs of n texts, but at least 500."""
         size = texts_a_batch(self.texts.lengths[self.train])
         return max(500, epochs * n // size)
 
-    def fit_from_scratch(self, indices, option, seed):
+    def fit_self_trained(self, indices, option, seed, fitted):
+        return self.co_training.fit(indices, fitted["linear probe"], fitted["n-grams"])
+
+    def fit_from_scratch(self, indices, option, seed, fitted):
         """A Classifier around an untrained encoder, trained on these texts.
 
         Its features are standardized over up to 1,000 of them, because those of an untrained
@@ -160,9 +156,9 @@ class TextTask(Task):
         return self.train_classifier(
             classifier, indices, option, seed, strength=0, embedding_scale=0.15)
 
-    def fit_fine_tuned(self, indices, option, seed):
+    def fit_fine_tuned(self, indices, option, seed, fitted):
         """A Classifier around the pretrained encoder that starts as the linear probe."""
-        weights, strength = self.probe.fit(indices)
+        weights, strength = fitted["linear probe"]
         body = WholeTextEncoder(deepcopy(self.model), self.autocast, self.device)
         classifier = Classifier(body, self.mean, self.std, weights)
         self.train_classifier(
@@ -170,26 +166,18 @@ class TextTask(Task):
         rate, _ = option
         if rate == 0:       # then it says what the probe says, and need not read any text again
             self.last_logits = classifier, probes.predict(self.probe.x, weights)
-        self.fine_tuned = np.array(indices), classifier
         return classifier
 
-    def fit_together(self, indices, option, seed):
-        """(the probe's weights, the fine-tuned Classifier, the student of co-training).
-
-        Must follow `fit_fine_tuned` on the same labels, because it takes the result of that.
-        """
-        fitted_on, classifier = self.fine_tuned
-        if not np.array_equal(fitted_on, indices):
-            raise ValueError("the encoder was fine-tuned on other texts")
-        weights, student = self.co_training.fit(indices)
-        return weights, classifier, student
+    def fit_together(self, indices, option, seed, fitted):
+        """(the probe's weights, the student of co-training, the fine-tuned Classifier)"""
+        return *fitted["self-trained"], fitted["fine-tuned"]
 
     def train_classifier(self, model, indices, option, seed, strength, embedding_scale):
         """Train the whole Classifier on the texts `indices`.
 
-        option: see `fine_tuning_options`; strength: the L2 penalty of the linear layer, as in
-        the probe; embedding_scale: the embeddings and the linear layer learn at this share of
-        the rate of the blocks.
+        option: a TextOption; strength: the L2 penalty of the linear layer, as in the probe;
+        embedding_scale: the embeddings and the linear layer learn at this share of the rate of
+        the blocks.
         """
         rate, steps = option
         n = len(indices)
@@ -253,12 +241,13 @@ class TextTask(Task):
         are the two of the first sum. At rate 0 the result orders the classes as the column
         "self-trained" does. (EXPERIMENTS.md, "What do n-grams add to the document vector?")
         """
-        weights, classifier, student = model
+        weights, student, classifier = model
 
-        def encoder_logits(indices):
+        def logits_of_both(indices):
+            """Probe and fine-tuned encoder, (n, C)."""
             tuned = self.logits(classifier, indices)
-            held_out = self.logits(classifier, self.held_out)
-            return self.co_training.probe_logits(weights, indices) + in_units(tuned, held_out)
+            tuned = in_units(tuned, self.logits(classifier, self.held_out))
+            return self.co_training.probe_logits(weights, indices) + tuned
 
-        own = in_units(encoder_logits(indices), encoder_logits(self.held_out))
-        return own + self.co_training.student_logits(student, indices)
+        both = in_units(logits_of_both(indices), logits_of_both(self.held_out))
+        return both + self.co_training.student_logits(student, indices)

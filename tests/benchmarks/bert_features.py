@@ -38,7 +38,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from timed_training import print_probe, train_for
 
 import finetune
-from minissl import UserError, transformer
+from minissl import UserError
 from minissl.data.splits import TRAIN
 from minissl.data.text_sources import load_texts
 from minissl.evaluation.columns import Task
@@ -251,7 +251,7 @@ class ProbeTask(Task):
 
     def __init__(self, texts, features):
         super().__init__(texts)
-        self.set_features(transformer.norm(features))   # normalized as in TextTask
+        self.set_features(features)
 
 
 def main():

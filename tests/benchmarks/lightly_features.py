@@ -179,8 +179,8 @@ def main():
 
     # ------------------------------------------------------------ Table
 
-    task = ImageTask(labelled, model, autocast, device, precision,
-                     new_model=None, flip=True, code=None)
+    machine = device, precision, autocast
+    task = ImageTask(labelled, model, machine, new_model=None, flip=True, code=None)
     print_probe(task, settings.limit, figures)
 
 
