@@ -96,18 +96,18 @@ class Settings:
 def compute_loss(model, images, corrupted, hidden, settings):
     """Rebuild the images, or their hidden patches, from what the encoder gets of them."""
     rebuilt, codes = model(corrupted)                                     # (B, C, H, W), (B, D)
-    codes = all_gather(codes)                                             # of all processes
-    if settings.targets == "pixels":
-        hidden = None                                                     # all pixels count
-    else:
-        images, _, _ = autoencoder.normalize_patches(images)
+    codes = all_gather(codes)               # a covariance needs the codes of the whole batch
+    target, counted = images, None                                        # all pixels count
+    if settings.targets == "normalized":
+        target, _, _ = autoencoder.normalize_patches(images)
+        counted = hidden
     loss, error, penalty = autoencoder.autoencoder_loss(
-        images, rebuilt, codes, settings.beta, settings.regularizer, hidden
+        target, rebuilt, codes, settings.beta, settings.regularizer, counted
     )
-    terms = dict(squared_error=error)
+    losses = dict(squared_error=error)
     if settings.beta > 0:
-        terms["regularizer"] = penalty
-    return loss, terms
+        losses["regularizer"] = penalty
+    return loss, losses
 
 
 def main():
@@ -164,13 +164,13 @@ def main():
 
     # ------------------------------------------------------------ Run
 
-    # From here on the run has a folder. A resumed run loads its checkpoint here.
     preview = previews.AutoencoderPreview(
         data, corrupt, run.folder, autocast, device,
         targets=settings.targets,
         mirror=not settings.no_flip,
     )
     chance = dict(squared_error=preview.chance(), regularizer=None)
+    # This makes the folder of the run. A resumed run loads its checkpoint here.
     first_step = run.begin(
         model,
         optimizers,
@@ -191,13 +191,14 @@ def main():
     # every process takes its share; a single process takes all of it.
     for step in range(first_step, settings.steps):
         images = train_images[batches(step)].to(device).float() / 255     # (B, C, H, W)
-        images, corrupted, hidden = shard(images, *corrupt(images, step))
+        corrupted, hidden = corrupt(images, step)       # with the mean colour of the whole batch
+        images, corrupted, hidden = shard(images, corrupted, hidden)      # this process's
         with autocast:
-            loss, terms = compute_loss(model, images, corrupted, hidden, settings)
+            loss, losses = compute_loss(model, images, corrupted, hidden, settings)
         loss.backward()
         average_gradients(model)
         step_optimizers(optimizers, learning_rate(step))
-        run.end_step(step, terms, items=len(images))
+        run.end_step(step, losses, items=len(images))
     run.finish()
 
 

@@ -135,22 +135,23 @@ def main():
     batches = Batches(N, B, settings.seed, "image order")
 
     V = settings.views
-    scale = settings.view_size / H if settings.view_size else 0.75
-    size = [max(8, 2 * round(side * scale / 2)) for side in (H, W)]       # of a view, even
+    size = contrastive.view_shape(H, W, settings.view_size)               # (h, w) of a view
 
     def random_numbers(count, purpose, step):
         """Uniform numbers (count, V, 12). They decide how the views of each image look."""
         draws = [generator(settings.seed, f"{purpose} {v}", step) for v in range(V)]
-        return torch.stack([torch.rand(count, 12, generator=each) for each in draws], dim=1)
+        numbers = [torch.rand(count, 12, generator=draw) for draw in draws]
+        return torch.stack(numbers, dim=1)
 
     def make_views(images, numbers):
         """Views (V, B, C, h, w) in [0, 1] of images (B, C, H, W) uint8."""
-        numbers = numbers.to(images.device).unbind(1)
-        strengths = settings.crop, settings.jitter, settings.hue, settings.grey
+        numbers = numbers.to(images.device)
         flip = not settings.no_flip
-        return torch.stack(
-            [contrastive.augment(images, size, each, *strengths, flip) for each in numbers]
-        )
+        changes = settings.crop, settings.jitter, settings.hue, settings.grey, flip
+        views = []
+        for v in range(V):
+            views.append(contrastive.augment(images, size, numbers[:, v], *changes))
+        return torch.stack(views)
 
     # ------------------------------------------------------------ Model
 
@@ -177,11 +178,11 @@ def main():
 
     # ------------------------------------------------------------ Run
 
-    # From here on the run has a folder. A resumed run loads its checkpoint here.
     preview = previews.ContrastivePreview(
         data, random_numbers, make_views, run.folder, autocast, device,
         mirror=not settings.no_flip,
     )
+    # This makes the folder of the run. A resumed run loads its checkpoint here.
     first_step = run.begin(
         model,
         optimizers,
@@ -207,13 +208,13 @@ def main():
         images = train_images[indices].to(device)                         # (B, C, H, W)
         views = make_views(images, numbers)                               # (V, B, C, h, w)
         with autocast:
-            loss, terms = compute_loss(model, views, settings)
+            loss, losses = compute_loss(model, views, settings)
         loss.backward()
         average_gradients(model)
         step_optimizers(optimizers, learning_rate(step))
         if settings.method == "byol":
             model.update_target(contrastive.target_rate(step, settings.steps, settings.target_rate))
-        run.end_step(step, terms, items=len(images))
+        run.end_step(step, losses, items=len(images))
     run.finish()
 
 

@@ -56,7 +56,7 @@ class Settings:
     steps: int = 1500  # optimizer steps of both stages together
     embedding_steps: int = -1  # steps of the first stage; below 0: a third of --steps
     batch_size: int = 32  # windows of text in a step; the first stage takes 8 times as many texts
-    learning_rate: float = 0.02  # highest rate of the blocks; the others are multiples of it
+    learning_rate: float = 0.02  # peak rate of the blocks; embeddings and heads take a fraction
     seed: int = 0  # seed of all random numbers
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: the best that torch finds
     precision: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: the faster one, measured
@@ -108,14 +108,16 @@ class Settings:
 
 # ---------------------------------------------------------------- The losses of the stages
 
-def document_loss_of_whole_texts(model, read, unread):
+def document_loss_of_whole_texts(model, read, rest):
     """First stage: predict half of a document's words from the mean of the others.
 
-    read and unread (B, T) have PAD where the other one has a token. Everything is float32,
-    because bfloat16 cannot count beyond 256. Returns the loss and its terms.
+    read and rest (B, T) have PAD where the other one has a token. Everything is float32,
+    because bfloat16 cannot count beyond 256. Returns the loss, and the losses by name.
     """
     vector = model.mean_of_embeddings(model.count_terms(read))            # (B, d)
-    bag = model.bag_of_terms(unread)                                      # (B, V + P)
+    bag = model.bag_of_terms(rest)                                        # (B, V + P)
+    # This process's sum is divided by the average count. The mean of these quotients over the
+    # processes, which average_gradients takes, is then the sum of all over the count of all.
     count = average_over_processes(transformer.count_nonempty(bag))
     document = transformer.document_loss(model.term_logits(vector), bag, count)
     return document, dict(document=document)
@@ -125,26 +127,26 @@ def masked_and_document_loss(model, inputs, targets, lengths, rest, settings, au
     """Second stage: predict masked words, and the words of the rest of the document.
 
     inputs and targets (B, T), lengths (B,), and rest (B, R), what the documents have
-    outside their windows. Returns the loss and its terms.
+    outside their windows. Returns their weighted sum, and the losses by name.
     """
-    loss, terms = 0.0, {}
+    loss, losses = 0.0, {}
     with autocast:
         x = model(inputs, lengths)                                        # (B, T, D)
         if settings.masked_weight > 0:
             is_masked = targets != transformer.IGNORE_INDEX               # (B, T)
             count = average_over_processes(is_masked.sum())
             logits = model.token_logits(x[is_masked])                     # (M, V)
-            terms["masked"] = transformer.masked_language_model_loss(
+            losses["masked"] = transformer.masked_language_model_loss(
                 logits, targets[is_masked], count
             )
-            loss = loss + settings.masked_weight * terms["masked"]
+            loss = loss + settings.masked_weight * losses["masked"]
         if settings.document_weight > 0:
             logits = model.term_logits(model.document_vector(x, lengths))     # (B, V + P)
             bag = model.bag_of_terms(rest)                                # (B, V + P)
             count = average_over_processes(transformer.count_nonempty(bag))
-            terms["document"] = transformer.document_loss(logits, bag, count)
-            loss = loss + settings.document_weight * terms["document"]
-    return loss, terms
+            losses["document"] = transformer.document_loss(logits, bag, count)
+            loss = loss + settings.document_weight * losses["document"]
+    return loss, losses
 
 
 def main():
@@ -217,7 +219,7 @@ def main():
         [dict(params=embeddings), dict(params=heads)],
         betas=(0.9, 0.99),
         fused=device.type != "mps",
-    )
+    )           # its rates are set by step_optimizers
     optimizers = [adam]
     if blocks:
         optimizers.append(Muon(blocks, settings.learning_rate, precision=precision))
@@ -262,19 +264,19 @@ def main():
 
     for step in range(first_step, settings.steps):
         if step < settings.embedding_steps:                   # first stage
-            read, unread = whole_text_batch(step)
-            loss, terms = document_loss_of_whole_texts(model, read, unread)
-            tokens = (read != PAD).sum() + (unread != PAD).sum()
+            read, rest = whole_text_batch(step)
+            loss, losses = document_loss_of_whole_texts(model, read, rest)
+            tokens = (read != PAD).sum() + (rest != PAD).sum()
         else:                                                 # second stage
             inputs, targets, lengths, rest = masked_window_batch(step)
-            loss, terms = masked_and_document_loss(
+            loss, losses = masked_and_document_loss(
                 model, inputs, targets, lengths, rest, settings, autocast
             )
             tokens = lengths.sum()
         loss.backward()
         average_gradients(model)
         update_parameters(step)
-        run.end_step(step, terms, items=tokens)
+        run.end_step(step, losses, items=tokens)
     run.finish()
 
 

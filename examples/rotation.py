@@ -182,11 +182,11 @@ def main():
         indices, = shard(batches(step))                                   # this process's
         images = train_images[indices].to(device).float() / 255           # (B, C, H, H)
         with autocast:
-            loss, terms = rotation_loss(model, images)
+            loss, losses = rotation_loss(model, images)
         loss.backward()
         average_gradients(model)
         step_optimizers(optimizers, learning_rate(step))
-        run.end_step(step, terms, items=len(images))
+        run.end_step(step, losses, items=len(images))
     print(f"done: {run.folder / 'report.html'} shows what the model learned")
     print(f"next: python {sys.argv[0]} finetune {shlex.quote(settings.run)}")
 

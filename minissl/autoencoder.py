@@ -30,8 +30,8 @@ Differences from the papers:
   needs its grid, so here the hidden patches are set to the mean colour.
 - The loss is the mean over all pixels, the visible ones included. It is over the hidden ones
   alone, as in He et al., with the normalized patches.
-- The squares of 2 × 2 pixels are whitened first, and kernels begin as the identity. Jordan
-  2024, arXiv 2404.00498, has both for classification.
+- The squares of 2 × 2 pixels are whitened first, and the two kernels of each residual block
+  begin as the identity. Jordan 2024, arXiv 2404.00498, has both for classification.
 
 This file needs torch alone. Read next: train_ae.py.
 
@@ -75,13 +75,15 @@ def autoencoder_loss(x, x_hat, z, beta=0.0, regularizer="none", hidden=None):
         x, x_hat, z = x.float(), x_hat.float(), z.float()
     errors = (x - x_hat).square().mean(1, keepdim=True)                   # (B, 1, H, W)
     if hidden is None:
-        error = errors.mean((1, 2, 3)).mean()
+        error = errors.mean()
     else:
-        error = ((errors * hidden).sum((1, 2, 3)) / hidden.sum((1, 2, 3))).mean()
+        error_sum = (errors * hidden).sum((1, 2, 3))                      # (B,)
+        pixels = hidden.sum((1, 2, 3))                                    # (B,)
+        error = (error_sum / pixels).mean()
     if regularizer == "none":
         penalty = torch.zeros_like(error)
     elif regularizer == "sparse":
-        penalty = z.abs().mean(1).mean()
+        penalty = z.abs().mean()
     elif regularizer == "decorrelated":
         penalty = covariance_penalty(z)
     else:
@@ -325,10 +327,6 @@ class Autoencoder(nn.Module):
         with without_autocast(x.device):                      # it magnifies rounding errors
             return F.conv2d(x, self.whitening)
 
-    def maps(self, x):
-        """The feature maps before the last ones: (B, 128, 2h, 2w)."""
-        return self.to_second(self.prepare(x))
-
     def decode(self, z):
         """Codes (B, D) -> images (B, C, H, W), approximately in [0, 1].
 
@@ -355,10 +353,11 @@ class Autoencoder(nn.Module):
                 ↓
             code         (B, D)               the whole image
 
-        Few labels need few numbers that say much, and many labels can use where which pattern
-        occurs. Each part is scaled to length 1, so that none outweighs the others.
-        But look at the untrained encoder's results before you believe in the training: random
-        weights give most of this (RESULTS.md).
+        With few labels, a few abstract numbers serve best. With many labels, a classifier can
+        also learn at which height a pattern occurs (EXPERIMENTS.md, "Where should the features
+        of an autoencoder be read?"). Each part is scaled to length 1, so that none outweighs
+        the others. Most of the accuracy comes from the architecture: compare with the untrained
+        encoder (RESULTS.md).
 
         Put the model into evaluation mode first, or the batch norms will move.
         """
@@ -376,6 +375,7 @@ class Autoencoder(nn.Module):
 
     def forward(self, x):
         """Images (B, C, H, W) -> (reconstructions (B, C, H, W), codes (B, D))."""
-        last = self.to_last(self.maps(x))                     # (B, 256, h, w)
+        second = self.to_second(self.prepare(x))              # (B, 128, 2h, 2w)
+        last = self.to_last(second)                           # (B, 256, h, w)
         z = self.to_code(last.flatten(1))                     # (B, D)
         return self.decode(z), z

@@ -30,8 +30,9 @@ which is a slow moving average of the first and receives no gradient:
     target ← r · target + (1 − r) · encoder
 
 Nothing in this loss forbids a collapse. The predictor and the moving average prevent it:
-after 300 steps the effective rank of the projections is 44 with both, 10 without the
-predictor, and 2 without stop-gradient and target (EXPERIMENTS.md, "BYOL").
+after 300 steps the projections use 44 of 128 directions with both (their effective rank, see
+below), 10 without the predictor, and 2 without stop-gradient and target (EXPERIMENTS.md,
+"What keeps BYOL from collapsing?").
 
     Chen et al. 2020, "SimCLR", arXiv 2002.05709
         two views, the projection head, InfoNCE under the name NT-Xent
@@ -48,9 +49,12 @@ Differences from the papers, all for two CPU cores and images of 32 × 32:
   images a second. The probe reads whole images.
 - There is no blur, because at this size it would remove what there is to see.
 - The colours change by one affine map for each image, without rounding in between.
-- Muon replaces LARS (see train_contrastive.py), and a batch has 256 images, not 4,096.
+- The squares of 2 × 2 pixels are whitened first, and the kernels begin as the identity (Jordan
+  2024, arXiv 2404.00498; EXPERIMENTS.md, "Do whitened squares and identity kernels help?").
+- Muon replaces LARS (see optim.py), and a batch has 256 images, not 4,096.
 - BYOL's projections end with a batch norm, as in SimSiam (Chen and He 2020, arXiv
-  2011.10566, section 3). This adds four points after 300 steps (EXPERIMENTS.md, "BYOL").
+  2011.10566, section 3). It adds four points after 300 steps, and half a point after ten
+  minutes (EXPERIMENTS.md, "What else does BYOL need?").
 
 This file needs torch alone. Read next: train_contrastive.py.
 
@@ -72,16 +76,17 @@ from torch import nn
 
 # ---------------------------------------------------------------- losses
 
-def info_nce(views, temperature=0.5, similarity="cosine"):
+def info_nce(projections, temperature=0.5, similarity="cosine"):
     """InfoNCE: the mean over anchors and positives of −log softmax over all other views.
 
-    Arguments: views (V, B, D) with V ≥ 2 and B ≥ 2, of any float type (the logarithm is
-    computed in float32 or better); temperature τ > 0; similarity, "cosine" or "dot".
+    Arguments: projections (V, B, D) with V ≥ 2 and B ≥ 2, of any float type (the logarithm
+    is computed in float32 or better); temperature τ > 0 (train_contrastive.py takes 0.15);
+    similarity, "cosine" or "dot".
     Returns a scalar: ln(VB − 1) if all projections are the same. With two views and the
     cosine it is NT-Xent, equation 1 of SimCLR.
     Raises ValueError for arguments outside of these.
     """
-    V, B, _ = views.shape
+    V, B, _ = projections.shape
     if V < 2 or B < 2:
         raise ValueError(f"info_nce needs 2 views of 2 images, but got {V} views of {B}")
     if not temperature > 0:
@@ -89,7 +94,7 @@ def info_nce(views, temperature=0.5, similarity="cosine"):
     if similarity not in ("cosine", "dot"):
         raise ValueError(f"similarity must be cosine or dot, but is {similarity!r}")
 
-    z = views.flatten(0, 1)                                   # (VB, D), view by view
+    z = projections.flatten(0, 1)                             # (VB, D), view by view
     if z.dtype != torch.float64:
         z = z.float()
     if similarity == "cosine":
@@ -136,14 +141,14 @@ def without_autocast(device):
 
 # ---------------------------------------------------------------- what the loss does not show
 
-def alignment(views):
-    """The mean squared distance of two normalized views of an image: 0 is best.
+def alignment(projections):
+    """The mean squared distance of the normalized projections of two views: 0 is best.
 
-    views (V, B, D), V ≥ 2, of which the first two count. Wang and Isola 2020,
+    projections (V, B, D), V ≥ 2, of which the first two views count. Wang and Isola 2020,
     "Understanding Contrastive Representation Learning through Alignment and Uniformity",
     arXiv 2005.10242.
     """
-    a, b = F.normalize(views[:2].float(), dim=-1)
+    a, b = F.normalize(projections[:2].float(), dim=-1)
     return (a - b).square().sum(-1).mean()
 
 
@@ -180,6 +185,20 @@ VIEWS_OF_PHOTOGRAPHS = dict(crop=0.2, jitter=0.4, hue=0.1, grey=0.2)
 VIEWS_OF_SHAPES = dict(crop=0.5, jitter=0.8, hue=0.5, grey=0.4)
 
 
+def view_shape(H, W, height=0):
+    """The even height and width of the views of images (H, W), at least 8 each.
+
+    height: of a view; 0 means three quarters of the image's. The aspect ratio stays.
+
+    >>> view_shape(32, 32), view_shape(32, 64, height=16)
+    ((24, 24), (16, 32))
+    """
+    scale = height / H if height else 0.75
+    h = max(8, 2 * round(H * scale / 2))
+    w = max(8, 2 * round(W * scale / 2))
+    return h, w
+
+
 def augment(images, size, numbers, crop=0.2, jitter=0.4, hue=0.1, grey=0.2, flip=True):
     """A distorted view of each image: a random crop, perhaps mirrored, in other colours.
 
@@ -188,7 +207,7 @@ def augment(images, size, numbers, crop=0.2, jitter=0.4, hue=0.1, grey=0.2, flip
     Arguments:
         images: (B, C, H, W) uint8, or float from 0 to 255; C is 1 or 3
         size: (h, w) of the views
-        numbers: (B, 12) uniform in [0, 1), of which 11 are used. They decide everything.
+        numbers: (B, 12) uniform in [0, 1). They decide everything. (The last is not used.)
         crop: the smallest share of the image's area in a view
         jitter: the strength of the changes of brightness, contrast and saturation
         hue: the largest change of hue, in turns
@@ -213,15 +232,16 @@ def crop_and_flip(images, size, numbers, crop, flip):
     The aspect ratio lies between 3/4 and 4/3. numbers (B, 5) in [0, 1).
     Returns (B, C, h, w) float32 in [0, 1], resampled bilinearly.
     """
-    area = crop + (1 - crop) * numbers[:, 0]
-    ratio = (math.log(4 / 3) * (2 * numbers[:, 1] - 1)).exp().sqrt()
+    for_area, for_ratio, for_x, for_y, for_mirror = numbers.unbind(1)    # (B,) each
+    area = crop + (1 - crop) * for_area
+    ratio = (math.log(4 / 3) * (2 * for_ratio - 1)).exp().sqrt()
     width = (area.sqrt() * ratio).clamp(max=1)                # as a share of the image's
     height = (area.sqrt() / ratio).clamp(max=1)
-    x = (1 - width) * (2 * numbers[:, 2] - 1)                 # the centre, in [−1, 1]
-    y = (1 - height) * (2 * numbers[:, 3] - 1)
+    x = (1 - width) * (2 * for_x - 1)                         # the centre, in [−1, 1]
+    y = (1 - height) * (2 * for_y - 1)
     mirror = torch.ones_like(x)
     if flip:
-        mirror = torch.where(numbers[:, 4] < 0.5, -1.0, 1.0)
+        mirror = torch.where(for_mirror < 0.5, -1.0, 1.0)
     zero = torch.zeros_like(x)
     theta = torch.stack([width * mirror, zero, x, zero, height, y], dim=1).view(-1, 2, 3)
     B, C = images.shape[:2]
@@ -265,19 +285,21 @@ def recolour(x, numbers, jitter, hue, grey):
     Arguments: x (B, C, h, w) in [0, 1]; numbers (B, 7) in [0, 1).
     Returns the same shape, clamped to [0, 1].
     """
-    is_changed = (numbers[:, 0] < 0.8).float()                           # (B,)
-    strength = jitter * is_changed
-    brightness = 1 + strength * (2 * numbers[:, 1] - 1)
-    contrast = 1 + strength * (2 * numbers[:, 2] - 1)
-    saturation = 1 + strength * (2 * numbers[:, 3] - 1)
+    for_change, for_b, for_c, for_saturation, for_turn, for_grey, _ = numbers.unbind(1)
+    is_changed = for_change < 0.8                                        # (B,)
+    strength = torch.where(is_changed, jitter, 0.0)
+    brightness = 1 + strength * (2 * for_b - 1)
+    contrast = 1 + strength * (2 * for_c - 1)
+    saturation = 1 + strength * (2 * for_saturation - 1)
     gain = brightness * contrast
     if x.shape[1] == 1:
         mean = x.mean((1, 2, 3), keepdim=True)
         offset = ((1 - contrast) * brightness)[:, None, None, None] * mean
         return (x * gain[:, None, None, None] + offset).clamp(0, 1)
 
-    turn = 2 * math.pi * hue * is_changed * (2 * numbers[:, 4] - 1)
-    saturation = saturation * (numbers[:, 5] >= grey)
+    turn = 2 * math.pi * hue * (2 * for_turn - 1)
+    turn = torch.where(is_changed, turn, 0.0)
+    saturation = torch.where(for_grey < grey, 0.0, saturation)
     cos, sin = saturation * turn.cos(), saturation * turn.sin()
     one, zero = torch.ones_like(turn), torch.zeros_like(turn)
     # [1 0 0]  the luma stays

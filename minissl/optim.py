@@ -3,7 +3,8 @@
 A step along the gradient of a matrix mostly follows a few strong directions.
 Muon makes the step orthogonal, so that every direction of the matrix learns at the
 same speed. It trains the blocks of the text encoder, and every matrix and kernel of
-the image models. torch's Adam trains everything else: vectors, embeddings, heads.
+the image models. torch's Adam trains everything else: the embeddings and output
+layers of the text encoder, and the vectors of the image models.
 
     Jordan et al. 2024, "Muon: An optimizer for hidden layers in neural networks"
                         https://kellerjordan.github.io/posts/muon

@@ -31,7 +31,7 @@ Differences from GPT-2:
 - A run of letters is cut after 32 characters, of digits after 4, of punctuation after 8. So a
   megabyte of one letter costs no more than a megabyte of prose.
 
-What is lost and what is kept, in every script:
+What is lost and what is kept, in every writing system:
 
     normalise   makes a text lower case, composes each letter with its accents where Unicode
                 has one character for both (NFC), turns ’ into ' and every run of white space
@@ -166,9 +166,9 @@ def count_pieces(texts):
 def train(texts, vocabulary_size, report=None):
     """Learn the merges from an iterable of strings and return a Tokenizer.
 
-    Counting all pairs again after each merge would take hours. Here every distinct piece is
-    stored once with its count, and an index from each pair to the pieces that contain it lets
-    a merge touch only those. EXPERIMENTS.md, "Tokenizer", has the time.
+    Counting all pairs again after each merge is too slow. Here every distinct piece is stored
+    once with its count, and an index from each pair to the pieces that contain it lets a merge
+    touch only those (EXPERIMENTS.md, "How long do the small parts take?").
 
     Arguments: texts, an iterable of str; vocabulary_size, int, which counts the special
     tokens and the bytes, too; report, a function that is called with (merges made, merges

@@ -14,14 +14,15 @@ and g a norm, a dense layer, a squared ReLU and another norm.
 **Predict the rest of the document.** The model reads one part of a document and predicts
 which words occur in the other part. It has only the mean of its token vectors for that:
 
-    z = norm(1/T Σ_i h_i[:d])        L_document = −Σ_w q_w log softmax(W z + c)[w]
+    z = 1/T Σ_i h_i[:d]        L_document = −Σ_w q_w log softmax(W norm(z) + c)[w]
 
-where q is the bag of words and frequent word pairs of the unseen part, weighted and
+where q is the bag of words and frequent word pairs of the other part, weighted and
 divided by its sum.
 
-Why two? Filling in words teaches grammar first. In minutes on a laptop, the masked loss
-alone gives features that a bag of words beats. The second task asks what the whole text
-is about (measured: RESULTS.md, "Which term of the text loss helps?").
+Why two? The masked loss is that of BERT, and it teaches the model to fill in words. But after
+minutes of training, the features that it gives alone are worse than a bag of words. The
+document loss asks what the whole text is about, and gives the good features (measured:
+RESULTS.md, "Which of the two text losses helps?").
 
     Devlin et al. 2018, "BERT", arXiv 1810.04805
         the masked loss; 80 % [MASK], 10 % random, 10 % unchanged
@@ -39,12 +40,10 @@ Differences from BERT:
 - The norms have no learned scale or shift, the blocks have no biases, and squared ReLU
   replaces GELU: fewer parameters, and fewer things to explain.
 - Rotary positions replace learned ones, and queries and keys are normalized, because Muon
-  would otherwise let them grow. After 400 steps of the second stage, the masked loss was
-  5.7 with both and a longer first stage, and 6.4 before (one seed, not measured apart;
-  EXPERIMENTS.md, "What does the masked loss need at first?").
+  would otherwise let them grow. (Their effect was not measured separately.)
 - There is no [CLS] token and no next-sentence task. The mean over the tokens represents
   the document.
-- There is no dropout. In such short trainings no text is seen often enough to need it.
+- There is no dropout. We did not measure whether it would help.
 
 Differences from paragraph vectors:
 - The encoder computes the vector from the words. It is not a parameter of each document,
@@ -149,9 +148,9 @@ def masked_language_model_loss(logits, targets, count=None):
 # ---------------------------------------------------------------- the rest of the document
 
 def document_loss(logits, bag, count=None):
-    """Cross-entropy in nats between the words of the unseen part and their prediction.
+    """Cross-entropy in nats between the words of the other part and their prediction.
 
-    It is the mean over the documents that have something in the unseen part.
+    It is the mean over the documents that have something in that part.
 
     Arguments: logits (B, V + P); bag (B, V + P), weighted counts, at least 0; count, the
     number to divide by if these documents are only a part of the batch.
@@ -229,8 +228,8 @@ class Attention(nn.Module):
     def forward(self, x, visible):
         """x (B, T, D) -> (B, T, D).
 
-        visible, (B, 1, 1, T) or (T, T) bool, is False where a token (the last but one axis)
-        must not look (the last axis). It is None if every token may look at every other.
+        visible[..., i, j] is True if token i may look at token j. Of shape (B, 1, 1, T) it
+        hides the padding, of shape (T, T) the future. None hides nothing.
         """
         B, T, D = x.shape
         qkv = self.query_key_value(x).view(B, T, 3, self.heads, D // self.heads)
@@ -270,9 +269,9 @@ class TextEncoder(nn.Module):
         width: D
         layers, heads: how many blocks, and how many attention heads in each
         window: the length of the longest sequence
-        document_columns: d, how many of the D columns make the document vector. A narrow
-            vector gives better features from few labels (64 instead of 256 columns:
-            EXPERIMENTS.md, "Text"). Without the document term, take all D.
+        document_columns: d, how many of the D columns make the document vector. As
+            features, these 64 columns are better than all 256 (EXPERIMENTS.md, "How much
+            weight does the document loss need?"). Without the document loss, take all D.
         causal: whether a token sees only itself and the tokens before it, as in GPT. The
             pair that ends at a token does not look ahead either.
     """
@@ -324,11 +323,11 @@ class TextEncoder(nn.Module):
         """
         T = tokens.shape[1]
         visible = None
-        if lengths is not None and not bool((lengths == T).all()):
-            visible = is_real(lengths, T)[:, None, None]                  # (B, 1, 1, T)
         if self.causal:     # this hides the padding as well, because it lies behind the end
             position = torch.arange(T, device=tokens.device)
             visible = position <= position[:, None]                       # (T, T)
+        elif lengths is not None and not bool((lengths == T).all()):
+            visible = is_real(lengths, T)[:, None, None]                  # (B, 1, 1, T)
         x = self.token_embedding(tokens)                                  # (B, T, D)
         pair = self.pair_embedding(self.pair_ids(tokens))                 # (B, T, ≤ d)
         x = x + F.pad(pair, (0, x.shape[-1] - pair.shape[-1]))

@@ -57,8 +57,8 @@ def decorrelated_codes(model, views):
 
 
 def whole_texts(model, batch):
-    read, unread = shard(*batch)
-    return train_mlm.document_loss_of_whole_texts(model, read, unread)
+    read, rest = shard(*batch)
+    return train_mlm.document_loss_of_whole_texts(model, read, rest)
 
 
 def windows(model, batch):

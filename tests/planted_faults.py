@@ -394,7 +394,7 @@ FAULTS = [
         test="test_train_mlm.py::test_gradient_of_the_first_stage_one_document_at_a_time",
         edits=[Edit(
             "train_mlm.py", "document_loss_of_whole_texts",
-            right="bag = model.bag_of_terms(unread)",
+            right="bag = model.bag_of_terms(rest)",
             wrong="bag = model.bag_of_terms(read)",
         )],
     ),
@@ -495,8 +495,8 @@ FAULTS = [
         test="test_train_images.py::test_the_step_of_simclr_is_its_formula",
         edits=[Edit(
             "train_contrastive.py", "main.random_numbers",
-            right="torch.rand(count, 12, generator=each)",
-            wrong="torch.rand(1, 12, generator=each).expand(count, 12)",
+            right="torch.rand(count, 12, generator=draw)",
+            wrong="torch.rand(1, 12, generator=draw).expand(count, 12)",
         )],
     ),
 

@@ -415,7 +415,7 @@ def test_the_first_convolution_gets_whitened_squares():
     images = torch.randint(0, 256, (2, 3, 8, 8), generator=draws())
     seen = []
     model.to_second[0][0].register_forward_pre_hook(lambda layer, inputs: seen.extend(inputs))
-    model.maps(images / 255)
+    model.to_second(model.prepare(images / 255))
     expected = squares_by_loops(images.numpy(), mean) @ matrix.numpy().T
     found = seen[0].permute(0, 2, 3, 1).flatten(0, 2)                     # (2 · 4 · 4, 12)
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
@@ -440,7 +440,7 @@ def test_images_are_padded_with_their_border():
     whole.load_state_dict(model.state_dict())
     x = torch.rand(2, 1, 9, 12)
     padded = F.pad(x, (0, 4, 0, 7), mode="replicate")
-    torch.testing.assert_close(model.maps(x), whole.maps(padded))
+    torch.testing.assert_close(model.prepare(x), whole.prepare(padded))
 
 
 def test_images_of_another_size_are_refused():

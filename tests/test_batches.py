@@ -183,16 +183,16 @@ def test_a_text_of_one_token_leaves_nothing_to_guess():
 
 def test_read_and_unread_tokens_together_are_the_texts(corpus, tmp_path):
     texts = load_texts(str(corpus), tmp_path, 400)
-    read, unread = WholeTexts(texts, 16, seed=0)(3)
-    assert read.shape == unread.shape
+    read, rest = WholeTexts(texts, 16, seed=0)(3)
+    assert read.shape == rest.shape
     assert len(read) == 16
-    assert not ((read != PAD) & (unread != PAD)).any()
+    assert not ((read != PAD) & (rest != PAD)).any()
     originals = all_texts(texts)
-    for row in (read + unread).tolist():
+    for row in (read + rest).tolist():
         text = [token for token in row if token != PAD]
         assert text in originals
         assert row[:len(text)] == text               # each token has kept its place
-    share = (read != PAD).sum() / (read + unread != PAD).sum()
+    share = (read != PAD).sum() / (read + rest != PAD).sum()
     assert 0.4 < share < 0.6
 
 
@@ -201,8 +201,8 @@ def test_an_epoch_of_whole_texts_has_each_text_once():
     whole_texts = WholeTexts(texts, 2, seed=0)
     firsts = []
     for step in (0, 1):
-        read, unread = whole_texts(step)
-        firsts += (read + unread)[:, 0].tolist()
+        read, rest = whole_texts(step)
+        firsts += (read + rest)[:, 0].tolist()
     assert sorted(firsts) == [2, 7, 8, 15]
 
 

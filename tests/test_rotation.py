@@ -58,7 +58,7 @@ def test_the_loss_equals_a_loop():
     torch.manual_seed(0)
     model = rotation.RotationModel([0.5], torch.eye(4), width=8).eval()
     images = torch.rand(3, 1, 16, 16)
-    loss, terms = rotation.rotation_loss(model, images)
+    loss, losses = rotation.rotation_loss(model, images)
     expected = 0.0
     for image in images:
         for k in range(4):
@@ -66,7 +66,7 @@ def test_the_loss_equals_a_loop():
             probability = logits.exp()[k] / logits.exp().sum()
             expected -= math.log(float(probability)) / 12
     assert float(loss) == pytest.approx(expected, rel=1e-5)
-    assert terms == dict(loss=loss)
+    assert losses == dict(loss=loss)
 
 
 def test_the_loss_of_a_guess_is_ln_4():

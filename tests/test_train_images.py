@@ -215,17 +215,17 @@ def test_the_losses_are_logged_by_their_names():
         temperature=0.3, similarity="dot", beta=0.5, regularizer="sparse", targets="pixels"
     )
     simclr = contrastive.SimCLR([0.5] * 3, torch.eye(12), width=8)
-    loss, terms = train_contrastive.simclr_loss(simclr, views, settings)
+    loss, losses = train_contrastive.simclr_loss(simclr, views, settings)
     torch.testing.assert_close(loss, contrastive.info_nce(simclr(views), 0.3, "dot"))
-    assert terms == dict(loss=loss)
+    assert losses == dict(loss=loss)
 
     byol = contrastive.BYOL([0.5] * 3, torch.eye(12), width=8)
-    loss, terms = train_contrastive.byol_loss(byol, views, settings)
-    assert terms == dict(loss=loss)
+    loss, losses = train_contrastive.byol_loss(byol, views, settings)
+    assert losses == dict(loss=loss)
 
     model = autoencoder.Autoencoder((16, 16), [0.5] * 3, [0.2] * 3, torch.eye(12), code=8, width=8)
-    loss, terms = train_ae.compute_loss(model, views[0], views[1], None, settings)
-    expected = terms["squared_error"] + 0.5 * terms["regularizer"]
+    loss, losses = train_ae.compute_loss(model, views[0], views[1], None, settings)
+    expected = losses["squared_error"] + 0.5 * losses["regularizer"]
     torch.testing.assert_close(loss, expected)
 
 

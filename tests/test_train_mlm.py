@@ -60,9 +60,9 @@ def random_texts():
     )
 
 
-def document_term(model, vector, unseen):
+def document_loss_of_one(model, vector, rest):
     """−Σ_w q_w log softmax(W norm(vector) + c)[w] for one document, and 0 without words."""
-    bag = model.bag_of_terms(unseen[None])[0]        # (V + P,)
+    bag = model.bag_of_terms(rest[None])[0]          # (V + P,)
     if bag.sum() == 0:
         return 0
     q = bag / bag.sum()
@@ -83,25 +83,25 @@ def assert_equal_gradients(model, expected):
 
 def test_gradient_of_the_first_stage_one_document_at_a_time():
     model = random_model()
-    read, unread = WholeTexts(random_texts(), 12, seed=3)(0)
-    loss, terms = train_mlm.document_loss_of_whole_texts(model, read, unread)
+    read, rest = WholeTexts(random_texts(), 12, seed=3)(0)
+    loss, losses = train_mlm.document_loss_of_whole_texts(model, read, rest)
     loss.backward()
 
     by_hand = copy.deepcopy(model)
     by_hand.zero_grad()
-    documents = int((unread != PAD).any(1).sum())
+    documents = int((rest != PAD).any(1).sum())
     assert documents == 11                           # of one document everything is read
     total = 0
-    for seen, unseen in zip(read, unread, strict=True):           # (T,) each
+    for seen, left in zip(read, rest, strict=True):           # (T,) each
         words = by_hand.token_embedding(seen)[:, :8]                 # the document's columns
         pairs = by_hand.pair_embedding(by_hand.pair_ids(seen))
         is_read = seen != PAD
         vector = (words + pairs)[is_read].sum(0) / is_read.sum().clamp(min=1)
-        total = total + document_term(by_hand, vector, unseen) / documents
+        total = total + document_loss_of_one(by_hand, vector, left) / documents
     total.backward()
 
     assert loss.item() == pytest.approx(total.item(), rel=1e-5)
-    assert terms["document"].item() == loss.item()
+    assert losses["document"].item() == loss.item()
     assert_equal_gradients(model, by_hand)
     learning = {name.split(".")[0] for name, p in model.named_parameters() if p.grad is not None}
     assert learning == {"token_embedding", "pair_embedding", "term_head"}
@@ -130,7 +130,7 @@ def test_gradient_of_the_second_stage_one_document_at_a_time():
                 log_p = by_hand.token_logits(x[t]).log_softmax(0)
                 total = total - 1.5 * log_p[targets[row, t]] / masked
         vector = x[:, :8].mean(0)
-        total = total + 2.5 * document_term(by_hand, vector, rest[row]) / documents
+        total = total + 2.5 * document_loss_of_one(by_hand, vector, rest[row]) / documents
     total.backward()
 
     assert loss.item() == pytest.approx(total.item(), rel=1e-5)
@@ -144,11 +144,11 @@ def test_a_model_that_knows_nothing_has_the_chance_losses():
         parameter.data.zero_()
     tokens, lengths, rest = Windows(random_texts(), 20, 8, seed=0, rest=True)(0)
     inputs, targets = transformer.mask_tokens(tokens, lengths, V, 0.3, generator(0, "mask", 0))
-    loss, terms = train_mlm.masked_and_document_loss(
+    loss, losses = train_mlm.masked_and_document_loss(
         model, inputs, targets, lengths, rest, SETTINGS, nullcontext()
     )
-    assert terms["masked"].item() == pytest.approx(math.log(V))
-    assert terms["document"].item() == pytest.approx(math.log(V + len(PAIRS)))
+    assert losses["masked"].item() == pytest.approx(math.log(V))
+    assert losses["document"].item() == pytest.approx(math.log(V + len(PAIRS)))
     assert loss.item() == pytest.approx(1.5 * math.log(V) + 2.5 * math.log(V + len(PAIRS)))
 
 
@@ -159,10 +159,10 @@ def test_a_weight_of_0_turns_its_loss_off(off, left):
     inputs, targets = transformer.mask_tokens(tokens, lengths, V, 0.3, generator(0, "mask", 0))
     settings = SimpleNamespace(masked_weight=1.5, document_weight=2.5)
     setattr(settings, f"{off}_weight", 0)
-    _, terms = train_mlm.masked_and_document_loss(
+    _, losses = train_mlm.masked_and_document_loss(
         model, inputs, targets, lengths, rest, settings, nullcontext()
     )
-    assert terms.keys() == {left}
+    assert losses.keys() == {left}
 
 
 # ---------------------------------------------------------------- what the script learns from

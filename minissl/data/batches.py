@@ -74,7 +74,7 @@ class WholeTexts:
 
         text      the  old  man  and  the  sea
         read      the   .   man   .    .   sea
-        unread     .   old   .   and  the   .
+        rest       .   old   .   and  the   .
 
     Arguments: texts, a Texts; size, how many of them a batch has; seed.
     """
@@ -90,7 +90,7 @@ class WholeTexts:
         self.batches = Batches(len(texts), size, seed, "document order", equal_shares=False)
 
     def __call__(self, step):
-        """-> read, unread: both (B, T) int64, T the length of the longest text."""
+        """-> read, rest: both (B, T) int64, T the length of the longest text."""
         tokens, lengths = self.texts.padded(self.batches(step).numpy())
         tokens, lengths = torch.from_numpy(tokens), torch.from_numpy(lengths)
         B, T = tokens.shape
@@ -110,7 +110,7 @@ class Windows:
     batch, so there is hardly any padding. A batch has about batch_size · window tokens.
 
     Arguments: texts, a Texts; window, the greatest number of tokens; batch_size; seed;
-    rest, whether something must be left outside the window for the document term. If so,
+    rest, whether something must be left outside the window for the document loss. If so,
     the window of a short text takes only half of it.
     Raises UserError if the texts do not fill a batch.
     """

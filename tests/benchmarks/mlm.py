@@ -156,11 +156,11 @@ def print_sizes(rows):
             continue
         total, idle = 0, 0
         for name, parameter in row.model.named_parameters():
-            if name.startswith("term_head"):                  # the document term's, unused here
+            if name.startswith("term_head"):                  # the document loss's, unused here
                 idle += parameter.numel()
             else:
                 total += parameter.numel()
-        remark = f", and {idle:,} idle (document term)" if idle else ""
+        remark = f", and {idle:,} idle (document loss)" if idle else ""
         print(f"{row.name}: {total:,} parameters{remark}")
 
 
