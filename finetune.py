@@ -61,6 +61,7 @@ from minissl.data.splits import (
     HELD_OUT,
     TRAIN,
     count_of,
+    evenly_spaced,
     fingerprint,
     incomplete_classes,
     list_names,
@@ -69,7 +70,7 @@ from minissl.data.text_sources import load_texts, read_texts
 from minissl.data.texts import encode_texts
 from minissl.evaluation import load, probes
 from minissl.evaluation.classifier import build_classifier, read_classifier, write_classifier
-from minissl.evaluation.columns import plain_column
+from minissl.evaluation.columns import MOST_UNLABELLED, plain_column
 from minissl.evaluation.features import image_features, text_features
 from minissl.evaluation.image_table import ImageTask
 from minissl.evaluation.measurements import add_measurements, print_table, read_measurements
@@ -196,9 +197,10 @@ def load_data(settings, checkpoint, limit, keep_all=False):
 
 
 def checksum(data):
-    """A text that changes when the examples, their split or their labels change."""
-    labels = np.ascontiguousarray(data.labels, np.int64)
-    return f"{fingerprint(data)}-{zlib.crc32(labels):08x}"
+    """A text that changes when the labelled examples, their split or their labels change."""
+    labelled = data.select(data.labels >= 0)
+    labels = np.ascontiguousarray(labelled.labels, np.int64)
+    return f"{fingerprint(labelled)}-{zlib.crc32(labels):08x}"
 
 
 def warn_of_another_split(settings, checkpoint, data):
@@ -214,11 +216,13 @@ def warn_of_another_split(settings, checkpoint, data):
     load.check_split(data, checkpoint, name, kind)
 
 
-def keep_complete_classes(data, name):
-    """The labelled examples of the classes that can be trained and tested.
+def keep_complete_classes(data, name, most=0):
+    """The labelled examples of the classes that can be trained and tested, and unlabelled ones.
 
-    Prints the names of the other classes. Raises UserError if fewer than two are left, or if
-    no labelled example is held out for the choices.
+    The latter are of the training split: as many as fit beside the labelled training examples if
+    there are at most `most` of both. They get the label −1. Prints the names of the other
+    classes. Raises UserError if fewer than two are left, or if no labelled example is held out
+    for the choices.
     """
     if len(data.classes) < 2:
         found = f"only: {data.classes[0]}" if data.classes else "no labels"
@@ -235,14 +239,19 @@ def keep_complete_classes(data, name):
     if len(kept) < 2:
         raise UserError(f"--data {name}: only the class {data.classes[kept[0]]} has examples both "
                         f"to train on and to test on; {advice}")
-    selected = labelled.select(np.isin(labelled.labels, kept))
-    if HELD_OUT not in selected.split:
+    is_kept = np.isin(data.labels, kept)
+    if HELD_OUT not in data.split[is_kept]:
         raise UserError(f"--data {name}: no labelled example is held out to choose by; {advice}")
     if left_out:
         print(f"left out, without an example to train on or without one to test on: "
               f"{list_names(left_out)}")
-    return replace(selected, labels=np.searchsorted(kept, selected.labels),
-                   classes=[data.classes[label] for label in kept])
+    room = max(0, most - int((data.split[is_kept] == TRAIN).sum()))
+    unlabelled = np.flatnonzero((data.labels < 0) & (data.split == TRAIN))
+    unlabelled = unlabelled[evenly_spaced(len(unlabelled), room)]
+    selected = data.select(np.concatenate([np.flatnonzero(is_kept), unlabelled]))
+    labels = np.searchsorted(kept, selected.labels)
+    labels[selected.labels < 0] = -1
+    return replace(selected, labels=labels, classes=[data.classes[label] for label in kept])
 
 
 # ---------------------------------------------------------------- 3. the table
@@ -434,16 +443,14 @@ def make_table(settings, model, checkpoint, machine):
     warn_of_another_split(settings, checkpoint, data)
     for note in data.notes:
         print(f"data: {note}")
-    unlabelled = data.select((data.labels < 0) & (data.split == TRAIN))
-    data = keep_complete_classes(data, name)
+    data = keep_complete_classes(data, name, 0 if settings.probe else MOST_UNLABELLED)
     new_model = partial(load.new_model, checkpoint)
     if is_text:
         flip = None
-        task = TextTask(data, model, machine, new_model, unlabelled)
+        task = TextTask(data, model, machine, new_model)
     else:
         flip = load.may_mirror(checkpoint) and not settings.no_flip
-        task = ImageTask(
-            data, model, machine, new_model, flip, trained.get("code"), unlabelled)
+        task = ImageTask(data, model, machine, new_model, flip, trained.get("code"))
     source = dict(data=name, limit=settings.limit, step=checkpoint["step"],
                   checksum=checksum(data))
 

@@ -99,7 +99,7 @@ def probe_and_self_training(features, recordings):
     x, _, _ = standardize(features, pool)
     labels = torch.from_numpy(recordings.labels)
     probe = LinearClassifier(x, labels, len(recordings.classes), PROBE_STRENGTHS)
-    return probe, SelfTraining(probe, pool, torch.zeros(0, x.shape[1]))
+    return probe, SelfTraining(probe, pool)
 
 
 def train_from_scratch(model, mean, std, recordings, fit, settings, machine):

@@ -11,27 +11,28 @@ from minissl.evaluation.columns import LinearClassifier
 from minissl.evaluation.ngrams import NGrams, naive_bayes_weights
 
 
-N, E = 300, 100         # texts of the table and further ones without a label
+N = 400                 # texts: 200 for training, 50 held out, 50 for the test, 100 without label
 
 
 def co_training_of(weighting="tf-idf", seed=0, classes=2):
     """A CoTraining for which the vector and the words of a text both know something of its class.
 
-    The first 200 texts are for training, the next 50 are held out, and the last 50 are the test.
+    The texts stand in the order of the line above.
     """
     rng = np.random.default_rng(seed)
-    labels = rng.integers(0, classes, N + E)
-    x = rng.normal(size=(N + E, 4)).astype(np.float32)
-    x[np.arange(N + E), labels] += 1.5
-    words = rng.random((N + E, 40)) < 0.05
+    labels = rng.integers(0, classes, N)
+    x = rng.normal(size=(N, 4)).astype(np.float32)
+    x[np.arange(N), labels] += 1.5
+    words = rng.random((N, 40)) < 0.05
     for c in range(classes):
         words[labels == c, 8 * c:8 * c + 8] |= rng.random(((labels == c).sum(), 8)) < 0.35
-    x = torch.from_numpy(x)
-    probe = LinearClassifier(x[:N], torch.from_numpy(labels[:N]), classes)
+    labels[300:] = -1
+    probe = LinearClassifier(torch.from_numpy(x), torch.from_numpy(labels), classes)
     rows = sparse(torch.from_numpy(words.astype(np.float32)))
     n_grams = NGrams(rows, rows.columns, probe.labels, classes, np.arange(250))
     n_grams.rows = {weighting: n_grams.rows[weighting]}
-    return CoTraining(probe, n_grams, np.arange(200), np.arange(200, 250), x[N:])
+    pool = np.concatenate([np.arange(200), np.arange(300, N)])
+    return CoTraining(probe, n_grams, pool, np.arange(200, 250))
 
 
 def fit(column, indices, ngram_model=None):
@@ -73,9 +74,9 @@ def test_the_student_learns_from_labels_and_guesses(weighting, monkeypatch):
     monkeypatch.setattr(probes, "logistic_regression", watched)
     column.fit(DRAW, probe_model, None)
 
-    features = torch.cat([column.probe.x, column.extra]).double()
+    features = column.probe.x.double()
     rows = column.n_grams.rows[weighting].to_dense()
-    unlabelled = [n for n in range(200) if n not in DRAW] + list(range(N, N + E))
+    unlabelled = [n for n in range(200) if n not in DRAW] + list(range(300, N))
     expected, soft, texts = [], [], []
     for n in unlabelled:
         logits = features[n] @ weights[:-1].double() + weights[-1].double()

@@ -425,6 +425,18 @@ def test_a_class_without_a_test_image_is_left_out():
     assert kept.rows.tolist() == [0, 1, 2, 3, 8, 9, 10, 11]
 
 
+@pytest.mark.parametrize("most, expected", [(9, [1, 5]), (6, [1, 5]), (5, [1]), (4, []), (0, [])])
+def test_unlabelled_images_of_the_training_split_fill_the_room(most, expected):
+    split = np.uint8([0, 0, 0, 1, 2, 0, 0, 0, 1, 2, 1, 2])
+    labels = np.array([0, -1, 0, 0, 0, -1, 1, 1, 1, 1, -1, -1])
+    data = images.Images(torch.zeros(12, 1, 8, 8, dtype=torch.uint8), torch.arange(12), labels,
+                         split, ["cat", "dog"])
+    kept = finetune.keep_complete_classes(data, "a.npy", most)
+    assert kept.rows.tolist() == [0, 2, 3, 4, 6, 7, 8, 9, *expected]
+    assert kept.labels.tolist() == [0] * 4 + [1] * 4 + [-1] * len(expected)
+    assert finetune.checksum(kept) == finetune.checksum(data)
+
+
 def test_the_classes_left_out_are_printed(corpus, run, run_script, tmp_path):
     for name, source in dict(sea="sea", city="city").items():
         shutil.copytree(corpus / source, tmp_path / "texts" / name)
@@ -1019,25 +1031,16 @@ def test_features_are_standardized_by_training_images_alone(image_runs):
 def test_self_training_also_sees_images_without_labels(image_runs):
     model, checkpoint = load.load_run(image_runs / "simclr")
     data = two_classes(100, [120, 20, 60])
-    more = data.select(np.arange(40))
-    new_model = partial(load.new_model, checkpoint)
-    tasks = [ImageTask(data, model, MACHINE, new_model, True, None, unlabelled)
-             for unlabelled in (more, None)]
-    trained = [task.self_training() for task in tasks]
-    assert [len(self_training.pool) for self_training in trained] == [160, 120]
-    # The same images without a label have the same features as in the table.
-    torch.testing.assert_close(trained[0].x[120:], trained[0].x[:40], atol=1e-3, rtol=1e-3)
-    column = tasks[0].columns()["self-trained"]
-    assert accuracy_of(column, tasks[0], tasks[0].train[:20]) == 100
+    data.labels[80:120] = -1
+    task = ImageTask(data, model, MACHINE, partial(load.new_model, checkpoint), True, None)
+    assert len(task.train) == 80 and len(task.pool) == 120
+    assert accuracy_of(task.columns()["self-trained"], task, task.train[:20]) == 100
 
 
 def test_self_training_has_a_largest_number_of_images(image_runs, monkeypatch):
     monkeypatch.setattr(columns, "MOST_UNLABELLED", 100)
-    model, checkpoint = load.load_run(image_runs / "simclr")
-    data = two_classes(100, [120, 20, 60])
-    new_model = partial(load.new_model, checkpoint)
-    task = ImageTask(data, model, MACHINE, new_model, True, None, data.select([0, 1]))
-    assert len(task.self_training().pool) == 100
+    task = image_task(image_runs / "simclr", two_classes(100, [120, 20, 60]))
+    assert len(task.train) == 120 and len(task.pool) == 100
 
 
 def test_the_rate_of_fine_tuning_rises_and_falls(image_runs, monkeypatch):

@@ -94,16 +94,6 @@ class Texts:
             split=self.split[indices],
         )
 
-    def followed_by(self, other):
-        """Return these texts and then those of other Texts, which share the same tokens."""
-        return replace(
-            self,
-            starts=np.concatenate([self.starts, other.starts]),
-            lengths=np.concatenate([self.lengths, other.lengths]),
-            labels=np.concatenate([self.labels, other.labels]),
-            split=np.concatenate([self.split, other.split]),
-        )
-
     def sample(self, most):
         """Return at most `most` of the texts, evenly spaced."""
         return self.select(evenly_spaced(len(self), most))

@@ -48,20 +48,17 @@ class CoTraining:
 
     Arguments:
         probe: the LinearClassifier of the document vectors of N texts
-        n_grams: the NGrams of these texts; E more rows may follow, of texts without a
-            label
-        pool (T,): the indices of the training texts, whose labels are not read
+        n_grams: the NGrams of the same texts
+        pool (P,): the indices of the texts whose classes are guessed; their labels are not
+            read
         held_out: the indices of the texts over which σ is computed
-        extra (E, d): the document vectors of the texts without a label, standardized as
-            those of the probe
     """
 
-    def __init__(self, probe, n_grams, pool, held_out, extra):
+    def __init__(self, probe, n_grams, pool, held_out):
         self.probe = probe
         self.n_grams = n_grams
         self.pool = pool
         self.held_out = held_out
-        self.extra = extra
 
     def fit(self, indices, probe_model, ngram_model):
         """(the probe's weights, the student). There is nothing random in it.
@@ -77,21 +74,19 @@ class CoTraining:
         weights (d + 1, C): of the probe that guesses. With many labels, or without any
         other text, the student is ngram_model, which has learned from the labels alone.
         """
-        n, C = len(indices), self.probe.classes
-        others = np.setdiff1d(self.pool, indices)           # of the table; those of extra follow
-        if n > MANY_LABELS or len(others) + len(self.extra) == 0:
+        C = self.probe.classes
+        others = np.setdiff1d(self.pool, indices)                         # (U,)
+        if len(indices) > MANY_LABELS or len(others) == 0:
             weighting, fitted = ngram_model
             return weighting, fitted.weights
 
-        x = torch.cat([self.probe.x[others], self.extra])
-        p = probes.predict(x, weights).softmax(1)                         # (U, C)
+        p = probes.predict(self.probe.x[others], weights).softmax(1)      # (U, C)
         guesses = p**2 / (p**2).sum(1, keepdim=True)
         one_hot = F.one_hot(self.probe.labels[indices], C).float()
         targets = probes.weighted_targets(guesses, one_hot)               # (U + n, C)
 
         weighting = "naive Bayes" if "naive Bayes" in self.n_grams.rows else "tf-idf"
-        row_of_extra = len(self.probe.labels) + np.arange(len(self.extra))
-        rows = self.n_grams.rows[weighting][np.concatenate([others, row_of_extra, indices])]
+        rows = self.n_grams.rows[weighting][np.concatenate([others, indices])]
         scale = None
         if weighting == "naive Bayes":
             # Here each text counts once. Larger weights for the labels were not tried.

@@ -56,16 +56,21 @@ def plain_column(classifier):
 class Task:
     """What finetune.py reads of the examples of a table.
 
-    Arguments: examples, Texts or Images, all with labels. train, held_out and test are the
-    indices of the examples of each split.
+    Arguments: examples, Texts or Images. An example without a label has the label −1 and is of
+    the training split. train, held_out and test are the indices of the labelled examples of each
+    split. pool are those of the examples whose classes self-training guesses, without reading
+    their labels: a sample of the training examples, and all those without a label.
     """
 
     def __init__(self, examples):
         self.classes = examples.classes                         # their names
         self.labels = torch.from_numpy(examples.labels)         # (N,)
-        self.train = np.flatnonzero(examples.split == TRAIN)
+        has_label = examples.labels >= 0
+        self.train = np.flatnonzero(has_label & (examples.split == TRAIN))
         self.held_out = np.flatnonzero(examples.split == HELD_OUT)
         self.test = np.flatnonzero(examples.split == TEST)
+        sample = self.train[evenly_spaced(len(self.train), MOST_UNLABELLED)]
+        self.pool = np.concatenate([sample, np.flatnonzero(~has_label)])
 
     def set_features(self, features):
         """Make the classifier of the column "linear probe", from features (N, D) of all examples.
@@ -74,14 +79,6 @@ class Task:
         """
         x, self.mean, self.std = standardize(features, self.train)
         self.probe = LinearClassifier(x, self.labels, len(self.classes))
-
-    def unlabelled_pool(self):
-        """(the training examples whose classes self-training guesses, room for more examples).
-
-        The first are indices. Their labels are not read.
-        """
-        pool = self.train[evenly_spaced(len(self.train), MOST_UNLABELLED)]
-        return pool, MOST_UNLABELLED - len(pool)
 
 
 PROBE_STRENGTHS = (3, 1, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001)

@@ -66,18 +66,17 @@ class ImageOption(NamedTuple):
 class ImageTask(Task):
     """Classification of images.
 
-    Arguments: data, Images with labels; model, the pretrained one, with `encode`; machine, what
+    Arguments: data, Images; model, the pretrained one, with `encode`; machine, what
     choose_machine returns; new_model(seed), which makes the same model untrained; flip, whether
     training may mirror images, and features are averaged over the mirror image; code, the
     numbers in an autoencoder's code, or None: with it there is a column of as many principal
-    components; unlabelled, Images of the training split without a label, for the column
-    "self-trained", or None.
+    components.
     """
 
     default_labels = IMAGE_LABELS
     choice_draws = 1            # one draw of labels, because each option takes long
 
-    def __init__(self, data, model, machine, new_model, flip, code, unlabelled=None):
+    def __init__(self, data, model, machine, new_model, flip, code):
         super().__init__(data)
         self.device, self.precision, self.autocast = machine
         self.model = move_to_device(model, self.device)
@@ -85,14 +84,12 @@ class ImageTask(Task):
         self.flip = flip
         self.code = code
         self.images = data.to(self.device)
-        self.unlabelled = unlabelled
         self.set_features(self.features(self.model))
 
-    def features(self, model, images=None):
-        """The features by this model, (N, D), of all images of the table, or of other ones."""
+    def features(self, model):
+        """The features of all images by this model, (N, D), not standardized."""
         encode = model.eval().encode
-        images = self.images if images is None else images
-        return image_features(encode, images, self.autocast, self.device, progress,
+        return image_features(encode, self.images, self.autocast, self.device, progress,
                               mirror=self.flip)
 
     def columns(self):
@@ -122,22 +119,11 @@ class ImageTask(Task):
         return columns
 
     def self_trained_column(self):
-        self_training = self.self_training()
+        self_training = SelfTraining(self.probe, self.pool)
 
         def fit(indices, option, seed, fitted):
             return self_training.fit(indices, fitted["linear probe"])
         return Column(fit, self_training.predict, is_random=False)
-
-    def self_training(self):
-        """A probe that also learns from guesses for images without a label."""
-        pool, room = self.unlabelled_pool()
-        number = 0 if self.unlabelled is None else len(self.unlabelled)
-        sample = evenly_spaced(number, room)
-        extra = torch.zeros(0, len(self.mean))
-        if len(sample):
-            features = self.features(self.model, self.unlabelled.select(sample))
-            extra = (features - self.mean) / self.std
-        return SelfTraining(self.probe, pool, extra)
 
     def principal_components(self, pixels, mean):
         """The linear relative of an autoencoder's code: standardized scores (N, D).

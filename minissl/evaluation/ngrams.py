@@ -133,17 +133,17 @@ def naive_bayes_weights(x, labels, classes, alpha=1):
 
 # ---------------------------------------------------------------- the classifier
 
-def make_ngrams(texts, counted, extra):
-    """The classifier of the column "n-grams", for Texts with labels.
+def make_ngrams(texts, counted):
+    """The classifier of the column "n-grams", for Texts.
 
-    counted (n,): the texts that choose and weigh the n-grams, without their labels: all but the
-    test texts; extra: Texts without a label, whose n-grams are counted too, for co_training.py.
+    counted (n,): the texts that choose and weigh the n-grams, without their labels. None of them
+    is a test text.
     """
     C, V = len(texts.classes), len(texts.tokenizer)
     longest = LONGEST if C <= MOST_CLASSES else 2               # tf-idf takes pairs alone
     most = min(MOST_NGRAMS, MOST_WEIGHTS // C)
     keys = frequent_ngrams(texts.select(counted).sample(SAMPLE_TEXTS), longest, most)
-    counts = count_ngrams(texts.followed_by(extra), keys, longest)
+    counts = count_ngrams(texts, keys, longest)
     terms = (keys < V**2).sum()                                 # the keys are sorted: triples last
     return NGrams(counts, terms, torch.from_numpy(texts.labels), C, counted)
 
@@ -154,7 +154,7 @@ class NGrams:
     Arguments: counts, SparseRows (N, D), of the n-grams of N texts, tokens and pairs first; terms,
     how many of the D columns are tokens and pairs; labels (N,) int64; classes, their number;
     counted (n,), the texts from which tf-idf takes its document frequencies, without their
-    labels. The counts may have more rows than there are labels, for co_training.py.
+    labels.
     """
 
     def __init__(self, counts, terms, labels, classes, counted):

@@ -64,16 +64,15 @@ def spread(p, cosines, indices, alpha=0.8, repeats=3):
 class SelfTraining:
     """The classifier of the column "self-trained" of images.
 
-    Arguments: probe, the LinearClassifier of the first probe; pool (P,), the indices of the
-    training images, whose labels are not read; extra (E, D), the features of images outside of
-    the table, which have no label, standardized as those of the probe.
+    Arguments: probe, the LinearClassifier of the first probe; pool (U,), the indices of the
+    images whose classes are guessed; their labels are not read.
     """
 
-    def __init__(self, probe, pool, extra):
+    def __init__(self, probe, pool):
         self.probe = probe
         self.predict = probe.predict
-        self.pool = np.concatenate([pool, np.full(len(extra), -1)])       # (U,), -1: no label
-        x = torch.cat([probe.x[pool], extra])                             # (U, D)
+        self.pool = pool
+        x = probe.x[pool]                                                 # (U, D)
         # `principal_axes` has them from the smallest variance to the largest.
         self.axes = probes.principal_axes(x)[:, -AXES:].flip(1)           # (D, A)
         self.x = x @ self.axes                                            # (U, A)

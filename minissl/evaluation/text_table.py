@@ -71,41 +71,28 @@ class TextOption(NamedTuple):
 class TextTask(Task):
     """Classification of texts.
 
-    Arguments: texts, Texts with labels; model, the pretrained TextEncoder; machine, what
-    choose_machine returns; new_model(seed), which makes the same model untrained; unlabelled,
-    Texts of the training split without a label, which share the tokens of `texts`, for the
-    columns that learn from guesses, or None.
+    Arguments: texts, Texts; model, the pretrained TextEncoder; machine, what choose_machine
+    returns; new_model(seed), which makes the same model untrained.
     """
 
     default_labels = TEXT_LABELS
     choice_draws = 2            # an option is tried on this many draws of labels
 
-    def __init__(self, texts, model, machine, new_model, unlabelled=None):
+    def __init__(self, texts, model, machine, new_model):
         super().__init__(texts)
         self.device, self.precision, self.autocast = machine
         self.model = move_to_device(model, self.device)
         self.new_model = new_model
-        self.unlabelled = texts.select([]) if unlabelled is None else unlabelled
         self.texts = texts
-        self.set_features(self.features(texts))
+        self.set_features(text_features(self.model, texts, self.autocast, self.device, progress))
         self.last_logits = None, None   # a classifier, and what it said about the texts, (N, C)
         self.co_training = None         # the classifier of "self-trained", made by `columns`
 
-    def features(self, texts):
-        """The features of Texts by the pretrained model, (N, d), not standardized."""
-        return text_features(self.model, texts, self.autocast, self.device, progress)
-
     def columns(self):
         """{name: column}, in the order of the table."""
-        pool, room = self.unlabelled_pool()
-        extra = self.unlabelled.sample(room)
         progress("counting n-grams")
-        not_test = np.concatenate([self.train, self.held_out])
-        n_grams = make_ngrams(self.texts, not_test, extra)
-        x = torch.zeros(0, len(self.mean))
-        if len(extra):
-            x = (self.features(extra) - self.mean) / self.std
-        self.co_training = CoTraining(self.probe, n_grams, pool, self.held_out, x)
+        n_grams = make_ngrams(self.texts, np.concatenate([self.train, self.held_out]))
+        self.co_training = CoTraining(self.probe, n_grams, self.pool, self.held_out)
         return {
             "n-grams": plain_column(n_grams),
             "from scratch": Column(self.fit_from_scratch, self.predict, self.scratch_options),
