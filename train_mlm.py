@@ -127,7 +127,7 @@ def masked_and_document_loss(model, inputs, targets, lengths, rest, settings, au
     """Second stage: predict masked words, and the words of the rest of the document.
 
     inputs and targets (B, T), lengths (B,), and rest (B, R), what the documents have
-    outside their windows. Returns their weighted sum, and the losses by name.
+    outside their windows. Returns the weighted sum of both losses, and the losses by name.
     """
     loss, losses = 0.0, {}
     with autocast:
@@ -211,7 +211,7 @@ def main():
     model.init_from_counts(counts)
     model = move_to_device(model, device)
 
-    # Muon trains the blocks, and Adam everything else.
+    # Muon trains the blocks, and Adam everything else. `update_parameters` sets the rates.
     blocks = list(model.blocks.parameters())
     embeddings = [model.token_embedding.weight, model.pair_embedding.weight]
     heads = [*model.term_head.parameters(), *model.token_dense.parameters(), model.token_bias]
@@ -219,7 +219,7 @@ def main():
         [dict(params=embeddings), dict(params=heads)],
         betas=(0.9, 0.99),
         fused=device.type != "mps",
-    )           # its rates are set by step_optimizers
+    )
     optimizers = [adam]
     if blocks:
         optimizers.append(Muon(blocks, settings.learning_rate, precision=precision))
