@@ -30,7 +30,6 @@ from minissl.training.machine import move_to_device
 
 
 TEXT_LABELS = ["10", "100", "500", "all"]       # a class, the rows of the table
-FEW_CLASSES = 5         # with more, "from scratch" gets more steps; only 2 and 23 were measured
 
 
 def texts_a_batch(lengths):
@@ -111,9 +110,7 @@ class TextTask(Task):
     def scratch_options(self, n):
         if n > MANY_LABELS:
             return [TextOption(0.02, self.steps(n, epochs=4))]
-        if len(self.classes) <= FEW_CLASSES:
-            return [TextOption(0.02, 100)]
-        return [TextOption(0.02, 300)]
+        return [TextOption(0.02, 100 if n <= 1000 else 300)]
 
     def fine_tuning_options(self, n):
         """The first is the probe, because with the rate 0 nothing is learned."""
