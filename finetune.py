@@ -28,19 +28,20 @@ Each row is kept as soon as it is finished.
                   of n-grams does, and its logits are added to those of the probe. No guesses
                   are used with more than 2,000 labels in all (images) or 5,000 (texts).
     fine-tuned    the probe and the whole encoder trained further on the labels. It stays the probe
-                  (rate 0) unless held-out examples are clearly better off with another rate.
-                  With more than 5,000 labels in all, texts have one rate.
+                  (rate 0) unless another rate gains more than a standard error on held-out
+                  examples. With more than 5,000 labels in all, texts have one rate.
     all together  texts: the sum of probe and fine-tuned encoder, plus the n-grams of
                   "self-trained". With rate 0 this is "self-trained".
 
 The table goes into finetune.csv and onto the page report.html of the run's folder. New rows
-replace old rows that were measured with the same labels, data, limit and pretraining steps. All
-other rows stay. If the content of the data has changed, its old rows stay in a separate table.
+replace old rows that were measured with the same labels, data, limit, pretraining steps and
+--no-flip. All other rows stay. If the content of the data has changed (of much data, that of a
+sample), its old rows stay in a separate table.
 
-The fine-tuned model of the last row goes into classifier.pt, for --predict, without n-grams. If
-classifier.pt holds a model of more labels of the same data, that one is kept. A trial with
---limit never replaces the model of a whole table of the same pretraining, nor its figure
-finetune.svg.
+The fine-tuned model of the row with the most labels goes into classifier.pt, for --predict,
+without n-grams. If classifier.pt already holds a model of more labels of the same data, that one
+is kept. A trial with --limit never replaces the model of a whole table of the same pretraining,
+nor its figure finetune.svg.
 """
 
 import contextlib
@@ -197,10 +198,12 @@ def load_data(settings, checkpoint, limit, keep_all=False):
 
 
 def checksum(data):
-    """A text that changes when the labelled examples, their split or their labels change."""
-    labelled = data.select(data.labels >= 0)
-    labels = np.ascontiguousarray(labelled.labels, np.int64)
-    return f"{fingerprint(labelled)}-{zlib.crc32(labels):08x}"
+    """A text that changes when the examples, their split or their labels change.
+
+    Of more than 1,000 examples, a sample of 1,000 is compared.
+    """
+    labels = np.ascontiguousarray(data.labels, np.int64)
+    return f"{fingerprint(data)}-{zlib.crc32(labels):08x}"
 
 
 def warn_of_another_split(settings, checkpoint, data):
@@ -270,16 +273,17 @@ def choose(column, options, task, draws):
     """The option that is best on held-out examples, after learning from a few draws of labels.
 
     A column that prefers its first option keeps it, unless the best one is ahead by more than
-    the standard error of the difference (the rule of Breiman et al. 1984, "Classification and
-    regression trees", section 3.4.3). This is the error from having few held-out examples. That
-    another draw of labels could decide otherwise is not in it.
+    the standard error of the difference (after the rule of Breiman et al. 1984, "Classification
+    and regression trees", section 3.4.3). This is the error from having few held-out examples.
+    That another draw of labels could decide otherwise is not in it.
     """
     scores = torch.stack([held_out_scores(column, task, option, draws) for option in options])
     best = int(scores.mean(1).argmax())
     lead = scores[best] - scores[0]                             # (H,)
     if column.prefers_first:
-        is_clear = len(lead) > 1 and lead.mean() > lead.std() / len(lead) ** 0.5
-        best = best if is_clear else 0
+        # 1e-9: a lead of one example equals its standard error, apart from rounding.
+        is_ahead = len(lead) > 1 and lead.mean() > lead.std() / len(lead) ** 0.5 + 1e-9
+        best = best if is_ahead else 0
     return options[best]
 
 
@@ -302,20 +306,23 @@ def measure_row(settings, task, columns, labels_a_class):
     title = "1 label a class" if labels_a_class == "1" else f"{labels_a_class} labels a class"
     print(title, flush=True)
     per_class = None if labels_a_class == "all" else int(labels_a_class)
-    pool, draws = task.train, settings.seeds
+    drawable, draws = task.train, settings.seeds
     if per_class is None:       # the held-out examples are for choices, and for "all" at the end
-        pool, draws = np.concatenate([task.train, task.held_out]), min(draws, 2)
-    drawn = [pool[probes.draw_labels(task.labels[pool], per_class, seed)] for seed in range(draws)]
+        drawable, draws = np.concatenate([task.train, task.held_out]), min(draws, 2)
+    drawn = []
+    for seed in range(draws):
+        drawn.append(drawable[probes.draw_labels(task.labels[drawable], per_class, seed)])
 
     chosen = choose_options(task, columns, per_class, len(drawn[0]), title)
-    measurements, fitted = [], {}
+    measurements = []
     for seed, indices in enumerate(drawn):
-        if per_class is not None:
+        has_new_labels = seed == 0 or per_class is not None
+        if has_new_labels:
             fitted = {}
         shown = []
         for name, column in columns.items():
-            if name in fitted and not column.is_random:
-                continue                        # "all" again: the same labels, the same model
+            if not (has_new_labels or column.is_random):
+                continue                        # its model is the one of the first time
             progress(f"{title}, draw {seed + 1}: {name}")
             begin = time.perf_counter()
             fitted[name] = column.fit(indices, chosen[name], seed, fitted)
@@ -349,16 +356,19 @@ def choose_options(task, columns, per_class, n, title):
 
 
 def measure_table(settings, task, keep=None):
-    """All rows: (measurements, last model, its number of labels, chance).
+    """All rows: (measurements, chance).
 
-    keep(measurements), if given, is called after each row, so that no crash loses a finished row.
-    chance: the share of the commonest class in the test set, in percent. Ctrl-C ends the table
-    after the last complete row.
+    keep(*what `measure_row` returns), if given, is called after each row, so that no crash loses
+    a finished row. chance: the share of the commonest class in the test set, in percent. Ctrl-C
+    ends the table after the last complete row.
     """
     chance = 100 * float(torch.bincount(task.labels[task.test]).max()) / len(task.test)
     print(f"the table has {len(task.classes)} classes: {list_names(task.classes)}")
     print(f"labelled: {len(task.train):,} to draw from, {len(task.held_out):,} held out for "
           f"choices, {len(task.test):,} to test on (the commonest class: {chance:.1f} %)")
+    unlabelled = int((task.labels < 0).sum())
+    if unlabelled:
+        print(f"without a label: {unlabelled:,} for self-training")
     rows = possible_rows(settings, task)
     if settings.probe:
         columns = {"linear probe": plain_column(task.probe)}
@@ -368,8 +378,6 @@ def measure_table(settings, task, keep=None):
     for row in rows:
         try:
             measured, model, labels = measure_row(settings, task, columns, row)
-            if keep:
-                keep(measured)
         except KeyboardInterrupt:
             if not measurements:
                 raise KeyboardInterrupt("interrupted before the first row was complete: nothing "
@@ -377,8 +385,9 @@ def measure_table(settings, task, keep=None):
             print("stopped: the rows before this one are kept", flush=True)
             break
         measurements += measured
-        last = model, labels
-    return measurements, *last, chance
+        if keep:
+            keep(measured, model, labels)
+    return measurements, chance
 
 
 def possible_rows(settings, task):
@@ -451,28 +460,28 @@ def make_table(settings, model, checkpoint, machine):
     else:
         flip = load.may_mirror(checkpoint) and not settings.no_flip
         task = ImageTask(data, model, machine, new_model, flip, trained.get("code"))
+    no_flip = "-no-flip" if settings.no_flip else ""
     source = dict(data=name, limit=settings.limit, step=checkpoint["step"],
-                  checksum=checksum(data))
+                  checksum=checksum(data) + no_flip)
+    shape = None if is_text else list(data.shape[1:])
 
-    def keep(row):
-        """Write the measurements of a finished row into the file."""
-        changed = add_measurements(path, row, source)
+    def keep(measurements, classifier, labels):
+        """Write what a finished row has given."""
+        changed = add_measurements(path, measurements, source)
         if changed:
             print(f"{name} has not the checksum of {count_of(changed, 'older result')} in {path}, "
                   f"so they stay in a separate table")
+        if not settings.probe:
+            conditions = dict(
+                source, classes=data.classes, shape=shape, labels=labels, flip=flip)
+            keep_classifier(folder, classifier, conditions)
+            picture = folder / "finetune.svg"
+            if not settings.limit or not picture.exists():
+                figure = report.label_figure(path, xmlns="http://www.w3.org/2000/svg")
+                write_atomically(picture, figure.encode())
+        report.write_page(folder)
 
-    new, classifier, labels, chance = measure_table(settings, task, keep)
-    print_table(new, chance)
-    if not settings.probe:
-        shape = None if is_text else list(data.shape[1:])
-        keep_classifier(folder, classifier,
-                        dict(source, classes=data.classes, shape=shape, labels=labels,
-                             flip=flip))
-        picture = folder / "finetune.svg"
-        if not settings.limit or not picture.exists():
-            figure = report.label_figure(path, xmlns="http://www.w3.org/2000/svg")
-            write_atomically(picture, figure.encode())
-    report.write_page(folder)
+    print_table(*measure_table(settings, task, keep))
 
 
 # ---------------------------------------------------------------- 5. features and predictions

@@ -229,9 +229,9 @@ def main():
         indices = batches(step).numpy()
         batch = train_pairs.batch(indices, settings.window, device)
         loss = train_step(model, optimizers, batch, step, settings, autocast)
-        floor = baselines.floor(train_pairs.meaning[indices]).to(device)
+        floor = baselines.floor(train_pairs.meaning[indices]).float().to(device)
         run.end_step(step, dict(loss=loss, floor=floor, scale=model.t.exp()), items=len(indices))
-    print(f"done: {run.folder / 'report.html'} shows the curves")
+    run.finish(measure=None)
 
     measured = baselines.measure(model, test, settings, machine, clip_loss)
     result = baselines.report(measured, min(settings.batch_size, len(test)))

@@ -146,8 +146,8 @@ def preview(model, pairs, settings, machine, compute_loss):
 def train_simclr(images, settings, machine):
     """SimCLR as train_contrastive.py trains it on drawn shapes.
 
-    It makes a quarter more steps than CLIP, which takes about as long (`compare` prints both
-    times).
+    It makes a quarter more steps than CLIP, because its steps are faster. The two trainings take
+    about as long (`compare` prints both times).
     """
     device, precision, autocast = machine
     steps = settings.steps * 5 // 4

@@ -3,9 +3,9 @@
 Read a text from left to right, and predict each token from the tokens before it. Whoever
 does that well knows words, grammar and something about the topic, and can also write.
 
-    L = −1/M Σ_b Σ_t log softmax(E · g(h_bt) + b)[x_b,t+1]          h_bt = f(x_b1 ... x_bt)
+    L = −1/M Σ_n Σ_t log softmax(E · g(h_nt) + b)[x_n,t+1]          h_nt = f(x_n1 ... x_nt)
 
-f is the encoder of transformer.py with a causal mask, and M the number of predicted tokens.
+n is a window, f the encoder of transformer.py with a causal mask, and M the number of predictions.
 E, g and b are as there: the output layer is tied to the token embedding E.
 
     Radford et al. 2018, "Improving Language Understanding by Generative Pre-Training"
@@ -14,7 +14,8 @@ Differences from the paper:
 - The blocks are those of transformer.py, for the reasons given there. Frequent pairs have
   an embedding. A pair ends at its token, so it does not look ahead.
 - Each window lies inside one document, so no separator is needed.
-- The features are the mean over the tokens, as for the masked model, to compare the two.
+- The features are the mean over the tokens, to compare with the masked model. (`last` below
+  takes the last token, as the paper does; of a long text, that of each window.)
 - There is no dropout, because the default training reads each text only a few times.
 
     python examples/gpt.py                             docstrings of this Python, 5 minutes
@@ -22,7 +23,7 @@ Differences from the paper:
     python examples/gpt.py --run runs/gpt --resume                 continue a run
     python examples/gpt.py --prompt "Returns a list"               continue a text
     python finetune.py runs/gpt --probe                            measure the features
-    python examples/gpt.py last runs/copy-of-gpt --probe           the last token's, as in the paper
+    python examples/gpt.py last COPY --probe           in a copy of the run: the last tokens
 """
 
 import math
@@ -173,7 +174,7 @@ def main():
     model_settings = dict(
         vocabulary_size=V, pairs=frequent_pairs(counted, settings.pairs), width=width,
         layers=settings.layers, heads=settings.heads, window=settings.window,
-        document_columns=width, causal=True,
+        document_columns=width, causal=True,        # there is no document loss
     )
     model = TextEncoder(**model_settings)
     # The logits begin near their bias, and the loss near the entropy of single tokens.
@@ -202,7 +203,8 @@ def main():
         return measure(model)
 
     first_step = run.begin(
-        model, optimizers, data=f"{size}, checksum {fingerprint(texts)}", method="mlm",
+        model, optimizers, data=f"{size}, checksum {fingerprint(texts)}",
+        method="mlm",                               # for which finetune.py builds a TextEncoder
         model_settings=model_settings, tokenizer=texts.tokenizer.to_json(),
         chance=dict(loss=math.log(V)), preview=preview,
     )

@@ -101,7 +101,8 @@ def convolve(h, links):
     target = torch.cat([links[:, 1], links[:, 0], own])
     degree = torch.bincount(target, minlength=N).to(h.dtype)              # with itself
     weight = (degree[source] * degree[target]).rsqrt()                    # (2E + N,)
-    # Two threads would add up the gradient of h[source] in any order; not of index_select.
+    # With two threads, the gradient of h[source] is added up in an order that changes from run to
+    # run. That of index_select is not.
     messages = weight[:, None] * h.index_select(0, source)
     return torch.zeros_like(h).index_add(0, target, messages)
 
@@ -225,18 +226,19 @@ def main():
 
     # ------------------------------------------------------------ The tables
 
-    print(f"done: {run.folder / 'report.html'} shows the curves; now the tables")
+    run.finish(measure=None)
     untrained = make_models(settings, xs[0].shape[1]).to(device)
     inputs = [x.cpu() for x in xs]
     encoders = {
         "graph autoencoder": codes(models, "graph"),
-        "features alone": codes(models, "features_alone"),
         "untrained encoder": codes(untrained, "graph"),
         "smoothed features": baselines.smoothed_features(inputs, splits, convolve),
     }
-    link_table = baselines.measure_links(encoders, splits)
-    encoders["features alone"] = inputs
-    class_table = baselines.measure_classes(encoders, splits, graph, settings, convolve)
+    without_links = {"encoder without links": codes(models, "features_alone")}
+    link_table = baselines.measure_links(encoders | without_links, splits)
+    features = {"features alone": inputs}
+    class_table = baselines.measure_classes(
+        encoders | features, splits, graph, settings, convolve)
     baselines.print_tables(link_table, class_table)
 
 

@@ -1,10 +1,10 @@
 """What the graph autoencoder of examples/graph.py is compared with, and by which measures.
 
-Each function that scores links returns a score for each pair, larger for a likelier link:
+Each of these returns a function from pairs (M, 2) to scores (M,), larger for a likelier link:
 
     common_neighbours    how many neighbours two nodes share
     degree_product       how many neighbours both have: popular modules are imported
-    SpectralEmbedding    eigenvectors of the normalised adjacency
+    spectral_embedding   eigenvectors of the normalised adjacency
 
 They see the training links alone. What can be chosen is chosen on the links for choices.
 """
@@ -151,7 +151,8 @@ def propagation_accuracy(split, convolve, labels, drawn, test):
     F ← α Â F + (1 − α) Y from the labels Y of the nodes `drawn`, 30 times. α is chosen
     among these labels by five-fold cross-validation. Zhou et al. 2003, "Learning with
     Local and Global Consistency". Then each class is scaled to the same sum over all
-    nodes: Zhu et al. 2003, "class mass normalization", which is worth two points here.
+    nodes: Zhu et al. 2003, "class mass normalization" (EXPERIMENTS.md, "Graphs": one to three
+    points).
     convolve(F, links) is Â F.
     """
     classes = int(labels.max()) + 1

@@ -16,8 +16,9 @@ f is the encoder of contrastive.py, and g one linear layer. After the training g
     python examples/rotation.py --run runs/rotation --resume  continue a run
     python examples/rotation.py finetune runs/rotation        measure whether it helped
 
-The drawn shapes lie at any angle. So nothing tells which way up they are, and the loss stays
-at its chance level, ln 4 = 1.386. Photographs have an up and a down: try `--data cifar10`.
+The drawn shapes lie at any angle, so they do not tell which way up they are, and the loss stays
+close to its chance level, ln 4 = 1.386. (The faint stripes of the background do tell a little:
+they begin at the upper left corner.) Photographs have an up and a down: try `--data cifar10`.
 
 A fork does the same in two files: the model and the loss in minissl/rotation.py, with a line
 in MODELS of minissl/evaluation/load.py, and the rest in train_rotation.py. finetune.py then
@@ -25,7 +26,6 @@ takes its runs directly.
 """
 
 import math
-import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -187,8 +187,7 @@ def main():
         average_gradients(model)
         step_optimizers(optimizers, learning_rate(step))
         run.end_step(step, losses, items=len(images))
-    print(f"done: {run.folder / 'report.html'} shows what the model learned")
-    print(f"next: python {sys.argv[0]} finetune {shlex.quote(settings.run)}")
+    run.finish(f"python {sys.argv[0]} finetune")
 
 
 if __name__ == "__main__":

@@ -135,8 +135,8 @@ class Wav2Vec(nn.Module):
         self.hidden = nn.Parameter(0.3 * torch.randn(width))
         self.blocks = nn.ModuleList(Block(width, heads) for _ in range(layers))
         self.code_logits = nn.Linear(width, G * V)
-        nn.init.normal_(self.code_logits.weight, std=0.5)  # or noise draws the first codes
-        self.center = nn.BatchNorm1d(width, affine=False)  # or few entries are used
+        nn.init.normal_(self.code_logits.weight, std=0.5)  # with less, noise chooses the codes
+        self.center = nn.BatchNorm1d(width, affine=False)  # without it, few entries are used
         self.codebooks = nn.Parameter(torch.randn(G, V, columns))
         self.to_target = nn.Linear(G * columns, G * columns)
         self.to_prediction = nn.Linear(width, G * columns)
@@ -218,23 +218,25 @@ def main():
     data = f"{recordings.describe()}, checksum {fingerprint(recordings)}"
     first_step = run.begin(model, optimizers, data, "wav2vec", {}, chance, preview)
     for step in range(first_step, settings.steps):
-        waves, lengths, *other = batches.two_views(step)
+        waves, lengths, others, places = batches.two_views(step)
         draws = generator(settings.seed, "codes", step)
         masked = draw_spans(lengths, settings.span, 0.5, draws)
-        views = [x.to(device) for x in (waves, lengths, masked, *other)]
-        temperature = max(0.5, 2 * 0.25**(step / (0.7 * settings.steps)))
+        inputs = [x.to(device) for x in (waves, lengths, masked, others, places)]
+        temperature = max(0.5, 2 * 0.25**(step / (0.7 * settings.steps)))  # of the codes
         with autocast:
-            predictions, targets, codes, p = model(*views, temperature, draws)
+            predictions, targets, codes, p = model(*inputs, temperature, draws)
         numbers = torch.rand(len(codes), K, generator=draws).to(device)
-        distractors = choose_distractors(codes, views[2], numbers)
+        distractors = choose_distractors(codes, masked.to(device), numbers)
         contrastive, accuracy = contrastive_loss(predictions, targets, *distractors)
         diversity = diversity_loss(p)
         (contrastive + settings.diversity * diversity).backward()
         schedule = lr_schedule(step, settings.steps, warmup=30)
         step_optimizers(optimizers, settings.learning_rate * schedule)
-        used = perplexity(F.one_hot(codes, model.V).float().mean(0)).mean()
-        values = contrastive, accuracy, diversity, used, torch.tensor(temperature)
-        run.end_step(step, dict(zip(chance, values)), items=len(waves))
+        losses = dict(contrastive=contrastive, accuracy=accuracy, diversity=diversity)
+        losses["perplexity"] = perplexity(F.one_hot(codes, model.V).float().mean(0)).mean()
+        losses["temperature"] = torch.tensor(temperature, device=device)
+        run.end_step(step, losses, items=len(waves))
+    run.finish(measure=None)
     baselines.print_tables(*baselines.measure(model, make_model, recordings, settings, machine))
 
 

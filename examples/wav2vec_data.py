@@ -310,8 +310,9 @@ def make_voice(draws):
 def speak(word, voice, draws):
     """One recording of a word, (n,) float64, with another pitch, pace and background each time.
 
-    The voice is a sum of overtones, each as loud as the formants make it. Hiss and burst
-    are noise of a narrow band.
+    The voice is a sum of overtones, each as loud as the formants make it. (The formants are
+    taken at the voice's usual pitch, so they move a little with the pitch of a take.) Hiss and
+    burst are noise of a narrow band.
     """
     formants, voiced, hiss, burst = make_tracks(word, voice, draws)
     n = len(voiced) * STEP

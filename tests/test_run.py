@@ -382,6 +382,16 @@ def test_a_signal_stops_a_run_after_its_step(number, advice, tmp_path, capsys):
     assert signal.getsignal(number) == signal.SIG_DFL         # so a second one ends at once
 
 
+def test_after_the_last_step_ctrl_c_is_what_it_was(tmp_path):
+    """A table that follows the training can then be stopped at once."""
+    before = signal.getsignal(signal.SIGINT)
+    during = []
+    train(Settings(tmp_path / "run"),
+          before_end=lambda run, step: during.append(signal.getsignal(signal.SIGINT)))
+    assert before not in during
+    assert signal.getsignal(signal.SIGINT) == before
+
+
 def test_a_stopped_script_ends_with_code_130(run_script, tmp_path, monkeypatch):
     end_step = Run.end_step
 

@@ -59,8 +59,8 @@ class Batches:
         """-> indices (size,) int64"""
         epoch, batch = divmod(step, self.n // self.size)
         if epoch != self.epoch:
-            order = generator(self.seed, self.purpose, epoch)
-            self.order = torch.randperm(self.n, generator=order)
+            draws = generator(self.seed, self.purpose, epoch)
+            self.order = torch.randperm(self.n, generator=draws)
             self.epoch = epoch
         begin = batch * self.size
         return self.order[begin:begin + self.size]
@@ -94,7 +94,8 @@ class WholeTexts:
         tokens, lengths = self.texts.padded(self.batches(step).numpy())
         tokens, lengths = torch.from_numpy(tokens), torch.from_numpy(lengths)
         B, T = tokens.shape
-        # One toss for each token, and one for the end of each text, which nobody uses.
+        # One toss for each token, and one for the end of each text. Nobody uses the latter, but
+        # without it all draws of older runs would change.
         tossed = torch.arange(T + 1) <= lengths[:, None]                   # (B, T + 1)
         coins = generator(self.seed, "coin", step)
         draws = torch.rand(int(tossed.sum()), generator=coins)

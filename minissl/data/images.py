@@ -131,8 +131,8 @@ def sample_of_pixels(images):
     """
     affordable = max(100, 2**26 // math.prod(images.shape[1:]))
     n = min(len(images), 10_000, affordable)
-    indices = torch.linspace(0, len(images) - 1, n).long()
-    return images[indices].float() / 255
+    indices = evenly_spaced(len(images), n)
+    return images[indices].cpu().float() / 255      # MPS has neither float64 nor eigh
 
 
 def mean_and_std(images):

@@ -19,11 +19,11 @@ def evenly_spaced(n, most):
 
 
 def fingerprint(data):
-    """Return 16 hex digits that change when the data or its split changes.
+    """Return 16 hex digits that identify data and its split.
 
-    The first eight come from up to 1,000 evenly spaced examples, the last eight from the split
-    of all examples. So "the texts are others" and "the test set is another one" can be told
-    apart.
+    The first eight come from at most 1,000 evenly spaced examples, so a change elsewhere is not
+    noticed. The last eight come from the split of all examples. So "the texts are others" and
+    "the test set is another one" can be told apart. Labels count only through the split.
     """
     checksum = 0
     for i in evenly_spaced(len(data), 1000):

@@ -2,8 +2,9 @@
 
 A task, TextTask or ImageTask, holds the examples and knows which of them are for training, for
 choices and for the test. It has a column for each way to get a classifier. A column learns from
-the labels of the examples that it is given, and from no others. It may build on the columns to
-its left: self-training and fine-tuning begin at the linear probe.
+the labels of the examples that it is given, and from no others. (finetune.py chooses its option
+on held-out labels.) It may build on the columns to its left: self-training and fine-tuning begin
+at the linear probe.
 
 This file has what texts and images share. Read next: classifier.py.
 """
@@ -32,9 +33,10 @@ class Column:
     """A way to get a classifier from a few labels.
 
     fit(indices, option, seed, fitted) returns a model that has learned from the labels of these
-    examples alone. fitted is a dict of the models of the columns before, which have learned from
-    the same labels; "linear probe" is always among them. predict(model, indices) returns the
-    classes of these examples, (n,) int64.
+    examples alone. A model is whatever `predict` of the same column takes. fitted: {name: model}
+    of the columns to the left, for the same labels. (While options are compared it holds the
+    linear probe alone, so a column with several options may use nothing else.)
+    predict(model, indices) returns the classes of these examples, (n,) int64.
     """
     fit: Callable
     predict: Callable

@@ -160,10 +160,13 @@ def logistic_regression(x, labels, classes, strength, start=None, tolerance=1e-5
 def minimize(x, labels, strength, start, tolerance, weight_scale):
     """The search of `logistic_regression`, with a row of weights for each column of x (N, D).
 
-    The penalty is on u = W / S, where S is the weight_scale. The search is for v = u / scale
-    (diagonal preconditioning). A column with large values has a steep slope, and one with small
-    values a shallow one. `scale` makes them nearly equal, and so the search is short, above all
-    if the columns are principal axes, as in `probe`.
+        W = S · u               the weights; S is the weight_scale of the caller
+        u                       what the penalty sees
+        u = step_scale · v      v is what L-BFGS moves (diagonal preconditioning)
+
+    A column with large values has a steep slope, and one with small values a shallow one. The
+    step_scale makes them nearly equal. This does not move the minimum, but makes the search
+    short, above all if the columns are principal axes, as in `cross_validate`.
     """
     targets = labels                                                      # (N, C)
     if labels.ndim == 1:
@@ -172,29 +175,30 @@ def minimize(x, labels, strength, start, tolerance, weight_scale):
     product, transposed_product = products(x)
     # p (1 − p) is about 0.1 for ten equally likely classes. Only the speed depends on it.
     curvature = 0.1 * mean_squares(x)[:, None] * weight_scale**2          # of the loss, at u
-    scale = F.pad((curvature + strength).rsqrt(), (0, 0, 0, 1), value=1)  # the bias: 1
+    step_scale = (curvature + strength).rsqrt()
+    step_scale = F.pad(step_scale, (0, 0, 0, 1), value=1)                 # the bias: 1
     weight_scale = F.pad(weight_scale, (0, 0, 0, 1), value=1)             # (D + 1, C) or (D + 1, 1)
     u = torch.where(weight_scale == 0, 0, start / weight_scale)           # (D + 1, C)
-    v = (u / scale).requires_grad_()
+    v = (u / step_scale).requires_grad_()
     optimizer = torch.optim.LBFGS([v], max_iter=200, history_size=10,
                                   tolerance_grad=tolerance, line_search_fn="strong_wolfe")
 
     @torch.no_grad()
     def loss_and_gradient():
-        u = v * scale
+        u = v * step_scale
         weights = u * weight_scale
         logits = product(weights[:-1]) + weights[-1]                      # (N, C)
         error = (total * logits.softmax(1) - targets) / len(labels)       # d loss / d logits
         gradient = torch.cat([transposed_product(error), error.sum(0, keepdim=True)])
         gradient = gradient * weight_scale                                # d loss / d u
         gradient[:-1] += strength * u[:-1]
-        v.grad = gradient * scale
+        v.grad = gradient * step_scale
         penalty = strength / 2 * u[:-1].square().sum()
         # In float32 the last gains of the search would be lost in rounding.
         return F.cross_entropy(logits.double(), targets.double()) + penalty
 
     optimizer.step(loss_and_gradient)
-    return v.detach() * scale * weight_scale
+    return v.detach() * step_scale * weight_scale
 
 
 def mean_squares(x):
@@ -233,16 +237,16 @@ def products(x):
     return product, transposed_product
 
 
-LABEL_SHARE = 0.5       # of the weight of the labels, beside guesses
+LABEL_WEIGHT = 0.5      # n labels together weigh n + 0.5 U beside U guesses, which weigh U
 
 
 def weighted_targets(guesses, one_hot):
     """Targets of `logistic_regression`, (U + n, C), from soft labels and labels.
 
-    guesses (U, C); one_hot (n, C). Each row of one_hot weighs 1 + LABEL_SHARE · U / n times as
+    guesses (U, C); one_hot (n, C). Each row of one_hot weighs 1 + LABEL_WEIGHT · U / n times as
     much as a guess. All rows are scaled so that their mean weight is 1.
     """
-    label_weight = 1 + LABEL_SHARE * len(guesses) / len(one_hot)
+    label_weight = 1 + LABEL_WEIGHT * len(guesses) / len(one_hot)
     targets = torch.cat([guesses, label_weight * one_hot])
     return targets * (len(targets) / targets.sum())
 

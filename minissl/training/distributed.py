@@ -29,6 +29,7 @@ import os
 import signal
 import sys
 import threading
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -127,7 +128,9 @@ def join(device):
         if not is_under_torchrun():
             say_what_it_waits_for()
         with ctrl_c_ends_at_once():
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+            # The others wait while the first process encodes a large corpus.
+            timeout = timedelta(hours=2)
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout)
     if RANK > 0:
         sys.stdout = open(os.devnull, "w", encoding="utf-8")
     return device

@@ -197,9 +197,9 @@ class AttentionByHand(transformer.Attention):
 class WideConvolution(nn.Conv2d):
     """A 3 × 3 convolution, padded with one zero, that lays images side by side.
 
-    In bfloat16 on a CPU, torch computes the gradient of the weights image by image. For
-    maps of 3 × 3 this takes half of a training step. Here the images of a batch become
-    a few wide images with zeros in between, so the sums are the same:
+    In bfloat16 on a CPU, torch computes the gradient of the weights image by image, which is
+    slow (EXPERIMENTS.md, "Why is the gradient of a convolution's weights slow?"). Here the images
+    of a batch become a few wide images with zeros in between, so the sums are the same:
 
         . a a a . b b b . c c c .          three images of width 3 and their zeros
 

@@ -298,12 +298,13 @@ def label_table(path, condition=None):
 def mean_and_spread(values):
     """
     >>> mean_and_spread([20, 30]), mean_and_spread([40]), mean_and_spread([])
-    ('25.0 ± 7.1', '40.0 ± 0.0', '')
+    ('25.0 ± 7.1', '40.0', '')
     """
-    if not values:
+    if len(values) == 0:
         return ""
-    correction = 1 if len(values) > 1 else 0
-    return f"{np.mean(values):.1f} ± {np.std(values, ddof=correction):.1f}"
+    if len(values) == 1:
+        return f"{values[0]:.1f}"
+    return f"{np.mean(values):.1f} ± {np.std(values, ddof=1):.1f}"
 
 
 def label_figure(path, condition=None, width=640, height=300, **attributes):
@@ -320,7 +321,8 @@ def label_figure(path, condition=None, width=640, height=300, **attributes):
     for n, (_, *cells) in enumerate(lines):
         for method, cell in zip(methods, cells):
             if cell:
-                mean, std = map(float, cell.split(" ± "))
+                mean, _, std = cell.partition(" ± ")
+                mean, std = float(mean), float(std or 0)
                 points_of[method].append((n, mean, std))
                 lowest.append(mean - std)
                 highest.append(mean + std)

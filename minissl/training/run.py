@@ -2,10 +2,11 @@
 
     run = Run(settings)                       check the folder, and change nothing yet
     first_step = run.begin(model, ...)        create it, or load the last checkpoint
-    run.end_step(step, losses, items)         log, preview, save, stop: whatever is due
+    run.end_step(step, losses, items)         save, preview, log, stop: whatever is due
     run.finish()                              say where the results are
 
-A step ends in the order: save, preview, row of metrics.csv, page. If the process is killed
+A step ends in the order: save, preview, row of metrics.csv, page, line on the terminal, stop. If
+the process is killed
 before the save, `--resume` makes the steps since the last save again, and drops their
 rows. If it is killed after the save, the checkpoint holds the sums of the losses
 (`unlogged`), and `begin` writes the missing row. Only the columns of time differ.
@@ -110,6 +111,7 @@ class Run:
         self.checkpoint = None
         self.rows = []                   # of metrics.csv
         self.stopping = False            # becomes True at Ctrl-C and at SIGTERM
+        self.handlers = {}               # of these signals, as they were before `begin`
         if settings.resume:
             self.checkpoint = load_checkpoint(self.folder)
             self._check_settings(self.checkpoint["settings"])
@@ -227,7 +229,7 @@ class Run:
         self.saved = -math.inf                  # so the first step is saved
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
-                signal.signal(number, self._stop)
+                self.handlers[number] = signal.signal(number, self._stop)
         if self.counted and self._is_logged(step):
             self._log(step)                     # it was killed after the save, before the row
         return step
@@ -279,7 +281,7 @@ class Run:
     # ---------------------------------------------------------------- after each step
 
     def end_step(self, step, losses, items):
-        """Whatever is due after a step: save, log, preview, stop.
+        """Whatever is due after a step, in the order given at the top of the file.
 
         The state is saved before the model is evaluated, so a preview that fails (for
         lack of memory, perhaps) loses nothing.
@@ -406,13 +408,16 @@ class Run:
         print("  ".join(parts), flush=True)
 
     def finish(self, measure="python finetune.py"):
-        """Say where the results are, and what to do next.
+        """Say where the results are, and what to do next. Ctrl-C is again what it was before.
 
-        measure: the command that makes the table, without the name of the folder.
+        measure: the command that makes the table, without the name of the folder, or None.
         """
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
         folder = shlex.quote(str(self.folder))
         page = self.folder / "report.html"
         if distributed.RANK == 0:
             report.write_page(self.folder)
         print(f"done: {page} shows what the model learned")
-        print(f"next: {measure} {folder} measures whether pretraining helped")
+        if measure:
+            print(f"next: {measure} {folder} measures whether pretraining helped")

@@ -48,7 +48,7 @@ def print_probe(task, limit, figures):
     task: what finetune.measure_table asks for; limit: that of the data; figures: a dict.
     """
     settings = finetune.Settings(run="", probe=True, limit=limit)
-    measurements, _, _, chance = finetune.measure_table(settings, task)
+    measurements, chance = finetune.measure_table(settings, task)
     print_table(measurements, chance)
     for row in dict.fromkeys(m["labels_a_class"] for m in measurements):
         draws = [m["test_accuracy"] for m in measurements if m["labels_a_class"] == row]
