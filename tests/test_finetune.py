@@ -28,6 +28,7 @@ from minissl.evaluation import (
     measurements,
     ngrams,
     probes,
+    text_table,
 )
 from minissl.evaluation.classifier import Classifier, read_classifier
 from minissl.evaluation.columns import Column, LinearClassifier
@@ -936,7 +937,7 @@ def test_each_text_is_read_once_for_two_columns(text_run, brief):
     model.register_forward_hook(lambda module, inputs, logits: read.append(len(logits)))
     first = tuned.predict(model, task.test)
     together.predict(models, task.test)
-    assert sum(read) == len(task.test) + len(task.held_out)
+    assert sum(read) == len(set(task.test) | set(task.reference))
     with torch.no_grad():
         assert torch.equal(first, model(task.texts.select(task.test)).argmax(1))
 
@@ -952,7 +953,7 @@ def test_all_together_is_the_sum_of_three_standardized_answers(rate, text_run, b
 
     def standardized(logits):
         logits = logits - logits.mean(1, keepdims=True)
-        return logits / logits[task.held_out].std()
+        return logits / logits[task.reference].std()
     x, z = task.co_training.n_grams.rows[weighting][np.arange(len(task.texts))], task.probe.x
     answers = [z @ weights[:-1] + weights[-1], task.logits(tuned, np.arange(len(task.texts))),
                x.to_dense() @ student[:-1] + student[-1]]
@@ -963,6 +964,14 @@ def test_all_together_is_the_sum_of_three_standardized_answers(rate, text_run, b
     if rate == 0:
         assert torch.equal(together.predict(models, task.test),
                            self_trained.predict(pair, task.test))
+
+
+def test_few_held_out_texts_are_joined_by_training_texts(text_run, monkeypatch):
+    task = text_task(text_run)
+    assert 0 < len(task.held_out) < 100
+    assert set(task.held_out) < set(task.reference) <= set(task.held_out) | set(task.train)
+    monkeypatch.setattr(text_table, "FEWEST_REFERENCES", len(task.held_out))
+    assert np.array_equal(text_task(text_run).reference, task.held_out)
 
 
 def test_n_grams_take_no_statistics_from_test_texts(text_run):

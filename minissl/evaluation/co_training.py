@@ -12,8 +12,9 @@ sum of both:
     answer = argmax_c  a_c / σ(a) + b_c / σ(b)
 
 where σ is the standard deviation of all logits of the held-out texts, after the mean of
-each text was subtracted. (If these texts are among the labelled ones, as in the row
-"all", σ is a little too large.)
+each text was subtracted. (With fewer than 100 held-out texts, some training texts join
+them. If these texts are among the labelled ones, as in the row "all", σ is a little too
+large.)
 
 The student sees something else than its teacher, so it makes other mistakes. In every
 measurement the mean accuracy of the sum was above that of the teacher, and in most of
@@ -51,14 +52,14 @@ class CoTraining:
         n_grams: the NGrams of the same texts
         pool (P,): the indices of the texts whose classes are guessed; their labels are not
             read
-        held_out: the indices of the texts over which σ is computed
+        reference: the indices of the texts over which σ is computed
     """
 
-    def __init__(self, probe, n_grams, pool, held_out):
+    def __init__(self, probe, n_grams, pool, reference):
         self.probe = probe
         self.n_grams = n_grams
         self.pool = pool
-        self.held_out = held_out
+        self.reference = reference
 
     def fit(self, indices, probe_model, ngram_model):
         """(the probe's weights, the student). There is nothing random in it.
@@ -98,14 +99,14 @@ class CoTraining:
     def probe_logits(self, weights, indices):
         """a / σ(a) of these texts, (n, C). Every row has the mean 0."""
         logits = probes.predict(self.probe.x[indices], weights)
-        return in_units(logits, probes.predict(self.probe.x[self.held_out], weights))
+        return in_units(logits, probes.predict(self.probe.x[self.reference], weights))
 
     def student_logits(self, student, indices):
         """b / σ(b) of these texts, (n, C). Every row has the mean 0."""
         weighting, weights = student
         rows = self.n_grams.rows[weighting]
         logits = probes.predict(rows[indices], weights)
-        return in_units(logits, probes.predict(rows[self.held_out], weights))
+        return in_units(logits, probes.predict(rows[self.reference], weights))
 
     def predict(self, model, indices):
         weights, student = model

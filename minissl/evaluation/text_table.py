@@ -30,6 +30,7 @@ from minissl.training.machine import move_to_device
 
 
 TEXT_LABELS = ["10", "100", "500", "all"]       # a class, the rows of the table
+FEWEST_REFERENCES = 100     # texts over which the logits of two classifiers are compared
 
 
 def texts_a_batch(lengths):
@@ -84,6 +85,10 @@ class TextTask(Task):
         self.model = move_to_device(model, self.device)
         self.new_model = new_model
         self.texts = texts
+        self.reference = self.held_out  # the texts over which logits are standardized
+        if len(self.held_out) < FEWEST_REFERENCES:
+            more = self.train[evenly_spaced(len(self.train), FEWEST_REFERENCES)]
+            self.reference = np.concatenate([self.held_out, more])
         self.set_features(text_features(self.model, texts, self.autocast, self.device, progress))
         self.last_logits = None, None   # a classifier, and what it said about the texts, (N, C)
         self.co_training = None         # the classifier of "self-trained", made by `columns`
@@ -92,7 +97,7 @@ class TextTask(Task):
         """{name: column}, in the order of the table."""
         progress("counting n-grams")
         n_grams = make_ngrams(self.texts, np.concatenate([self.train, self.held_out]))
-        self.co_training = CoTraining(self.probe, n_grams, self.pool, self.held_out)
+        self.co_training = CoTraining(self.probe, n_grams, self.pool, self.reference)
         return {
             "n-grams": plain_column(n_grams),
             "from scratch": Column(self.fit_from_scratch, self.predict, self.scratch_options),
@@ -224,7 +229,7 @@ class TextTask(Task):
     def logits_together(self, model, indices):
         """(n, C): the sum of probe and fine-tuned encoder, plus the n-grams.
 
-        Both summands are divided by their standard deviations over the held-out texts, and so
+        Both summands are divided by their standard deviations over the reference texts, and so
         are the two of the first sum. At rate 0 the result orders the classes as the column
         "self-trained" does. (EXPERIMENTS.md, "What do n-grams add to the document vector?")
         """
@@ -233,8 +238,8 @@ class TextTask(Task):
         def logits_of_both(indices):
             """Probe and fine-tuned encoder, (n, C)."""
             tuned = self.logits(classifier, indices)
-            tuned = in_units(tuned, self.logits(classifier, self.held_out))
+            tuned = in_units(tuned, self.logits(classifier, self.reference))
             return self.co_training.probe_logits(weights, indices) + tuned
 
-        both = in_units(logits_of_both(indices), logits_of_both(self.held_out))
+        both = in_units(logits_of_both(indices), logits_of_both(self.reference))
         return both + self.co_training.student_logits(student, indices)
