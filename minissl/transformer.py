@@ -20,9 +20,10 @@ where q is the bag of words and frequent word pairs of the other part, weighted 
 divided by its sum.
 
 Why two? The masked loss is that of BERT, and it teaches the model to fill in words. But after
-minutes of training, the features that it gives alone are worse than a bag of words. The
-document loss asks what the whole text is about, and gives the good features (measured:
-RESULTS.md, "Which of the two text losses helps?").
+minutes of training, the features that it gives alone are worse than a bag of words. Only
+fine-tuning with many labels brings out what it has taught. The document loss asks what the
+whole text is about, and gives the good features (measured: RESULTS.md, "Which of the two text
+losses helps?").
 
     Devlin et al. 2018, "BERT", arXiv 1810.04805
         the masked loss; 80 % [MASK], 10 % random, 10 % unchanged
