@@ -24,6 +24,7 @@ from minissl.evaluation.features import image_features
 from minissl.optim import lr_schedule, muon_and_adam, step_optimizers
 from minissl.training.files import progress
 from minissl.training.machine import move_to_device
+from minissl.training.report import mean_and_spread
 
 
 POOL = 1000                 # pairs among which retrieval searches
@@ -162,7 +163,7 @@ def train_simclr(images, settings, machine):
         for v in range(2):
             draws = generator(settings.seed, f"view {v}", step)
             numbers = torch.rand(len(batch), 12, generator=draws).to(device)
-            size = [side * 3 // 4 for side in batch.shape[2:]]
+            size = contrastive.view_shape(*batch.shape[2:])
             views.append(contrastive.augment(
                 batch, size, numbers, **contrastive.VIEWS_OF_SHAPES))
         with autocast:
@@ -217,7 +218,8 @@ def report(measured, B):
     for name in ("zero_shot", "never_captioned"):
         if name in measured:
             result[name] = round(np.mean(measured[name]), 1)
-            print(f"test: {name.replace('_', ' ')} {show(measured[name])}, over the prompts")
+            figures = mean_and_spread(measured[name])
+            print(f"test: {name.replace('_', ' ')} {figures}, over the prompts")
     return result
 
 
@@ -279,11 +281,5 @@ def print_table(rows):
     """rows: (name, labels a class, accuracies on all images, on never captioned ones)."""
     print(f"{'':32}{'labels a class':>14}{'all images':>14}{'never captioned':>17}")
     for name, per_class, of_all, of_new in rows:
-        print(f"{name:32}{per_class:>14}{show(of_all):>14}{show(of_new):>17}")
-
-
-def show(values):
-    """Mean and standard deviation, such as "88.1 ± 0.4"; the mean alone of one value."""
-    if len(values) == 1:
-        return f"{values[0]:.1f}"
-    return f"{np.mean(values):.1f} ± {np.std(values, ddof=1):.1f}"
+        of_all, of_new = mean_and_spread(of_all), mean_and_spread(of_new)
+        print(f"{name:32}{per_class:>14}{of_all:>14}{of_new:>17}")

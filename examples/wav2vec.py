@@ -220,13 +220,13 @@ def main():
     for step in range(first_step, settings.steps):
         waves, lengths, others, places = batches.two_views(step)
         draws = generator(settings.seed, "codes", step)
-        masked = draw_spans(lengths, settings.span, 0.5, draws)
+        masked = draw_spans(lengths, settings.span, 0.5, draws).to(device)
         inputs = [x.to(device) for x in (waves, lengths, masked, others, places)]
         temperature = max(0.5, 2 * 0.25**(step / (0.7 * settings.steps)))  # of the codes
         with autocast:
             predictions, targets, codes, p = model(*inputs, temperature, draws)
         numbers = torch.rand(len(codes), K, generator=draws).to(device)
-        distractors = choose_distractors(codes, masked.to(device), numbers)
+        distractors = choose_distractors(codes, masked, numbers)
         contrastive, accuracy = contrastive_loss(predictions, targets, *distractors)
         diversity = diversity_loss(p)
         (contrastive + settings.diversity * diversity).backward()

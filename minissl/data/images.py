@@ -130,8 +130,7 @@ def sample_of_pixels(images):
     these are larger than 64 MiB.
     """
     affordable = max(100, 2**26 // math.prod(images.shape[1:]))
-    n = min(len(images), 10_000, affordable)
-    indices = evenly_spaced(len(images), n)
+    indices = evenly_spaced(len(images), min(10_000, affordable))
     return images[indices].cpu().float() / 255      # MPS has neither float64 nor eigh
 
 

@@ -25,6 +25,7 @@ import numpy as np
 from minissl import UserError
 from minissl.evaluation import load
 from minissl.training.files import read_csv, write_csv
+from minissl.training.report import mean_and_spread
 
 
 def print_table(measurements, chance):
@@ -41,8 +42,7 @@ def print_table(measurements, chance):
                      if m["labels_a_class"] == row and m["method"] == method]
             accuracies = [draw["test_accuracy"] for draw in draws]
             seconds = np.mean([draw["seconds"] for draw in draws])
-            spread = f" ± {np.std(accuracies, ddof=1):.1f}" if len(accuracies) > 1 else ""
-            line.append(f"{np.mean(accuracies):.1f}{spread} ({seconds:.0f})")
+            line.append(f"{mean_and_spread(accuracies)} ({seconds:.0f})")
         lines.append(line)
     widths = [max(len(cell) for cell in column) for column in zip(*lines)]
     for line in lines:
