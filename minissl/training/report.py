@@ -284,8 +284,7 @@ def label_table(path, condition=None):
     condition: see `accuracies`.
     """
     cells = accuracies(path, condition)
-    labels = list(dict.fromkeys(label for label, _ in cells))
-    methods = list(dict.fromkeys(method for _, method in cells))
+    labels, methods = rows_and_columns(cells)
     table = [["labels a class", *methods]]
     for label in labels:
         line = [label]
@@ -293,6 +292,13 @@ def label_table(path, condition=None):
             line.append(mean_and_spread(cells.get((label, method), [])))
         table.append(line)
     return table
+
+
+def rows_and_columns(cells):
+    """The labels a class and the methods in the keys of `accuracies`, each once, in their order."""
+    labels = list(dict.fromkeys(label for label, _ in cells))
+    methods = list(dict.fromkeys(method for _, method in cells))
+    return labels, methods
 
 
 def mean_and_spread(values):
@@ -313,16 +319,18 @@ def label_figure(path, condition=None, width=640, height=300, **attributes):
     A bar at each point reaches one standard deviation up and down. An SVG that is to be
     a separate file needs xmlns among the attributes. condition: see `accuracies`.
     """
-    (_, *methods), *lines = label_table(path, condition)
+    cells = accuracies(path, condition)
+    labels, methods = rows_and_columns(cells)
     left, right, top, bottom = 50, width - 160, 20, height - 40
 
     points_of = {method: [] for method in methods}    # [(row, mean, std), ...]
     lowest, highest = [], []
-    for n, (_, *cells) in enumerate(lines):
-        for method, cell in zip(methods, cells):
-            if cell:
-                mean, _, std = cell.partition(" ± ")
-                mean, std = float(mean), float(std or 0)
+    for n, label in enumerate(labels):
+        for method in methods:
+            draws = cells.get((label, method), [])
+            if draws:
+                mean = np.mean(draws)
+                std = np.std(draws, ddof=1) if len(draws) > 1 else 0
                 points_of[method].append((n, mean, std))
                 lowest.append(mean - std)
                 highest.append(mean + std)
@@ -330,12 +338,12 @@ def label_figure(path, condition=None, width=640, height=300, **attributes):
     low = min(high - 10, math.floor(min(lowest) / 10) * 10)
 
     def x_of(n):
-        return left + (right - left) * (n + 0.5) / len(lines)
+        return left + (right - left) * (n + 0.5) / len(labels)
 
     def y_of(accuracy):
         return top + (bottom - top) * (high - min(accuracy, high)) / (high - low)
 
-    middle = x_of((len(lines) - 1) / 2)
+    middle = x_of((len(labels) - 1) / 2)
     parts = [
         element("text", "test accuracy, %", x=left, y=12),
         element("text", "labels a class", x=middle, y=height - 5, text_anchor="middle"),
@@ -344,7 +352,7 @@ def label_figure(path, condition=None, width=640, height=300, **attributes):
         y = y_of(accuracy)
         parts.append(element("line", x1=left, x2=right, y1=y, y2=y, stroke="#8884"))
         parts.append(element("text", accuracy, x=left - 6, y=y + 4, text_anchor="end"))
-    for n, (label, *_) in enumerate(lines):
+    for n, label in enumerate(labels):
         label = html.escape(label)
         parts.append(element("text", label, x=x_of(n), y=height - 22, text_anchor="middle"))
 
