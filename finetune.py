@@ -10,16 +10,18 @@
 
 "Labels a class" says how many labelled examples of each class a row may use. They are drawn
 several times, and all columns get the same draws. Everything else is chosen on held-out examples
-or by cross-validation. The test set is used for the figures alone. Without --labels the rows are
-10, 100, 500 and all for texts, and 10, 50, 500 and all for images. The row "all" uses every
-label, so its labels are always the same. It is trained twice, in two orders (with --seeds 1 once).
-Each row is kept as soon as it is finished.
+or by cross-validation. The test set is used for the accuracies in the table alone. Without
+--labels the rows are 10, 100, 500 and all for texts, and 10, 50, 500 and all for images. The row
+"all" uses the labels of all training and held-out examples, so it needs no draw. Where a training
+is random, it is done twice, with another order of the examples (with --seeds 1 once). Each row is
+kept as soon as it is finished.
 
     n-grams       texts: logistic regression on n-grams, without any pretraining: tokens and
                   pairs weighted by tf-idf. With up to five classes, tokens, pairs and triples with
                   naive Bayes weights are also tried, and cross-validation chooses.
-    pixels        images: logistic regression on pixels, without any pretraining; after
-                  train_ae.py also on principal components
+    pixels        images: logistic regression on pixels, without any pretraining
+    pixel PCA     images, after train_ae.py: the same on as many principal components as the code
+                  of the autoencoder has numbers
     untrained     images: a linear probe of the same encoder with random weights
     from scratch  the same model, trained on the labels alone
     linear probe  logistic regression on the features of the pretrained encoder
@@ -71,7 +73,7 @@ from minissl.data.text_sources import load_texts, read_texts
 from minissl.data.texts import encode_texts
 from minissl.evaluation import load, probes
 from minissl.evaluation.classifier import build_classifier, read_classifier, write_classifier
-from minissl.evaluation.columns import MOST_UNLABELLED, plain_column
+from minissl.evaluation.columns import MOST_POOL, plain_column
 from minissl.evaluation.features import image_features, text_features
 from minissl.evaluation.image_table import ImageTask
 from minissl.evaluation.measurements import add_measurements, print_table, read_measurements
@@ -222,10 +224,10 @@ def warn_of_another_split(settings, checkpoint, data):
 def keep_complete_classes(data, name, most=0):
     """The labelled examples of the classes that can be trained and tested, and unlabelled ones.
 
-    The latter are of the training split: as many as fit beside the labelled training examples if
-    there are at most `most` of both. They get the label −1. Prints the names of the other
-    classes. Raises UserError if fewer than two are left, or if no labelled example is held out
-    for the choices.
+    The latter are of the training split, and get the label −1. Labelled and unlabelled training
+    examples together are at most `most`, unless the labelled ones alone are more. Prints the
+    names of the other classes. Raises UserError if fewer than two are left, or if no labelled
+    example is held out for the choices.
     """
     if len(data.classes) < 2:
         found = f"only: {data.classes[0]}" if data.classes else "no labels"
@@ -274,8 +276,8 @@ def choose(column, options, task, draws):
 
     A column that prefers its first option keeps it, unless the best one is ahead by more than
     the standard error of the difference (after the rule of Breiman et al. 1984, "Classification
-    and regression trees", section 3.4.3). This is the error from having few held-out examples.
-    That another draw of labels could decide otherwise is not in it.
+    and regression trees", section 3.4.3). This error says how much depends on the choice of
+    held-out examples, and not how much depends on the draw of labels.
     """
     scores = torch.stack([held_out_scores(column, task, option, draws) for option in options])
     best = int(scores.mean(1).argmax())
@@ -350,8 +352,9 @@ def choose_options(task, columns, per_class, n, title):
         if len(options[name]) > 1:
             progress(f"{title}, {name}: choosing on held-out examples")
             chosen[name] = choose(column, options[name], task, draws)
-        if chosen[name]:
             print(f"  {name}: chose {chosen[name]}", flush=True)
+        elif chosen[name] is not None:
+            print(f"  {name}: {chosen[name]}", flush=True)
     return chosen
 
 
@@ -452,7 +455,7 @@ def make_table(settings, model, checkpoint, machine):
     warn_of_another_split(settings, checkpoint, data)
     for note in data.notes:
         print(f"data: {note}")
-    data = keep_complete_classes(data, name, 0 if settings.probe else MOST_UNLABELLED)
+    data = keep_complete_classes(data, name, 0 if settings.probe else MOST_POOL)
     new_model = partial(load.new_model, checkpoint)
     if is_text:
         flip = None
@@ -460,9 +463,10 @@ def make_table(settings, model, checkpoint, machine):
     else:
         flip = load.may_mirror(checkpoint) and not settings.no_flip
         task = ImageTask(data, model, machine, new_model, flip, trained.get("code"))
-    no_flip = "-no-flip" if settings.no_flip else ""
-    source = dict(data=name, limit=settings.limit, step=checkpoint["step"],
-                  checksum=checksum(data) + no_flip)
+    # The measurements know a condition by the data's name, so this flag is a part of the name.
+    name_in_table = f"{name} --no-flip" if settings.no_flip else name
+    source = dict(data=name_in_table, limit=settings.limit, step=checkpoint["step"],
+                  checksum=checksum(data))
     shape = None if is_text else list(data.shape[1:])
 
     def keep(measurements, classifier, labels):
@@ -473,7 +477,7 @@ def make_table(settings, model, checkpoint, machine):
                   f"so they stay in a separate table")
         if not settings.probe:
             conditions = dict(
-                source, classes=data.classes, shape=shape, labels=labels, flip=flip)
+                source, data=name, classes=data.classes, shape=shape, labels=labels, flip=flip)
             keep_classifier(folder, classifier, conditions)
             picture = folder / "finetune.svg"
             if not settings.limit or not picture.exists():

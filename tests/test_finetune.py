@@ -31,7 +31,7 @@ from minissl.evaluation import (
     text_table,
 )
 from minissl.evaluation.classifier import Classifier, read_classifier
-from minissl.evaluation.columns import Column, LinearClassifier
+from minissl.evaluation.columns import Column, LinearClassifier, standardize
 from minissl.evaluation.image_table import ImageOption, ImageTask
 from minissl.evaluation.text_table import TextTask
 from minissl.optim import Muon
@@ -555,6 +555,21 @@ def test_other_content_under_the_same_name_stays_apart(run_script, tmp_path):
     assert old[0].startswith(f"{name} (other content, checksum ") and new[0] == name
 
 
+def test_content_that_comes_back_finds_its_old_rows(tmp_path):
+    path = tmp_path / "finetune.csv"
+    for accuracy, checksum in ((50, "a"), (60, "b"), (51, "a")):
+        row = measurement(accuracy=accuracy)
+        source = dict(data="a.npy", limit=0, step=1, checksum=checksum)
+        measurements.add_measurements(path, [row], source)
+    old, new = measurements.read_measurements(path)
+    assert (old["test_accuracy"], new["test_accuracy"]) == ("60", "51")
+    assert old["data"] == "a.npy (other content, checksum b)" and new["data"] == "a.npy"
+    # What another --limit has measured says nothing about the content.
+    source = dict(data="a.npy", limit=7, step=1, checksum="c")
+    assert measurements.add_measurements(path, [measurement()], source) == 0
+    assert measurements.read_measurements(path)[:2] == [old, new]
+
+
 def test_rows_without_a_checksum_stay_in_a_table_of_their_own(tmp_path):
     row = measurement()
     del row["checksum"]
@@ -627,7 +642,7 @@ def test_a_damaged_csv_is_refused_before_measuring(content, run, run_script):
 
 # ---------------------------------------------------------------- has the test set been seen?
 
-WARNING = "warning: the split has changed since pretraining"
+WARNING = "warning: the data or its split has changed since pretraining"
 
 
 @pytest.mark.parametrize("limit", [0, 50])
@@ -1035,7 +1050,15 @@ def test_features_are_standardized_by_training_images_alone(image_runs):
     task = image_task(image_runs / "simclr")
     found = task.features(task.model)[task.train]
     torch.testing.assert_close(task.mean, found.mean(0))
-    torch.testing.assert_close(task.std, found.std(0, correction=0).clamp(min=1e-6))
+    std = found.std(0, correction=0)
+    torch.testing.assert_close(task.std, torch.where(std < 1e-6, 1, std))
+
+
+def test_a_constant_column_keeps_its_scale():
+    x = torch.tensor([[0.0, 1.0], [0.0, 3.0], [0.5, 2.0]])
+    scaled, mean, std = standardize(x, [0, 1])
+    assert scaled.tolist() == [[0, -1], [0, 1], [0.5, 0]]
+    assert mean.tolist() == [0, 2] and std.tolist() == [1, 1]
 
 
 def test_self_training_also_sees_images_without_labels(image_runs):
@@ -1048,7 +1071,7 @@ def test_self_training_also_sees_images_without_labels(image_runs):
 
 
 def test_self_training_has_a_largest_number_of_images(image_runs, monkeypatch):
-    monkeypatch.setattr(columns, "MOST_UNLABELLED", 100)
+    monkeypatch.setattr(columns, "MOST_POOL", 100)
     task = image_task(image_runs / "simclr", two_classes(100, [120, 20, 60]))
     assert len(task.train) == 120 and len(task.pool) == 100
 
@@ -1140,6 +1163,9 @@ def test_images_are_not_mirrored_where_that_is_forbidden(
                                    "--limit", 100, *flags)
         assert code == 0 and flips == expected, printed
         assert read_classifier(image_run)["flip"] == (not flags)
+    assert report.conditions(image_run / "finetune.csv") == [
+        ("shapes", "100", "90"), ("shapes --no-flip", "100", "90"),
+    ]
 
 
 def test_written_features_are_mirrored_unless_forbidden(image_run, run_script, tmp_path):

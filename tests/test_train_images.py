@@ -394,6 +394,9 @@ def test_other_encoders_take_images_of_any_size():
     sentence = "found images of 7 × 50 × 3; expected at least 8 × 8"
     with pytest.raises(UserError, match=sentence):
         load.check_images(torch.empty(1, 3, 7, 50), model, "the array")
+    sentence = "found images of 8 × 50 × 1; the run was trained on images with 3 channels:"
+    with pytest.raises(UserError, match=sentence):
+        load.check_images(torch.empty(1, 1, 8, 50), model, "the array")
 
 
 # ---------------------------------------------------------------- resuming
@@ -527,7 +530,8 @@ def test_a_run_killed_before_its_first_checkpoint_restarts(
     (train_contrastive, ["--views", 1], "--views 1: must be at least 2"),
     (train_contrastive, ["--temperature", 0], "--temperature 0.0: must be at least"),
     (train_contrastive, ["--crop", 2], "--crop 2.0: must be at most 1"),
-    (train_contrastive, ["--view-size", 7], "--view-size 7: must be at least 8"),
+    (train_contrastive, ["--view-size", 7], "--view-size 7: must be even, and at"),
+    (train_contrastive, ["--view-size", 15], "--view-size 15: must be even, and at"),
     (train_contrastive, ["--batch-size", 500, "--limit", 400], "there are only 400 images"),
     (train_contrastive, ["--data", "no_such_name"], "expected shapes, cifar10 or a .npy"),
     (train_contrastive, ["--method", "dino"], "'dino' is not one of simclr, byol"),

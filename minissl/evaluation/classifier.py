@@ -45,6 +45,7 @@ class Classifier(nn.Module):
 # ---------------------------------------------------------------- classifier.pt
 
 CLASSIFIER_FORMAT = "minissl classifier 5"
+# The checksum is not required, because older files have none.
 CONDITIONS = ("step", "classes", "shape", "flip", "data", "limit", "labels")
 
 

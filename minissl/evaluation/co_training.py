@@ -13,8 +13,8 @@ sum of both:
 
 where σ is the standard deviation of all logits of the held-out texts, after the mean of
 each text was subtracted. (With fewer than 100 held-out texts, some training texts join
-them. If these texts are among the labelled ones, as in the row "all", σ is a little too
-large.)
+them. Where a classifier has learned from some of these texts, as in the row "all", σ is a
+little too large.)
 
 The student sees something else than its teacher, so it makes other mistakes. In every
 measurement the mean accuracy of the sum was above that of the teacher, and in most of
@@ -50,7 +50,7 @@ class CoTraining:
     Arguments:
         probe: the LinearClassifier of the document vectors of N texts
         n_grams: the NGrams of the same texts
-        pool (P,): the indices of the texts whose classes are guessed; their labels are not
+        pool (M,): the indices of the texts whose classes are guessed; their labels are not
             read
         reference: the indices of the texts over which σ is computed
     """
@@ -70,7 +70,7 @@ class CoTraining:
         return weights, self.fit_student(indices, weights, ngram_model)
 
     def fit_student(self, indices, weights, ngram_model):
-        """(the name of its weighting, its weights (P + 1, C)), from labels and guesses.
+        """(the name of its weighting, its weights (D + 1, C)), from labels and guesses.
 
         weights (d + 1, C): of the probe that guesses. With many labels, or without any
         other text, the student is ngram_model, which has learned from the labels alone.
@@ -78,23 +78,24 @@ class CoTraining:
         C = self.probe.classes
         others = np.setdiff1d(self.pool, indices)                         # (U,)
         if len(indices) > MANY_LABELS or len(others) == 0:
-            weighting, fitted = ngram_model
-            return weighting, fitted.weights
+            weighting, cross_validated = ngram_model
+            return weighting, cross_validated.weights
 
         p = probes.predict(self.probe.x[others], weights).softmax(1)      # (U, C)
         guesses = p**2 / (p**2).sum(1, keepdim=True)
         one_hot = F.one_hot(self.probe.labels[indices], C).float()
         targets = probes.weighted_targets(guesses, one_hot)               # (U + n, C)
 
+        # ngram_model may have taken tf-idf, but its choice rests on a few labels.
         weighting = "naive Bayes" if "naive Bayes" in self.n_grams.rows else "tf-idf"
         rows = self.n_grams.rows[weighting][np.concatenate([others, indices])]
         scale = None
         if weighting == "naive Bayes":
             # Here each text counts once. Larger weights for the labels were not tried.
             scale = naive_bayes_weights(rows, torch.cat([guesses, one_hot]), C)
-        fitted = probes.logistic_regression(
+        student_weights = probes.logistic_regression(
             rows, targets, C, STRENGTHS[weighting], tolerance=1e-4, weight_scale=scale)
-        return weighting, fitted
+        return weighting, student_weights
 
     def probe_logits(self, weights, indices):
         """a / σ(a) of these texts, (n, C). Every row has the mean 0."""

@@ -19,8 +19,8 @@ from minissl.data.splits import HELD_OUT, TEST, TRAIN, evenly_spaced
 from minissl.evaluation import probes
 
 
-MOST_UNLABELLED = 50_000        # examples of which self-training guesses the classes
-MANY_LABELS = 5000      # with more labels in all, other settings are tried
+MOST_POOL = 50_000      # examples whose classes self-training guesses, labelled ones included
+MANY_LABELS = 5000      # with more labels in all, other settings are used
 
 
 def no_options(n):
@@ -71,7 +71,7 @@ class Task:
         self.train = np.flatnonzero(has_label & (examples.split == TRAIN))
         self.held_out = np.flatnonzero(examples.split == HELD_OUT)
         self.test = np.flatnonzero(examples.split == TEST)
-        sample = self.train[evenly_spaced(len(self.train), MOST_UNLABELLED)]
+        sample = self.train[evenly_spaced(len(self.train), MOST_POOL)]
         self.pool = np.concatenate([sample, np.flatnonzero(~has_label)])
 
     def set_features(self, features):
@@ -87,7 +87,7 @@ PROBE_STRENGTHS = (3, 1, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001)
 
 
 class LinearClassifier:
-    """A logistic regression, whose strength is chosen among the labels that it is given.
+    """A logistic regression. Its strength is chosen by cross-validation on the labels it is given.
 
     Arguments: x, the features of all N examples: x[indices] is (n, D); labels (N,) int64;
     classes, their number; strengths, to choose from.
@@ -122,8 +122,13 @@ def parts_of(n, columns):
     return max(1, -(-n // rows))
 
 
-def standardize(x, pool):
-    """x (N, D) with mean 0 and std 1 over the rows `pool`; and that mean (D,) and std (D,)."""
-    mean = x[pool].mean(0)
-    std = x[pool].std(0, correction=0).clamp(min=1e-6)
+def standardize(x, rows):
+    """x (N, D) with mean 0 and std 1 over these rows; and that mean (D,) and std (D,).
+
+    A column that is constant in these rows keeps its scale. Divided by a tiny number, it would
+    outweigh all others in the rows where it is not constant.
+    """
+    mean = x[rows].mean(0)
+    std = x[rows].std(0, correction=0)
+    std = torch.where(std < 1e-6, 1, std)
     return (x - mean) / std, mean, std

@@ -20,6 +20,7 @@ from minissl.data.splits import evenly_spaced
 from minissl.evaluation.classifier import Classifier
 from minissl.evaluation.columns import (
     MANY_LABELS,
+    PROBE_STRENGTHS,
     Column,
     LinearClassifier,
     Task,
@@ -102,8 +103,8 @@ class ImageTask(Task):
         mean = pixels.mean(0)
         std = pixels.std(0, correction=0).clamp(min=1)
 
-        def column_of_probe(x, *strengths):
-            return plain_column(LinearClassifier(x, self.labels, C, *strengths))
+        def column_of_probe(x, strengths=PROBE_STRENGTHS):
+            return plain_column(LinearClassifier(x, self.labels, C, strengths))
 
         columns = {}
         columns["pixels"] = column_of_probe(Pixels(self.images, mean, std), PIXEL_STRENGTHS)
@@ -205,8 +206,9 @@ class ImageTask(Task):
     def train_classifier(self, model, indices, option, seed, smoothing, images_seen=9600):
         """Train the whole Classifier on the images `indices`.
 
-        From scratch and fine-tuned get the same number of steps: `images_seen` images, or 4
-        epochs if that is more. option: an ImageOption; smoothing, of the labels.
+        From scratch and fine-tuned see the same number of images: `images_seen`, or 4 epochs
+        if that is more. With the rate 0 they see none. option: an ImageOption; smoothing, of
+        the labels.
         """
         rate, crop, batch_size, freeze_norm = option
         n = len(indices)

@@ -15,7 +15,7 @@ from minissl import UserError
 from minissl.autoencoder import Autoencoder
 from minissl.contrastive import BYOL, SimCLR
 from minissl.data.images import SMALLEST
-from minissl.data.splits import fingerprint
+from minissl.data.splits import count_of, fingerprint
 from minissl.data.texts import encode_texts
 from minissl.evaluation.features import image_features, text_features
 from minissl.tokenizer import MASK, Tokenizer
@@ -41,7 +41,11 @@ def load_run(run):
 
 
 def new_model(checkpoint, seed):
-    """The model of a checkpoint as it was before any training, from this seed."""
+    """A model like that of a checkpoint, with random weights from this seed.
+
+    The output layers of a TextEncoder are not set by `init_from_counts`. Its features do not
+    depend on them.
+    """
     torch.manual_seed(seed)
     return MODELS[checkpoint["method"]](**checkpoint["model_settings"])
 
@@ -49,7 +53,7 @@ def new_model(checkpoint, seed):
 def may_mirror(checkpoint):
     """Whether images may be mirrored: True unless the run was trained with --no-flip.
 
-    Then the features of an image are averaged over the image and its mirror image.
+    If they may, the features of an image are the mean over the image and its mirror image.
     """
     return not checkpoint["settings"].get("no_flip", False)
 
@@ -73,18 +77,20 @@ def check_images(images, model, name):
     if min(H, W) < SMALLEST:
         raise UserError(f"{given}; expected at least {SMALLEST} × {SMALLEST}: enlarge them "
                         f"(a single colour image must have the shape (1, H, W, C))")
-    size = tuple(getattr(model, "size", None) or (H, W))
-    if C != model.channels or (H, W) != size:
-        expected = f"{size[0]} × {size[1]} × {model.channels}"
-        raise UserError(f"{given}; the run was trained on images of {expected}: convert them")
+    expected = f"images with {count_of(model.channels, 'channel')}"
+    size = getattr(model, "size", None)                         # None: it reads any size
+    if size:
+        expected = f"images of {size[0]} × {size[1]} × {model.channels}"
+    if C != model.channels or (size and (H, W) != tuple(size)):
+        raise UserError(f"{given}; the run was trained on {expected}: convert them")
 
 
 def check_split(data, checkpoint, name, kind):
     """Warn if the run may have been trained on images or texts that are now in the test set.
 
-    Of other data nobody can know that, and a note asks the user to make sure of it.
     The run's checkpoint describes the data that it was trained on. The description contains a
-    fingerprint of two parts: one for the examples, one for their split.
+    fingerprint of two parts: one for the examples, one for their split. Of data that shares
+    neither the name nor the examples nobody can know it, so a note asks the user to make sure.
     data: Images or Texts, loaded with the --limit of the pretraining; name: the --data that they
     come from; kind: "images" or "texts".
     """
@@ -95,8 +101,8 @@ def check_split(data, checkpoint, name, kind):
     examples, _ = now.split("-")
     trained_name = checkpoint["settings"]["data"]
     if is_same_source(name, trained_name) or examples in trained_on:
-        print(f"warning: the split has changed since pretraining, so test {kind} may have been "
-              f"trained on; pretrain a new run on this data to be sure")
+        print(f"warning: the data or its split has changed since pretraining, so test {kind} may "
+              f"have been trained on; pretrain a new run on this data to be sure")
     else:
         print(f"note: make sure that the run was not trained on the test examples of {name}")
 
@@ -159,8 +165,8 @@ def fill(run, text):
         raise UserError("--fill: found 0 [MASK]; write at least one [MASK], in capital letters, "
                         "where a word is missing")
     if len(tokens) > model.window:
-        raise UserError(f"--fill: found {len(positions)} [MASK] and {len(tokens)} tokens; expected "
-                        f"at least one [MASK] and at most {model.window} tokens")
+        raise UserError(f"--fill: the text has {len(tokens)} tokens, and the run reads at most "
+                        f"{model.window}: give a shorter text")
 
     with torch.no_grad():
         x = model(torch.tensor([tokens]))[0, positions]         # (M, D)

@@ -11,6 +11,8 @@ A measurement is a dict of
     step              of the pretraining
     checksum          of the examples, their split and their labels
 
+With --no-flip, this flag stands behind the name of the data, because the features differ.
+
 A row of the table has several, one for each draw. In the row "all" a column has two if its
 training is random, and otherwise one.
 
@@ -30,9 +32,9 @@ from minissl.training.report import mean_and_spread
 
 def print_table(measurements, chance):
     """Print the mean and the standard deviation over draws, and the mean seconds of a draw."""
-    print(f"\ntest accuracy in %, mean ± std over draws of labels (chance {chance:.1f}); "
-          f"in brackets seconds a draw,\n"
-          f"without what a column before it has already fitted")
+    print(f"\ntest accuracy in %, mean ± std over draws of labels, and in the row \"all\" over "
+          f"two trainings (chance {chance:.1f});\n"
+          f"in brackets seconds a draw, without what a column before it has already fitted")
     methods = list(dict.fromkeys(m["method"] for m in measurements))
     lines = [["labels a class", *methods]]
     for row in dict.fromkeys(m["labels_a_class"] for m in measurements):
@@ -85,20 +87,27 @@ def merge_measurements(old, new):
 
 
 def rename_other_data(old, source):
-    """Give old rows the name that the data has now, or another one if its content was another.
+    """Give old rows of the same data its present name, and another one if its content has changed.
 
     The page and the figure know data by its name, so other content must have another name.
+    Checksums can be compared only at the same --limit. If the data has its old content again,
+    the rows get their old name back.
     old: rows of finetune.csv, which are changed; source: a dict of data, limit and checksum.
-    Returns the number of rows of other content.
+    Returns the number of rows that have become rows of other content.
     """
     changed = 0
     for row in old:
-        if not load.is_same_source(row["data"], source["data"]):
+        suffix = f" (other content, checksum {row['checksum'] or 'unknown'})"
+        name = row["data"].removesuffix(suffix)
+        if not load.is_same_source(name, source["data"]):
             continue
+        was_other = is_other = name != row["data"]
+        if row["limit"] == str(source["limit"]):
+            is_other = row["checksum"] != source["checksum"]
         row["data"] = source["data"]            # one spelling of a path
-        same_limit = row["limit"] == str(source["limit"])
-        if same_limit and row["checksum"] != source["checksum"]:
-            row["data"] += f" (other content, checksum {row['checksum'] or 'unknown'})"
+        if is_other:
+            row["data"] += suffix
+        if is_other and not was_other:
             changed += 1
     return changed
 

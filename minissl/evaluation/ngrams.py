@@ -95,16 +95,17 @@ def count_ngrams(texts, keys, longest):
 
 # ---------------------------------------------------------------- weights
 
-def tf_idf(counts, fit):
+def tf_idf(counts, counted):
     """Term frequency times inverse document frequency, each row scaled to length 1.
 
         (1 + ln count) · (ln((1 + n) / (1 + df)) + 1)
 
     This is TfidfVectorizer(sublinear_tf=True) of scikit-learn. counts: SparseRows (N, V);
-    fit (n,): the rows from which the document frequencies df are counted. Returns SparseRows.
+    counted (n,): the rows from which the document frequencies df are counted. Returns
+    SparseRows.
     """
-    df = torch.bincount(counts[fit].indices, minlength=counts.columns)    # (V,)
-    idf = ((1 + len(fit)) / (1 + df)).log() + 1
+    df = torch.bincount(counts[counted].indices, minlength=counts.columns)        # (V,)
+    idf = ((1 + len(counted)) / (1 + df)).log() + 1
     values = (1 + counts.values.log()) * idf[counts.indices].float()
     row = counts.row_of_entries()
     length = torch.zeros(len(counts)).index_add_(0, row, values**2).sqrt()        # (N,)
@@ -144,23 +145,23 @@ def make_ngrams(texts, counted):
     most = min(MOST_NGRAMS, MOST_WEIGHTS // C)
     keys = frequent_ngrams(texts.select(counted).sample(SAMPLE_TEXTS), longest, most)
     counts = count_ngrams(texts, keys, longest)
-    terms = (keys < V**2).sum()                                 # the keys are sorted: triples last
-    return NGrams(counts, terms, torch.from_numpy(texts.labels), C, counted)
+    pairs_end = (keys < V**2).sum()                             # the keys are sorted: triples last
+    return NGrams(counts, pairs_end, torch.from_numpy(texts.labels), C, counted)
 
 
 class NGrams:
     """The classifier of the column "n-grams".
 
-    Arguments: counts, SparseRows (N, D), of the n-grams of N texts, tokens and pairs first; terms,
-    how many of the D columns are tokens and pairs; labels (N,) int64; classes, their number;
-    counted (n,), the texts from which tf-idf takes its document frequencies, without their
-    labels.
+    Arguments: counts, SparseRows (N, D), of the n-grams of N texts, tokens and pairs first;
+    pairs_end, how many of the D columns are tokens and pairs; labels (N,) int64; classes, their
+    number; counted (n,), the texts from which tf-idf takes its document frequencies, without
+    their labels.
     """
 
-    def __init__(self, counts, terms, labels, classes, counted):
+    def __init__(self, counts, pairs_end, labels, classes, counted):
         self.labels = labels
         self.classes = classes
-        self.rows = {"tf-idf": tf_idf(counts.first_columns(terms), counted)}
+        self.rows = {"tf-idf": tf_idf(counts.first_columns(pairs_end), counted)}
         if classes <= MOST_CLASSES:
             ones = torch.ones_like(counts.values)
             self.rows["naive Bayes"] = SparseRows(

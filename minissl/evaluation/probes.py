@@ -138,7 +138,8 @@ def logistic_regression(x, labels, classes, strength, start=None, tolerance=1e-5
 
     The loss is convex, so L-BFGS finds its minimum from any start. (The minimum is unique up to
     a constant that is added to all biases.) It ends when no entry of the gradient of `minimize`
-    is above `tolerance`, when the loss gains less than 1e-9, or after 200 iterations.
+    is above `tolerance`, when the loss or the weights move by less than 1e-9, or after 200
+    iterations (250 evaluations of the loss).
     """
     D = x.shape[1]
     labels = torch.as_tensor(labels)
@@ -178,8 +179,8 @@ def minimize(x, labels, strength, start, tolerance, weight_scale):
     step_scale = (curvature + strength).rsqrt()
     step_scale = F.pad(step_scale, (0, 0, 0, 1), value=1)                 # the bias: 1
     weight_scale = F.pad(weight_scale, (0, 0, 0, 1), value=1)             # (D + 1, C) or (D + 1, 1)
-    u = torch.where(weight_scale == 0, 0, start / weight_scale)           # (D + 1, C)
-    v = (u / step_scale).requires_grad_()
+    start_u = torch.where(weight_scale == 0, 0, start / weight_scale)     # (D + 1, C)
+    v = (start_u / step_scale).requires_grad_()
     optimizer = torch.optim.LBFGS([v], max_iter=200, history_size=10,
                                   tolerance_grad=tolerance, line_search_fn="strong_wolfe")
 
@@ -237,14 +238,15 @@ def products(x):
     return product, transposed_product
 
 
-LABEL_WEIGHT = 0.5      # n labels together weigh n + 0.5 U beside U guesses, which weigh U
+LABEL_WEIGHT = 0.5      # of n labels beside guesses; see `weighted_targets`
 
 
 def weighted_targets(guesses, one_hot):
     """Targets of `logistic_regression`, (U + n, C), from soft labels and labels.
 
-    guesses (U, C); one_hot (n, C). Each row of one_hot weighs 1 + LABEL_WEIGHT · U / n times as
-    much as a guess. All rows are scaled so that their mean weight is 1.
+    guesses (U, C); one_hot (n, C). Each label weighs 1 + LABEL_WEIGHT · U / n times as much as a
+    guess, so all labels together get half the weight of the guesses on top of their own. All
+    rows are scaled so that their mean weight is 1.
     """
     label_weight = 1 + LABEL_WEIGHT * len(guesses) / len(one_hot)
     targets = torch.cat([guesses, label_weight * one_hot])

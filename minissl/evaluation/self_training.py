@@ -4,9 +4,9 @@ The probe of a few labels guesses the classes of the other training images. Its 
 better if each image listens to its nearest neighbours. A second probe learns from the labels
 and from these guesses:
 
-    p = softmax of the first probe's logits, but one-hot for an image with a label      (U, C)
+    p = softmax of the first probe's logits, but one-hot for an image with a label      (M, C)
         (computed on the first 256 principal axes of the features)
-    q ← (1 − α) p + α · weighted mean of q over the nearest neighbours, three times     (U, C)
+    q ← (1 − α) p + α · weighted mean of q over the nearest neighbours, three times     (M, C)
     soft label of an image = q⁴ / Σ q⁴
 
 The formula of q is the label spreading of Zhou et al. 2004, "Learning with local and global
@@ -35,11 +35,11 @@ MOST_LABELS = 2000      # with more labels the guesses do harm, so this is the p
 
 
 def nearest_neighbours(x, k, rows=2000):
-    """The k nearest other rows of each row of x (U, D): cosines (U, k) and indices (U, k)."""
+    """The k nearest other rows of each row of x (M, D): cosines (M, k) and indices (M, k)."""
     x = F.normalize(x, dim=1)
     cosines, indices = [], []
     for begin in range(0, len(x), rows):
-        similarity = x[begin:begin + rows] @ x.T                          # (rows, U)
+        similarity = x[begin:begin + rows] @ x.T                          # (rows, M)
         similarity.diagonal(begin).fill_(-2)    # an image is not its own neighbour
         nearest = similarity.topk(k, dim=1)
         cosines.append(nearest.values)
@@ -48,15 +48,15 @@ def nearest_neighbours(x, k, rows=2000):
 
 
 def spread(p, cosines, indices, alpha=0.8, repeats=3):
-    """Guesses (U, C) that listen to the neighbours, from p (U, C); see the top of the file.
+    """Guesses (M, C) that listen to the neighbours, from p (M, C); see the top of the file.
 
-    cosines, indices (U, k): the neighbours. Each weighs exp(cosine / 0.07), as in
+    cosines, indices (M, k): the neighbours. Each weighs exp(cosine / 0.07), as in
     `probes.knn_accuracy`.
     """
-    weights = (cosines / 0.07).softmax(1)[:, :, None]                     # (U, k, 1)
+    weights = (cosines / 0.07).softmax(1)[:, :, None]                     # (M, k, 1)
     q = p
     for _ in range(repeats):
-        around = (weights * q[indices]).sum(1)                            # (U, C)
+        around = (weights * q[indices]).sum(1)                            # (M, C)
         q = (1 - alpha) * p + alpha * around
     return q
 
@@ -64,7 +64,7 @@ def spread(p, cosines, indices, alpha=0.8, repeats=3):
 class SelfTraining:
     """The classifier of the column "self-trained" of images.
 
-    Arguments: probe, the LinearClassifier of the first probe; pool (U,), the indices of the
+    Arguments: probe, the LinearClassifier of the first probe; pool (M,), the indices of the
     images whose classes are guessed; their labels are not read.
     """
 
@@ -72,14 +72,14 @@ class SelfTraining:
         self.probe = probe
         self.predict = probe.predict
         self.pool = pool
-        x = probe.x[pool]                                                 # (U, D)
+        x = probe.x[pool]                                                 # (M, D)
         # `principal_axes` has them from the smallest variance to the largest.
         self.axes = probes.principal_axes(x)[:, -AXES:].flip(1)           # (D, A)
-        self.x = x @ self.axes                                            # (U, A)
+        self.x = x @ self.axes                                            # (M, A)
         self.neighbours = None
 
     def find_neighbours(self):
-        """Cosines and indices (U, k) of the neighbours, searched once for all draws.
+        """Cosines and indices (M, k) of the neighbours, searched once for all draws.
 
         Each axis is divided by the square root of its standard deviation, so that the few axes
         of the largest variance do not decide alone.
@@ -99,8 +99,8 @@ class SelfTraining:
         more examples, so its strength is smaller. Nothing is random.
         """
         weights, strength = probe_model
-        is_labelled = np.isin(self.pool, indices)                         # (U,)
-        others = torch.from_numpy(np.flatnonzero(~is_labelled))
+        is_labelled = np.isin(self.pool, indices)                         # (M,)
+        others = torch.from_numpy(np.flatnonzero(~is_labelled))           # (U,) of the M
         n = len(indices)
         if len(others) == 0 or n > MOST_LABELS:
             return weights, strength
@@ -109,14 +109,14 @@ class SelfTraining:
         labelled = self.pool[is_labelled]       # those of `indices` that are in the pool
 
         on_axes = torch.cat([self.axes.T @ weights[:-1], weights[-1:]])   # (A + 1, C)
-        p = probes.predict(self.x, on_axes).softmax(1)                    # (U, C)
+        p = probes.predict(self.x, on_axes).softmax(1)                    # (M, C)
         p[torch.from_numpy(is_labelled)] = F.one_hot(labels[labelled], C).float()
         q = spread(p, *self.find_neighbours()) ** 4
-        soft_labels = (q / q.sum(1, keepdim=True))[others]
+        soft_labels = (q / q.sum(1, keepdim=True))[others]                # (U, C)
 
         targets = probes.weighted_targets(soft_labels, one_hot)
         x = torch.cat([self.x[others], self.probe.x[indices] @ self.axes])
         strength = strength * n / len(targets)
-        fitted = probes.logistic_regression(
-            x, targets, C, strength, on_axes, tolerance=1e-4)
-        return torch.cat([self.axes @ fitted[:-1], fitted[-1:]]), strength
+        second = probes.logistic_regression(
+            x, targets, C, strength, on_axes, tolerance=1e-4)             # (A + 1, C)
+        return torch.cat([self.axes @ second[:-1], second[-1:]]), strength

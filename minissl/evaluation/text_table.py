@@ -162,7 +162,8 @@ class TextTask(Task):
 
     def fit_together(self, indices, option, seed, fitted):
         """(the probe's weights, the student of co-training, the fine-tuned Classifier)"""
-        return *fitted["self-trained"], fitted["fine-tuned"]
+        weights, student = fitted["self-trained"]
+        return weights, student, fitted["fine-tuned"]
 
     def train_classifier(self, model, indices, option, seed, strength, embedding_scale):
         """Train the whole Classifier on the texts `indices`.
@@ -229,9 +230,12 @@ class TextTask(Task):
     def logits_together(self, model, indices):
         """(n, C): the sum of probe and fine-tuned encoder, plus the n-grams.
 
-        Both summands are divided by their standard deviations over the reference texts, and so
-        are the two of the first sum. At rate 0 the result orders the classes as the column
-        "self-trained" does. (EXPERIMENTS.md, "What do n-grams add to the document vector?")
+            both = unit(unit(probe) + unit(fine-tuned))
+            answer = both + unit(n-grams)
+
+        where unit divides by the standard deviation over the reference texts. At rate 0 the
+        answer orders the classes as the column "self-trained" does. (EXPERIMENTS.md, "What do
+        n-grams add to the document vector?")
         """
         weights, student, classifier = model
 
