@@ -4,16 +4,16 @@ It has two pretext tasks: fill in masked words, and predict the rest of the docu
 minissl/transformer.py explains both, and the model.
 
 Training has two stages. In the first stage the blocks of the transformer are still zero.
-The embeddings learn alone, from whole texts, half a million tokens a second. In the second
-stage everything learns, from both losses.
+The embeddings learn alone, from whole texts, hundreds of thousands of tokens a second. In the
+second stage everything learns, from both losses.
 
     python train_mlm.py                        docstrings of this machine's Python, 5 minutes
     python train_mlm.py --data imdb --run runs/imdb --steps 3800 --embedding-steps 1400
                                                film reviews, 10 minutes
-    python train_mlm.py --data my_texts/ --run runs/mine      your own .txt files
-    python train_mlm.py --steps 500 --run runs/quick          on a slow laptop
-    torchrun --nproc-per-node 2 -- train_mlm.py               several processes
-    python train_mlm.py --run runs/mine --resume              continue a run
+    python train_mlm.py --data my_texts/ --run runs/my-texts  your own .txt files
+    python train_mlm.py --steps 500 --run runs/mlm-quick      on a slow laptop
+    torchrun --nproc-per-node 2 -- train_mlm.py --run runs/mlm-two      two processes
+    python train_mlm.py --run runs/my-texts --resume          continue a run
     python train_mlm.py --fill "returns a [MASK] of strings"  ask the trained model
     python finetune.py runs/mlm                               measure whether it helped
 """
@@ -50,13 +50,13 @@ from minissl.training.settings import read_settings, require_at_least, run_scrip
 class Settings:
     data: str = "pydocs"  # pydocs, imdb, a .txt file, or a folder of .txt files
     data_dir: str = "data"  # the folder for downloads and caches
-    limit: int = 0  # for a trial: this many each for training, held-out, test; 0: all
+    limit: int = 0  # for a trial: at most this many texts of each split; 0: all
     run: str = "runs/mlm"  # the folder of the run
     resume: bool = False  # continue the run in --run
     steps: int = 1500  # optimizer steps of both stages together
     embedding_steps: int = -1  # steps of the first stage; below 0: a third of --steps
-    batch_size: int = 32  # windows of text in a step; the first stage takes 8 times as many texts
-    learning_rate: float = 0.02  # peak rate of the blocks; embeddings and heads take a fraction
+    batch_size: int = 32  # times --window: tokens in a step. First stage: 8 times as many texts
+    learning_rate: float = 0.02  # peak rate of the blocks; all other layers take a fraction
     seed: int = 0  # seed of all random numbers
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: the best that torch finds
     precision: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: the faster one, measured
@@ -131,17 +131,17 @@ def masked_and_document_loss(model, inputs, targets, lengths, rest, settings, au
     """
     loss, losses = 0.0, {}
     with autocast:
-        x = model(inputs, lengths)                                        # (B, T, D)
+        h = model(inputs, lengths)                                        # (B, T, D)
         if settings.masked_weight > 0:
             is_masked = targets != transformer.IGNORE_INDEX               # (B, T)
             count = average_over_processes(is_masked.sum())
-            logits = model.token_logits(x[is_masked])                     # (M, V)
+            logits = model.token_logits(h[is_masked])                     # (M, V)
             losses["masked"] = transformer.masked_language_model_loss(
                 logits, targets[is_masked], count
             )
             loss = loss + settings.masked_weight * losses["masked"]
         if settings.document_weight > 0:
-            logits = model.term_logits(model.document_vector(x, lengths))     # (B, V + P)
+            logits = model.term_logits(model.document_vector(h, lengths))     # (B, V + P)
             bag = model.bag_of_terms(rest)                                # (B, V + P)
             count = average_over_processes(transformer.count_nonempty(bag))
             losses["document"] = transformer.document_loss(logits, bag, count)
@@ -214,9 +214,13 @@ def main():
     # Muon trains the blocks, and Adam everything else. `update_parameters` sets the rates.
     blocks = list(model.blocks.parameters())
     embeddings = [model.token_embedding.weight, model.pair_embedding.weight]
-    heads = [*model.term_head.parameters(), *model.token_dense.parameters(), model.token_bias]
+    output_layers = [
+        *model.term_head.parameters(),
+        *model.token_dense.parameters(),
+        model.token_bias,
+    ]
     adam = torch.optim.Adam(
-        [dict(params=embeddings), dict(params=heads)],
+        [dict(params=embeddings), dict(params=output_layers)],
         betas=(0.9, 0.99),
         fused=device.type != "mps",
     )
@@ -229,7 +233,7 @@ def main():
         first = settings.embedding_steps
         if step < first:
             lr = settings.learning_rate * lr_schedule(step, first, warmup=20, decay=1)
-            scales = [0.5, 0.5]                               # of embeddings and heads
+            scales = [0.5, 0.5]                               # of embeddings and output layers
         else:
             steps = settings.steps - first
             lr = settings.learning_rate * lr_schedule(step - first, steps, warmup=100)
@@ -249,7 +253,8 @@ def main():
         tokenizer=texts.tokenizer.to_json(),
         chance=dict(masked=math.log(V), document=math.log(V + len(pairs))),
         preview=TextPreview(
-            texts, settings.window, settings.mask_share, run.folder, autocast, device
+            texts, settings.window, settings.mask_share, run.folder, autocast, device,
+            fills_in=settings.masked_weight > 0,
         ),
         log_every=100,
         first_stage=settings.embedding_steps,

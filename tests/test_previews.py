@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from minissl import UserError, contrastive, transformer
+from minissl import UserError, contrastive
 from minissl.autoencoder import normalize_patches
 from minissl.data.images import Images
 from minissl.data.splits import HELD_OUT, TEST, TRAIN
@@ -170,8 +170,8 @@ def labelled_texts(tmp_path):
     return load_texts(str(tmp_path / "texts"), tmp_path / "data", 300)
 
 
-def text_preview(texts, folder, mask_share=0.2):
-    return TextPreview(texts, 32, mask_share, folder, nullcontext(), CPU)
+def text_preview(texts, folder, **options):
+    return TextPreview(texts, 32, 0.2, folder, nullcontext(), CPU, **options)
 
 
 def small_encoder(texts):
@@ -190,15 +190,20 @@ def test_texts_of_one_class_give_no_knn(labelled_texts, tmp_path, capsys):
     assert preview(model)["knn"] == ""
 
 
-def test_a_preview_without_masks_has_no_masked_loss(labelled_texts, tmp_path, monkeypatch):
-    def no_masks(tokens, lengths, *arguments):
-        return tokens, torch.full_like(tokens, transformer.IGNORE_INDEX)
-
-    monkeypatch.setattr(transformer, "mask_tokens", no_masks)
-    preview = text_preview(labelled_texts, tmp_path)
+def test_a_run_that_fills_nothing_in_has_no_masked_loss(labelled_texts, tmp_path, capsys):
+    preview = text_preview(labelled_texts, tmp_path, fills_in=False)
     row = preview(small_encoder(labelled_texts))
     assert row["held_out"] == row["bits_per_byte"] == row["accuracy"] == ""
     assert 0 <= row["knn"] <= 100
+    assert "wanted" not in capsys.readouterr().out
+    assert not (tmp_path / "sentences.json").exists()
+
+
+def test_no_preview_reads_a_test_text(labelled_texts, tmp_path, capsys):
+    without = labelled_texts.select(labelled_texts.split != HELD_OUT)
+    preview = text_preview(without, tmp_path)
+    assert "no text is held out" in capsys.readouterr().out
+    assert len(preview.tokens) == (without.split == TRAIN).sum() < len(without)
 
 
 # ---------------------------------------------------------------- numbers

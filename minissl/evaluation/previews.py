@@ -4,7 +4,8 @@ A preview is called with the model in evaluation mode. It looks at held-out exam
 writes pictures or sentences into the folder of the run, and returns further columns of
 the log. It learns nothing, and no random number of the training depends on it.
 
-Labels are used here for one number of the log, the accuracy of the nearest neighbours.
+Labels are used here for marks in the pictures and for one number of the log, the accuracy of
+the nearest neighbours.
 
 Read next: ../../train_mlm.py.
 """
@@ -235,22 +236,25 @@ class AutoencoderPreview:
 class TextPreview:
     """The masked loss of held-out texts, and what the model fills in.
 
-    Prints two passages and writes six into sentences.json.
+    Prints up to two passages and writes up to six into sentences.json.
 
     Arguments: texts, Texts with all splits; window, the longest sequence; mask_share;
-    folder, of the run; autocast, the context of forward passes; device.
+    folder, of the run; autocast, the context of forward passes; device; fills_in, whether the
+    run learns to fill in masked words. Otherwise only the nearest neighbours are looked at.
     """
 
-    def __init__(self, texts, window, mask_share, folder, autocast, device):
+    def __init__(
+        self, texts, window, mask_share, folder, autocast, device, fills_in=True
+    ):
         self.folder, self.autocast, self.device = folder, autocast, device
         self.tokenizer = texts.tokenizer
         held_out = texts.select(texts.split == HELD_OUT)
         if len(held_out) == 0:
             print(
-                "warning: there are too few texts to hold any out, so the held-out loss "
-                "below comes from training texts"
+                "warning: no text is held out (there are too few, or all are copies of others), "
+                "so the held-out loss below comes from training texts"
             )
-            held_out = texts
+            held_out = texts.select(texts.split == TRAIN)
         held_out = held_out.split_long(window).sample(512)
         tokens, lengths = held_out.padded(np.arange(len(held_out)))
         self.tokens, self.lengths = torch.from_numpy(tokens), torch.from_numpy(lengths)
@@ -258,6 +262,8 @@ class TextPreview:
             self.tokens, self.lengths, len(texts.tokenizer), mask_share,
             generator(0, "held-out masks", 0),
         )
+        if not fills_in:
+            self.targets.fill_(transformer.IGNORE_INDEX)
         self.is_masked = self.targets != transformer.IGNORE_INDEX         # (B, T)
         self.masked_targets = self.targets[self.is_masked]                # (M,)
         self.bytes = 0
@@ -323,7 +329,8 @@ class TextPreview:
     def passages(self, guesses, show=6, length=24):
         """[(text with [MASK], the original tokens, the model's tokens), ...]
 
-        The beginnings of every seventh text, up to `show` of them.
+        The beginnings of up to `show` texts with at least `length` tokens, some of them masked
+        in the beginning. If there are enough, they are seven texts apart.
         """
         guessed = torch.full_like(self.tokens, 0)
         guessed[self.is_masked] = guesses
@@ -331,7 +338,8 @@ class TextPreview:
         is_asked = self.is_masked[:, :length].any(1)
         rows = (is_asked & long_enough).nonzero().flatten()
         passages = []
-        for row in rows[::7][:show]:
+        apart = max(1, min(7, len(rows) // show))
+        for row in rows[::apart][:show]:
             is_masked = self.is_masked[row, :length]
             text = self.tokens[row, :length].masked_fill(is_masked, MASK)
             wanted = self.tokens[row, :length][is_masked]
