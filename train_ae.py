@@ -6,12 +6,12 @@ minissl/autoencoder.py explains the loss and the model.
     python train_ae.py                                        drawn shapes, a few minutes
     python train_ae.py --data cifar10 --run runs/ae-cifar     photographs
     python train_ae.py --masked 0.6 --run runs/ae-masked      with patches cut out
-    python train_ae.py --masked 0.6 --targets normalized      rebuild only these patches
-    python train_ae.py --data my_images.npy --run runs/mine
+    python train_ae.py --masked 0.6 --targets normalized --run runs/ae-hidden       only these
+    python train_ae.py --data my_images.npy --run runs/ae-mine
                                            your own: uint8 (N, H, W, C) or (N, H, W)
-    python train_ae.py --steps 200 --run runs/quick           on a slow laptop
-    torchrun --nproc-per-node 2 -- train_ae.py                several processes
-    python train_ae.py --run runs/mine --resume               continue a run
+    python train_ae.py --steps 200 --run runs/ae-quick        on a slow laptop
+    torchrun --nproc-per-node 2 -- train_ae.py --run runs/ae-two      two processes
+    python train_ae.py --run runs/ae-mine --resume            continue a run
     python finetune.py RUN                                    measure whether it helped
 
 `diff train_ae.py train_contrastive.py` shows how the two methods differ.
@@ -46,12 +46,12 @@ from minissl.training.settings import read_settings, require_at_least, run_scrip
 class Settings:
     data: str = "shapes"  # shapes, cifar10, or a .npy of uint8 images (N, H, W, C) or (N, H, W)
     data_dir: str = "data"  # the folder for downloads
-    limit: int = 0  # for a trial: this many each for training, held-out, test; 0: all
+    limit: int = 0  # for a trial: at most this many examples of each split; 0: all
     run: str = "runs/ae"  # the folder of the run
     resume: bool = False  # continue the run in --run
     steps: int = 600  # optimizer steps
     batch_size: int = 256  # images in a step
-    learning_rate: float = 0.02  # highest rate of matrices and kernels; vectors take a tenth
+    learning_rate: float = 0.02  # peak rate of matrices and kernels; vectors take a tenth
     width: int = 32  # channels of the first feature map; 64 is better, in nearly 4 times the time
     seed: int = 0  # seed of all random numbers
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: the best that torch finds

@@ -4,14 +4,13 @@ The method is SimCLR: it recognises two views of one image. BYOL is `--method by
 minissl/contrastive.py explains the losses and the models.
 
     python train_contrastive.py                               drawn shapes, a few minutes
-    python train_contrastive.py --data cifar10 --run runs/cifar --width 64 --steps 2750
-                                                              photographs, 10 minutes
+    python train_contrastive.py --data cifar10 --run runs/cifar --width 64 --steps 2750  photographs
     python train_contrastive.py --method byol --run runs/byol
-    python train_contrastive.py --data my_images.npy --run runs/mine
+    python train_contrastive.py --data my_images.npy --run runs/my-images
                                            your own: uint8 (N, H, W, C) or (N, H, W)
     python train_contrastive.py --steps 200 --run runs/quick  on a slow laptop
-    torchrun --nproc-per-node 2 -- train_contrastive.py       several processes
-    python train_contrastive.py --run runs/mine --resume      continue a run
+    torchrun --nproc-per-node 2 -- train_contrastive.py --run runs/two      two processes
+    python train_contrastive.py --run runs/my-images --resume               continue a run
     python finetune.py RUN                                    measure whether it helped
 
 `diff train_ae.py train_contrastive.py` shows how the two methods differ.
@@ -47,12 +46,12 @@ from minissl.training.settings import read_settings, require_at_least, run_scrip
 class Settings:
     data: str = "shapes"  # shapes, cifar10, or a .npy of uint8 images (N, H, W, C) or (N, H, W)
     data_dir: str = "data"  # the folder for downloads
-    limit: int = 0  # for a trial: this many each for training, held-out, test; 0: all
+    limit: int = 0  # for a trial: at most this many examples of each split; 0: all
     run: str = "runs/contrastive"  # the folder of the run
     resume: bool = False  # continue the run in --run
     steps: int = 600  # optimizer steps
     batch_size: int = 256  # images in a step
-    learning_rate: float = 0.02  # highest rate of matrices and kernels; vectors take a tenth
+    learning_rate: float = 0.02  # peak rate of matrices and kernels; vectors take a tenth
     width: int = 32  # channels of the first feature map; 64 is better, in nearly 4 times the time
     seed: int = 0  # seed of all random numbers
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: the best that torch finds
@@ -89,8 +88,8 @@ class Settings:
                 raise UserError(f"--{name.replace('_', '-')} {value}: must be at most 1")
         if self.hue > 0.5:
             raise UserError(f"--hue {self.hue}: must be at most 0.5, half of the circle")
-        if 0 < self.view_size < 8:
-            raise UserError(f"--view-size {self.view_size}: must be at least 8")
+        if 0 < self.view_size < 8 or self.view_size % 2:
+            raise UserError(f"--view-size {self.view_size}: must be even, and at least 8")
         unused = ["temperature", "similarity"] if self.method == "byol" else ["target_rate"]
         for name in unused:
             if getattr(self, name) != getattr(Settings, name):

@@ -5,9 +5,9 @@ This is the map of the package, in the order to read it.
 
 The lecture. Each of these files can be read, copied and used alone:
 
+    contrastive.py    recognise two views of one image: InfoNCE, BYOL
     transformer.py    a small transformer, masked words, the rest of the document
     autoencoder.py    rebuild an image from a code: ‖x − x̂‖² + β R(z)
-    contrastive.py    recognise two views of one image: InfoNCE, BYOL
     tokenizer.py      from text to numbers: byte-pair encoding
     optim.py          Muon, the learning-rate schedule, one step of all optimizers
 

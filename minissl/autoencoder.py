@@ -5,9 +5,10 @@ into an image x̂. Both learn to lose as little as possible on the way:
 
     L = ‖x − x̂‖² + β R(z)            z = f(x̃),  x̂ = g(z)
 
-x̃ is the image x itself or a corrupted copy: with noise added (a denoising autoencoder)
-or with patches cut out (as in a masked autoencoder). The image to rebuild is always the
-clean x. R asks for a property of the code that rebuilding alone does not ask for:
+Both terms are averaged: see `autoencoder_loss`. x̃ is the image x itself or a corrupted
+copy: with noise added (a denoising autoencoder) or with patches cut out (as in a masked
+autoencoder). The image to rebuild is always the clean x. R asks for a property of the code
+that rebuilding alone does not ask for:
 
     sparse          each number is near 0 for most images
     decorrelated    no two numbers are correlated
@@ -174,7 +175,7 @@ def correlation(z):
 # ---------------------------------------------------------------- corruption
 
 def corrupt(x, noise=0.0, masked=0.0, patch=8, generator=None):
-    """x̃: the images with noise added, or with patches cut out, or both. And what was cut out.
+    """x̃, the images with noise added, with patches cut out, or both; and what was cut out.
 
     Arguments:
         x: (B, C, H, W) in [0, 1]

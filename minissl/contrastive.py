@@ -29,10 +29,10 @@ which is a slow moving average of the first and receives no gradient:
     L = mean ‖q/‖q‖ − z'/‖z'‖‖²         q = predictor(z),  z' from the target
     target ← r · target + (1 − r) · encoder
 
-Nothing in this loss forbids a collapse. The predictor and the moving average prevent it:
-after 300 steps the projections use 44 of 128 directions with both (their effective rank, see
-below), 10 without the predictor, and 2 without stop-gradient and target (EXPERIMENTS.md,
-"What keeps BYOL from collapsing?").
+Nothing in this loss forbids a collapse. The predictor and the target prevent it: after 300
+steps the projections use 44 of 128 directions with both (their effective rank, see below), 10
+without the predictor, and 2 if the encoder itself takes the place of the target, with gradient
+(EXPERIMENTS.md, "What keeps BYOL from collapsing?").
 
     Chen et al. 2020, "SimCLR", arXiv 2002.05709
         two views, the projection head, InfoNCE under the name NT-Xent
@@ -188,7 +188,8 @@ VIEWS_OF_SHAPES = dict(crop=0.5, jitter=0.8, hue=0.5, grey=0.4)
 def view_shape(H, W, height=0):
     """The even height and width of the views of images (H, W), at least 8 each.
 
-    height: of a view; 0 means three quarters of the image's. The aspect ratio stays.
+    height: of a view; 0 means three quarters of the image's. The aspect ratio stays, apart from
+    rounding and the minimum of 8.
 
     >>> view_shape(32, 32), view_shape(32, 64, height=16)
     ((24, 24), (16, 32))
@@ -229,14 +230,15 @@ def augment(images, size, numbers, crop=0.2, jitter=0.4, hue=0.1, grey=0.2, flip
 def crop_and_flip(images, size, numbers, crop, flip):
     """Random resized crops of `crop` to 1 of the area, half of them mirrored.
 
-    The aspect ratio lies between 3/4 and 4/3. numbers (B, 5) in [0, 1).
+    The aspect ratio of the image changes by a factor from 3/4 to 4/3. numbers (B, 5) in [0, 1).
     Returns (B, C, h, w) float32 in [0, 1], resampled bilinearly.
     """
     for_area, for_ratio, for_x, for_y, for_mirror = numbers.unbind(1)    # (B,) each
     area = crop + (1 - crop) * for_area
-    ratio = (math.log(4 / 3) * (2 * for_ratio - 1)).exp().sqrt()
-    width = (area.sqrt() * ratio).clamp(max=1)                # as a share of the image's
-    height = (area.sqrt() / ratio).clamp(max=1)
+    ratio = (math.log(4 / 3) * (2 * for_ratio - 1)).exp()     # from 3/4 to 4/3
+    stretch = ratio.sqrt()
+    width = (area.sqrt() * stretch).clamp(max=1)              # as a share of the image's
+    height = (area.sqrt() / stretch).clamp(max=1)
     x = (1 - width) * (2 * for_x - 1)                         # the centre, in [−1, 1]
     y = (1 - height) * (2 * for_y - 1)
     mirror = torch.ones_like(x)
@@ -493,7 +495,7 @@ class BYOL(SimCLR):
 
     def __init__(self, mean, whitening, width=64, columns=128):
         super().__init__(mean, whitening, width, columns)
-        # So every column of a target varies as much as every other.
+        # This norm lets every column of a target vary as much as every other.
         self.projection_head.append(nn.BatchNorm1d(columns, affine=False))
         self.predictor = dense_head(columns, 512, columns)
         self.target = copy.deepcopy(nn.Sequential(self.encoder, self.projection_head))

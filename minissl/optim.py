@@ -88,11 +88,11 @@ def muon_and_adam(model, lr, weight_decay=0.0, precision=torch.float32):
     """The two optimizers of an image model: [Muon, Adam].
 
     Muon trains matrices and kernels at the rate lr. Adam trains vectors (batch norm's
-    scales and shifts, biases) at a tenth of it.
+    scales and shifts, biases) and single numbers at a tenth of it.
     """
     trained = [p for p in model.parameters() if p.requires_grad]
     matrices = [p for p in trained if p.ndim > 1]
-    vectors = [p for p in trained if p.ndim == 1]
+    vectors = [p for p in trained if p.ndim <= 1]
     fused = trained[0].device.type != "mps"                   # one kernel for all tensors
     return [
         Muon(matrices, lr, weight_decay=weight_decay, precision=precision),
@@ -104,7 +104,8 @@ def lr_schedule(step, steps, warmup, decay=0.5):
     """The share of the peak learning rate at one step, from 0 to 1.
 
     It is the smallest of three: a line that rises to 1 within `warmup` steps, 1, and a line
-    that falls to 0 over the last part `decay` of the steps.
+    that falls from 1 to 0 over the last `decay · steps` steps. If the two lines cross below 1,
+    the rate never reaches its peak: in the scripts on images it gets to 0.95 of it.
 
     >>> [round(lr_schedule(s, 10, 2), 2) for s in range(10)]
     [0.5, 1, 1, 1, 1, 1, 0.8, 0.6, 0.4, 0.2]

@@ -174,7 +174,7 @@ def train(texts, vocabulary_size, report=None):
     tokens and the bytes, too; report, a function that is called with (merges made, merges
     wanted) after every 100 merges.
     The Tokenizer has fewer entries than vocabulary_size when no more pairs occur twice.
-    Of pairs that are equally frequent the smaller one is merged. So the order of the texts
+    Of pairs that are equally frequent the smaller one is merged first. So the order of the texts
     does not matter (up to the million distinct pieces of count_pieces).
     Raises ValueError if vocabulary_size is too small for the special tokens and the bytes.
     """

@@ -3,7 +3,7 @@
 It learns from two pretext tasks. Both take their answers from the text itself.
 
 **Fill in masked words** (BERT). Hide some tokens of a sequence and predict them from the
-others. With M the masked positions, x̃ the sequence with the masked tokens hidden, and
+others. With M the set of masked positions, x̃ the sequence with the masked tokens hidden, and
 h = f(x̃) the output of the encoder,
 
     L_masked = −1/|M| Σ_{i ∈ M} log softmax(E · g(h_i) + b)[x_i]
@@ -14,7 +14,7 @@ and g a norm, a dense layer, a squared ReLU and another norm.
 **Predict the rest of the document.** The model reads one part of a document and predicts
 which words occur in the other part. It has only the mean of its token vectors for that:
 
-    z = 1/T Σ_i h_i[:d]        L_document = −Σ_w q_w log softmax(W norm(z) + c)[w]
+    z = mean_i h_i[:d]         L_document = −Σ_w q_w log softmax(W norm(z) + c)[w]
 
 where q is the bag of words and frequent word pairs of the other part, weighted and
 divided by its sum.
@@ -54,7 +54,7 @@ Differences from paragraph vectors:
 
 How training starts: the last matrix of attention and the last matrix of the dense layers
 are zero in each block. At first, therefore, h is the embedding itself, and the document
-vector is a mean of embeddings. This model can be trained alone, on thirty times as many
+vector is a mean of embeddings. This model can be trained alone, on many times as many
 tokens a second. `train_mlm.py` does so in its first stage, and the transformer continues
 exactly from there.
 
@@ -65,7 +65,8 @@ The letters of the shapes:
     B  sequences or documents      V  entries of the vocabulary
     T  tokens of a sequence        P  word pairs that have an embedding
     D  width of a token vector     d  columns of the document vector
-    H  attention heads             M  masked positions
+    H  attention heads             M  number of masked positions
+    R  tokens of the rest of a document
 """
 
 import torch
@@ -245,7 +246,8 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention, then a dense layer, each added to its input."""
+    """Attention, then two dense layers; the result of each of the two parts is added to its input.
+    """
 
     def __init__(self, width, heads):
         super().__init__()
@@ -297,7 +299,9 @@ class TextEncoder(nn.Module):
 
         # With a std of 0.02 and no first stage, the masked loss stays at 6.7 for 400 steps.
         nn.init.normal_(self.token_embedding.weight, std=0.1)
-        if d < width:       # in the document's columns, a rare word should not dominate
+        if d < width:
+            # The document's columns are read as a mean over the tokens. A rare word hardly moves
+            # from its random start, so there the start is small.
             self.token_embedding.weight.data[:, :d] *= 0.2
         nn.init.zeros_(self.pair_embedding.weight)
         nn.init.normal_(self.term_head.weight, std=0.02)

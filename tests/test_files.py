@@ -84,6 +84,7 @@ def server():
 @pytest.mark.parametrize("behaviours, requests", [
     (["good"], [0]),
     ([503, "good"], [0, 0]),
+    ([429, 408, "good"], [0, 0, 0]),        # too many requests, and too slow a request
     (["cut", "good"], [0, 256_000]),
     (["cut", "cut", "good"], [0, 256_000, 384_000]),
     (["cut", "all again"], [0, 256_000]),
@@ -148,7 +149,7 @@ def test_two_downloads_at_once_make_one_request(server, tmp_path, capsys):
     for one in both:
         one.join(30)
     assert path.read_bytes() == DATA and server.requests == [0]
-    assert "waiting for another process to download" in capsys.readouterr().err
+    assert "waiting until another process has downloaded" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("folder", ["a file", "a file/below"])

@@ -129,6 +129,13 @@ def test_muon_gets_the_matrices_and_adam_the_vectors():
     assert adam.param_groups[0]["params"] == vectors
 
 
+def test_adam_also_gets_a_single_number():
+    model = nn.Linear(2, 2)
+    model.temperature = nn.Parameter(torch.tensor(0.1))
+    _, adam = muon_and_adam(model, 0.02)
+    assert any(p is model.temperature for p in adam.param_groups[0]["params"])
+
+
 def test_a_step_uses_each_groups_own_rate():
     first, second, third = (nn.Parameter(torch.zeros(1)) for _ in range(3))
     plain = torch.optim.SGD([dict(params=[first]), dict(params=[second], lr_scale=0.1)], lr=9.0)

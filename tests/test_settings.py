@@ -2,6 +2,7 @@
 
 import importlib
 import io
+import math
 import os
 import re
 import subprocess
@@ -113,6 +114,8 @@ def test_a_stray_path_is_taken_for_data(tmp_path):
         read(str(stray))
     with pytest.raises(UserError, match=r"^unrecognized arguments: \S+ \(see --help\)$"):
         read("runs/mlm", str(tmp_path), cls=OfARun)   # it has no --data
+    with pytest.raises(UserError, match="^unrecognized arguments: long"):
+        read("long" * 100)                            # too long for the name of a file
 
 
 def test_a_tilde_is_the_home_in_every_text(monkeypatch):
@@ -365,6 +368,13 @@ def test_too_little_memory_names_flags_that_exist(main, ended):
     assert "batch" not in said
     code, said = ended(main)
     assert code == 1 and "not enough memory: try less data" in said
+
+
+def test_other_overflows_are_mistakes_of_ours(ended):
+    def main():
+        math.exp(1000)
+    with pytest.raises(OverflowError):
+        settings.run_script(main)
 
 
 @pytest.mark.parametrize("script", ["train_mlm", "train_ae", "train_contrastive", "finetune"])

@@ -69,7 +69,7 @@ class Batches:
 class WholeTexts:
     """The batches of train_mlm.py's first stage: whole texts, each split at random.
 
-    A coin is tossed for each token: it is either read by the model, or to be guessed.
+    A coin is tossed for each token: the model either reads the token or has to guess it.
     Both parts keep the places of their tokens and have PAD where the other part has one:
 
         text      the  old  man  and  the  sea
@@ -94,7 +94,7 @@ class WholeTexts:
         tokens, lengths = self.texts.padded(self.batches(step).numpy())
         tokens, lengths = torch.from_numpy(tokens), torch.from_numpy(lengths)
         B, T = tokens.shape
-        # One toss for each token, and one for the end of each text. Nobody uses the latter, but
+        # One toss for each token, and one for the end of each text. Nothing uses the second, but
         # without it all draws of older runs would change.
         tossed = torch.arange(T + 1) <= lengths[:, None]                   # (B, T + 1)
         coins = generator(self.seed, "coin", step)

@@ -22,8 +22,8 @@ def fingerprint(data):
     """Return 16 hex digits that identify data and its split.
 
     The first eight come from at most 1,000 evenly spaced examples, so a change elsewhere is not
-    noticed. The last eight come from the split of all examples. So "the texts are others" and
-    "the test set is another one" can be told apart. Labels count only through the split.
+    noticed. The last eight come from the split of all examples. So a change of the examples can
+    be told from a change of the split. Labels count only through the split.
     """
     checksum = 0
     for i in evenly_spaced(len(data), 1000):
@@ -38,9 +38,9 @@ def split_blocks(labels):
 
     Of each class, in the order of the files, the last fifth is for the test and the tenth
     before it is held out. A class of at least three examples has at least one in each split.
-    Of a class of one or two all are for training; see small_classes.
-    Examples without a label cannot test anything, so of them only the last tenth is held out,
-    for the loss.
+    A class of one or two examples is for training only; see small_classes.
+    Examples without a label cannot test anything. Only their last tenth is held out, to measure
+    the loss on.
 
     >>> split_blocks(np.array([0] * 10 + [-1] * 10)).tolist()
     [0, 0, 0, 0, 0, 0, 0, 1, 2, 2, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1]

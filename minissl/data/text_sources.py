@@ -51,7 +51,8 @@ from minissl.training.files import (
 
 TEXT_BYTES = 2**20        # a longer paragraph or line of a file is read as several texts
 
-# Sub-folders are classes. These names are of something else, as in the unpacked IMDb archive.
+# Each sub-folder is a class, unless it has one of these names. Such a sub-folder is probably a
+# part of the split, as in the unpacked IMDb archive.
 NOT_CLASSES = {
     "train", "training", "test", "testing", "val", "valid", "validation", "dev", "eval",
     "unsup", "unlabeled", "unlabelled",
@@ -66,8 +67,8 @@ def load_texts(
     Arguments:
     data             the name or the path
     data_dir         the folder of archives and caches
-    vocabulary_size  of the tokenizer that is trained on all texts but the test texts
-    limit            keep about this many texts of each split, evenly spaced (0: all)
+    vocabulary_size  of the tokenizer that is trained, without the test texts
+    limit            keep at most this many texts of each split, evenly spaced (0: all)
     tokenizer        use this one instead of training one
     keep_all         for features: all texts of a path, duplicates included, the files in the
                      order of their sorted paths, without labels. `limit` takes the first ones.
@@ -134,7 +135,7 @@ def cache_path(source, stem, data_dir, settings):
 def pydocs_source():
     """Return the Source of the docstrings of the standard library, numpy and torch."""
     stdlib = Path(sysconfig.get_paths()["stdlib"])
-    roots = [(stdlib, stdlib)]                       # (folder, where the names of modules begin)
+    roots = [(stdlib, stdlib)]                       # (folder, that in which the module is)
     for name in ("numpy", "torch"):
         package = Path(importlib.util.find_spec(name).origin).parent     # this does not import it
         roots.append((package, package.parent))
@@ -156,8 +157,9 @@ def read_pydocs(files):
     Arguments: files, a list of (path, parts of the module's name).
 
     The package ("asyncio", "torch.nn") is the label if it has at least 200 docstrings in at
-    least 8 files. Of such a package whole files go to the test set, in the order of the hashes
-    of their names, until it has a fifth of the docstrings, then to the held-out set for a tenth.
+    least 8 files. The files of such a package are dealt out whole, in the order of the hashes of
+    their names. A file goes to the test set while those before it hold less than a fifth of the
+    docstrings, to the held-out set while they hold less than three tenths, and else to training.
 
     A docstring of torch.nn that says "nn" would give its label away. So each part of a labelled
     package's name, and numpy, np and torch, is replaced by "package" in every text.
@@ -243,8 +245,8 @@ def imdb_source(data_dir):
 def read_imdb(archive):
     """Yield (review, "pos" | "neg" | None, split) for each review.
 
-    The archive is read as it is: unpacking 100,000 small files takes longer than training. The
-    last tenth of each training class, by number, is held out.
+    The archive is read as it is, so no 100,000 small files are written. The last tenth of each
+    training class, by number, is held out.
     """
     reviews = []
     for match, data in read_archive(archive, IMDB_NAME, TEXT_BYTES, IMDB_URL):

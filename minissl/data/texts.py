@@ -11,10 +11,10 @@ small one:
     split      TRAIN    HELD_OUT      TEST               (N,)
 
 HELD_OUT is for every choice (learning rates, epochs) and TEST for the final figures alone.
-Held-out texts are contiguous blocks of the files (of docstrings, whole files), not random ones:
-neighbouring files are often about the same film or by the same author, and a random draw would
-put such twins on both sides. A text that occurs in two splits is kept in one of them only; see
-splits.drop_duplicates.
+Held-out texts are contiguous blocks in the order of the files (for docstrings, whole files),
+not random ones: neighbouring files are often about the same film or by the same author, and a
+random draw would put such twins on both sides. A text that occurs in two splits is kept in one
+of them only; see splits.drop_duplicates.
 
 Where the texts come from: text_sources.py. Read next: images.py.
 """
@@ -199,7 +199,7 @@ class Source:
     notes: list = field(default_factory=list)
 
     def describe(self, count):
-        """Return "my.txt: 300 texts, one a line"; nothing if the unit is not a guess."""
+        """Return ["my.txt: 300 texts, one a line"], or [] if nothing had to be guessed."""
         if not self.unit:
             return []
         texts = "1 text" if count == 1 else f"{count:,} texts"
@@ -337,8 +337,8 @@ def put_in_place(folder, cache):
     """Give a finished folder the name `cache`, or use the good cache that is there already.
 
     Another program may have encoded the same texts meanwhile. Its cache stays: someone may be
-    reading it. The files of a damaged cache are replaced one by one, so that no moment comes
-    in which there is no cache.
+    reading it. The files of a damaged cache are replaced one by one, so that the cache never
+    disappears.
     """
     try:
         os.replace(folder, cache)

@@ -6,8 +6,8 @@ Three rules hold for everything here:
   its own name only when it is complete.
 - A file that is read may be damaged or hostile until it has been checked. Whatever is
   wrong with it becomes one sentence (UserError).
-- Several programs may do the same at once: temporary names are unique, one program
-  trains into a folder, and one downloads into a folder.
+- Several programs may run at once: temporary names are unique, and only one program at a
+  time trains into a folder or downloads into it.
 """
 
 import contextlib
@@ -107,7 +107,7 @@ def download(url, path, md5, pauses=(1, 4, 16), patience=30):
     check_data_dir(path.parent)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
-    with _alone_in(path.parent, f"{path.name}: waiting for another process to download"):
+    with _alone_in(path.parent, f"{path.name}: waiting until another process has downloaded"):
         if path.exists():
             return
         for pause in (*pauses, None):
@@ -158,7 +158,8 @@ def _attempt(url, part, md5, patience):
     try:
         _fetch(url, part, begun, patience)
     except urllib.error.HTTPError as error:
-        return error, error.code < 500                # not found, or not allowed
+        is_final = error.code < 500 and error.code not in (408, 429)
+        return error, is_final                        # not found, not allowed, and the like
     except (OSError, http.client.HTTPException) as error:
         if getattr(error, "errno", None) == errno.ENOSPC:
             raise OSError(error.errno, error.strerror, str(part)) from None

@@ -5,11 +5,11 @@
     run.end_step(step, losses, items)         save, preview, log, stop: whatever is due
     run.finish()                              say where the results are
 
-A step ends in the order: save, preview, row of metrics.csv, page, line on the terminal, stop. If
-the process is killed
-before the save, `--resume` makes the steps since the last save again, and drops their
-rows. If it is killed after the save, the checkpoint holds the sums of the losses
-(`unlogged`), and `begin` writes the missing row. Only the columns of time differ.
+A step ends in this order: save, preview, row of metrics.csv, page, line on the terminal,
+stop. If the process is killed before the save, `--resume` makes the steps since the last
+save again, and drops their rows. If it is killed after the save, the checkpoint holds the
+sums of the losses (`unlogged`), and `begin` writes the missing row. Only the columns of
+time differ.
 
 The folder holds config.json (settings and versions), metrics.csv (one row for each line
 of the log), checkpoint.pt (all that `--resume` needs), pictures, and report.html.
@@ -202,7 +202,8 @@ class Run:
             chance: the names of the losses, each with its chance level or None
             preview: called with the model; returns further columns of the log
             log_every: steps between two lines of the log
-            first_stage: how many steps belong to a stage of another speed
+            first_stage: how many steps belong to a first stage that runs at another speed,
+                so that the minutes left are computed from steps of one kind
             tokenizer: the tokenizer of a text run, as JSON
         Returns the step to begin with.
         """

@@ -4,7 +4,7 @@
     run_script(main)                                  the last line of each script
 
 Each field of the dataclass is a flag, and the comment behind it is the flag's help. So
-the name, the type, the default and the reason for it stand on one line.
+the name, the type, the default and the explanation stand on one line.
 """
 
 import argparse
@@ -57,7 +57,7 @@ class Parser(argparse.ArgumentParser):
         if switch:
             message = f"{switch[1]} takes no value"
         stray = re.match("unrecognized arguments: (.*)", message)
-        if stray and Path(stray[1]).exists() and "--data " in self.format_usage():
+        if stray and os.path.exists(stray[1]) and "--data " in self.format_usage():
             message += f"; did you mean --data {stray[1]}?"
         raise UserError(f"{message} (see --help)")
 
@@ -288,11 +288,14 @@ OUT_OF_MEMORY = [
     "storage size calculation overflowed",  # more than any machine has: torch
     "overflow when unpacking long",         # torch
     "larger than the maximum possible size",          # NumPy
+    "int too large to convert",             # Python, for all three
+    "int too big to convert",
+    "cannot fit 'int' into an index-sized integer",
 ]
 
 
 def is_out_of_memory(error):
-    if isinstance(error, (MemoryError, OverflowError)):
+    if isinstance(error, MemoryError):
         return True
     message = str(error).lower()
     return any(part in message for part in OUT_OF_MEMORY)
