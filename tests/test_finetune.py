@@ -904,6 +904,19 @@ def text_task(run, change=None):
     return TextTask(data, model, MACHINE, partial(load.new_model, checkpoint))
 
 
+def test_ngrams_come_from_every_text_but_those_of_the_test(run, monkeypatch):
+    task = text_task(run)
+    task.texts.labels[task.train[5:]] = -1
+    asked, make_ngrams = [], text_table.make_ngrams
+
+    def watched(texts, counted):
+        asked.append(set(counted))
+        return make_ngrams(texts, counted)
+    monkeypatch.setattr(text_table, "make_ngrams", watched)
+    task.columns()
+    assert asked == [set(range(len(task.texts))) - set(task.test)]
+
+
 def fit_columns(task, indices, option):
     """{name of a column: (the column, its model)}: all have learned from these examples.
 

@@ -17,7 +17,7 @@ from torch import nn
 
 from minissl import transformer
 from minissl.data.batches import Batches, generator
-from minissl.data.splits import evenly_spaced
+from minissl.data.splits import TEST, evenly_spaced
 from minissl.evaluation import probes
 from minissl.evaluation.classifier import Classifier
 from minissl.evaluation.co_training import CoTraining, in_units
@@ -96,7 +96,9 @@ class TextTask(Task):
     def columns(self):
         """{name: column}, in the order of the table."""
         progress("counting n-grams")
-        n_grams = make_ngrams(self.texts, np.concatenate([self.train, self.held_out]))
+        # Texts without a label also say which n-grams are frequent. Otherwise, with few labelled
+        # texts, the student of "self-trained" would know few of the words that it could learn.
+        n_grams = make_ngrams(self.texts, np.flatnonzero(self.texts.split != TEST))
         self.co_training = CoTraining(self.probe, n_grams, self.pool, self.reference)
         return {
             "n-grams": plain_column(n_grams),
