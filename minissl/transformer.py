@@ -21,9 +21,9 @@ divided by its sum.
 
 Why two? The masked loss is that of BERT, and it teaches the model to fill in words. But after
 minutes of training, the features that it gives alone are worse than a bag of words. Only
-fine-tuning with many labels brings out what it has taught. The document loss asks what the
-whole text is about, and gives the good features (measured: RESULTS.md, "Which of the two text
-losses helps?").
+fine-tuning brings out what it has taught, from 100 labels a class on. The document loss asks
+what the whole text is about, and gives the good features (measured: RESULTS.md, "Which of the
+two text losses helps?").
 
     Devlin et al. 2018, "BERT", arXiv 1810.04805
         the masked loss; 80 % [MASK], 10 % random, 10 % unchanged
@@ -246,8 +246,7 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention, then two dense layers; the result of each of the two parts is added to its input.
-    """
+    """Attention, then a pair of dense layers, each part added to its input."""
 
     def __init__(self, width, heads):
         super().__init__()

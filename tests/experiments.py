@@ -113,7 +113,7 @@ NO_MASK = Edit(
 ALL_LOGITS = Edit(
     "train_mlm.py", "masked_and_document_loss",
     right="model.token_logits(h[is_masked])",
-    wrong="model.token_logits(x)[is_masked]",
+    wrong="model.token_logits(h)[is_masked]",
 )
 
 
