@@ -179,7 +179,7 @@ def main():
     # ------------------------------------------------------------ Training
 
     for step in range(first_step, settings.steps):
-        indices, = shard(batches(step))                                   # this process's
+        indices, = shard(batches(step))                                   # this process's share
         images = train_images[indices].to(device).float() / 255           # (B, C, H, H)
         with autocast:
             loss, losses = rotation_loss(model, images)

@@ -409,7 +409,7 @@ def checkpoint_errors(folder):
         path = Path(folder) / "checkpoint.pt"
         raise UserError(
             f"{path} does not hold what it should ({_shortened(error)}): it was changed, "
-            f"or another program wrote it; start another run"
+            f"or another version of minissl wrote it; start another run"
         ) from None
 
 
