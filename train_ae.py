@@ -50,13 +50,13 @@ class Settings:
     run: str = "runs/ae"  # the folder of the run
     resume: bool = False  # continue the run in --run
     steps: int = 600  # optimizer steps
-    batch_size: int = 256  # images in a step
     learning_rate: float = 0.02  # peak rate of matrices and kernels; vectors take a tenth
     width: int = 32  # channels of the first feature map; 64 is better, in nearly 4 times the time
     seed: int = 0  # seed of all random numbers
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: the best that torch finds
     precision: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: the faster one, measured
     compile: bool = False  # torch.compile the model; it takes a minute at the start
+    batch_size: int = 256  # images in a step
     code: int = 128  # numbers in the code z
     beta: float = 0.0  # weight of the regularizer, for example 0.01
     regularizer: Literal["none", "sparse", "decorrelated"] = "none"  # desired property of the code
@@ -119,7 +119,8 @@ def main():
 
     with main_process_first():                                            # one download for all
         data = load_images(settings.data, settings.data_dir, settings.limit)
-    # Held-out images are for the previews and for choices. Test images are for finetune.py.
+    # The model learns from the training images alone. Held-out images are for the previews and
+    # for choices, test images for finetune.py.
     # The training images move to the GPU if they fit; otherwise each batch moves.
     train_images = data.subset(TRAIN).to(device)                          # N images, uint8
     N, C, H, W = train_images.shape
@@ -192,7 +193,7 @@ def main():
     for step in range(first_step, settings.steps):
         images = train_images[batches(step)].to(device).float() / 255     # (B, C, H, W)
         corrupted, hidden = corrupt(images, step)       # with the mean colour of the whole batch
-        images, corrupted, hidden = shard(images, corrupted, hidden)      # this process's
+        images, corrupted, hidden = shard(images, corrupted, hidden)      # this process's share
         with autocast:
             loss, losses = compute_loss(model, images, corrupted, hidden, settings)
         loss.backward()

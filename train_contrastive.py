@@ -1,10 +1,10 @@
 """Pretrain an image encoder without labels.
 
-The method is SimCLR: it recognises two views of one image. BYOL is `--method byol`.
+The method is SimCLR: it recognises views of the same image. BYOL is `--method byol`.
 minissl/contrastive.py explains the losses and the models.
 
     python train_contrastive.py                               drawn shapes, a few minutes
-    python train_contrastive.py --data cifar10 --run runs/cifar --width 64 --steps 2750  photographs
+    python train_contrastive.py --data cifar10 --run runs/cifar --width 64 --steps 3000  photographs
     python train_contrastive.py --method byol --run runs/byol
     python train_contrastive.py --data my_images.npy --run runs/my-images
                                            your own: uint8 (N, H, W, C) or (N, H, W)
@@ -16,7 +16,6 @@ minissl/contrastive.py explains the losses and the models.
 `diff train_ae.py train_contrastive.py` shows how the two methods differ.
 """
 
-import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -50,7 +49,6 @@ class Settings:
     run: str = "runs/contrastive"  # the folder of the run
     resume: bool = False  # continue the run in --run
     steps: int = 600  # optimizer steps
-    batch_size: int = 256  # images in a step
     learning_rate: float = 0.02  # peak rate of matrices and kernels; vectors take a tenth
     width: int = 32  # channels of the first feature map; 64 is better, in nearly 4 times the time
     seed: int = 0  # seed of all random numbers
@@ -58,7 +56,8 @@ class Settings:
     precision: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: the faster one, measured
     compile: bool = False  # torch.compile the model; it takes a minute at the start
     method: Literal["simclr", "byol"] = "simclr"  # with negatives, or with a second network
-    views: int = 2  # number of views of each image
+    views: int = 4  # number of views of each image
+    batch_size: int = 128  # images in a step, each seen in all its views
     view_size: int = 0  # height of a view in pixels, even; 0: three quarters of the image
     temperature: float = 0.15  # temperature of SimCLR's softmax
     similarity: Literal["cosine", "dot"] = "cosine"  # how SimCLR compares two projections
@@ -80,7 +79,7 @@ class Settings:
         require_at_least(self, 1, "steps", "width", "evaluate_every")
         require_at_least(self, 0, "limit", "save_every")
         require_at_least(self, 2, "batch_size", "views")
-        require_at_least(self, 0, "view_size", "jitter", "hue", "grey", "target_rate")
+        require_at_least(self, 0, "view_size", "target_rate")
         require_at_least(self, 1e-9, "learning_rate", "temperature", "crop")
         for name in ("crop", "jitter", "grey", "target_rate"):
             value = getattr(self, name)
@@ -122,7 +121,8 @@ def main():
 
     with main_process_first():                                            # one download for all
         data = load_images(settings.data, settings.data_dir, settings.limit)
-    # Held-out images are for the previews and for choices. Test images are for finetune.py.
+    # The model learns from the training images alone. Held-out images are for the previews and
+    # for choices, test images for finetune.py.
     # The training images move to the GPU if they fit; otherwise each batch moves.
     train_images = data.subset(TRAIN).to(device)                          # N images, uint8
     N, C, H, W = train_images.shape
@@ -143,13 +143,13 @@ def main():
         return torch.stack(numbers, dim=1)
 
     def make_views(images, numbers):
-        """Views (V, B, C, h, w) in [0, 1] of images (B, C, H, W) uint8."""
+        """Views (V, B, C, h, w) in [0, 1] of images (B, C, H, W) uint8; numbers (B, V, 12)."""
         numbers = numbers.to(images.device)
-        flip = not settings.no_flip
-        changes = settings.crop, settings.jitter, settings.hue, settings.grey, flip
+        changes = dict(crop=settings.crop, jitter=settings.jitter, hue=settings.hue,
+                       grey=settings.grey, flip=not settings.no_flip)
         views = []
         for v in range(V):
-            views.append(contrastive.augment(images, size, numbers[:, v], *changes))
+            views.append(contrastive.augment(images, size, numbers[:, v], **changes))
         return torch.stack(views)
 
     # ------------------------------------------------------------ Model
@@ -159,10 +159,10 @@ def main():
     model_settings = dict(width=settings.width, **mean_and_whitening(train_images))
     if settings.method == "byol":
         model = contrastive.BYOL(**model_settings)
-        compute_loss, chance = byol_loss, dict(loss=2.0)
+        compute_loss, chance = byol_loss, dict(loss=2.0)                  # unrelated vectors
     else:
         model = contrastive.SimCLR(**model_settings)
-        compute_loss, chance = simclr_loss, dict(loss=math.log(V * B - 1))
+        compute_loss, chance = simclr_loss, dict(loss=contrastive.chance_level(V, B))
     # Batch norm takes its statistics from the batches of all processes.
     model = move_to_device(sync_batch_norm(model), device)
     # Muon trains matrices and kernels, Adam trains vectors: see minissl/optim.py.
@@ -203,7 +203,7 @@ def main():
     # every process takes its share; a single process takes all of it.
     for step in range(first_step, settings.steps):
         numbers = random_numbers(B, "view", step)
-        indices, numbers = shard(batches(step), numbers)                  # this process's
+        indices, numbers = shard(batches(step), numbers)                  # this process's share
         images = train_images[indices].to(device)                         # (B, C, H, W)
         views = make_views(images, numbers)                               # (V, B, C, h, w)
         with autocast:

@@ -145,7 +145,7 @@ def preview(model, pairs, settings, machine, compute_loss):
 # ---------------------------------------------------------------- baselines
 
 def train_simclr(images, settings, machine):
-    """SimCLR as train_contrastive.py trains it on drawn shapes.
+    """SimCLR as train_contrastive.py trains it on drawn shapes, but with two views of an image.
 
     It makes a quarter more steps than CLIP, because its steps are faster. The two trainings take
     about as long (`compare` prints both times).

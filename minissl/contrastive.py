@@ -1,4 +1,4 @@
-"""A convolutional encoder that learns from images by recognising two views of one image.
+"""A convolutional encoder that learns from images by recognising views of one image.
 
 **SimCLR.** Distort each of B images V times at random, encode each view and project it:
 z (V, B, D). Each view should find the other views of its image among all views of the
@@ -6,9 +6,9 @@ batch. For an anchor i and each of its V − 1 positives p,
 
     L_{i,p} = −log( exp(s_ip) / Σ_{j ≠ i} exp(s_ij) )
 
-where s_ij is the cosine of z_i and z_j (or their dot product) divided by the temperature
-τ. InfoNCE is the mean over all i and p. This is the matrix s for V = 2 and B = 3. The
-rows are the anchors:
+where s_ij is a similarity divided by the temperature τ: the cosine of z_i and z_j, or their
+dot product. InfoNCE is the mean over all i and p. This is the matrix s for V = 2 and B = 3.
+The rows are the anchors:
 
                view 0       view 1
              a   b   c    a   b   c
@@ -20,19 +20,21 @@ rows are the anchors:
           c  −   −   +    −   −   .        candidates.
 
 If the encoder collapses, so that all z are alike, the loss is ln(VB − 1). This is the
-chance level in the log.
+chance level in the log. With more than two views, an anchor has V − 1 positives, each with
+a logarithm of its own. They share a probability of at most 1, so even the loss of a perfect
+encoder is at least ln(V − 1).
 
 **BYOL** has no negatives. A predictor takes the projection of one view and predicts the
 projection of another view. That other projection comes from a second network, the target,
 which is a slow moving average of the first and receives no gradient:
 
     L = mean ‖q/‖q‖ − z'/‖z'‖‖²         q = predictor(z),  z' from the target
-    target ← r · target + (1 − r) · encoder
+    target ← r · target + (1 − r) · (encoder and projection head)
 
-Nothing in this loss forbids a collapse. The predictor and the target prevent it: after 300
-steps the projections use 44 of 128 directions with both (their effective rank, see below), 10
-without the predictor, and 2 if the encoder itself takes the place of the target, with gradient
-(EXPERIMENTS.md, "What keeps BYOL from collapsing?").
+Nothing in this loss forbids a collapse. The predictor and the target prevent it. After 300
+steps with two views, the projections use 44 of 128 directions with both (their effective rank,
+see below). Without the predictor they use 10. They use 2 if the encoder itself takes the place
+of the target, with gradient (EXPERIMENTS.md, "What keeps BYOL from collapsing?").
 
     Chen et al. 2020, "SimCLR", arXiv 2002.05709
         two views, the projection head, InfoNCE under the name NT-Xent
@@ -51,7 +53,11 @@ Differences from the papers, all for two CPU cores and images of 32 × 32:
 - The colours change by one affine map for each image, without rounding in between.
 - The squares of 2 × 2 pixels are whitened first, and the kernels begin as the identity (Jordan
   2024, arXiv 2404.00498; EXPERIMENTS.md, "Do whitened squares and identity kernels help?").
-- Muon replaces LARS (see optim.py), and a batch has 256 images, not 4,096.
+- Muon replaces LARS (see optim.py).
+- A batch has four views of 128 images, not two views of 4,096. Four views of 128 are better than
+  two of 256 (EXPERIMENTS.md, "Are four views of half as many images better?").
+- The hidden layer of the projection head has 2,048 columns at every width (the same entry).
+- The features are read at three depths (see `SimCLR.encode`).
 - BYOL's projections end with a batch norm, as in SimSiam (Chen and He 2020, arXiv
   2011.10566, section 3). It adds four points after 300 steps, and half a point after ten
   minutes (EXPERIMENTS.md, "What else does BYOL need?").
@@ -82,13 +88,13 @@ def info_nce(projections, temperature=0.5, similarity="cosine"):
     Arguments: projections (V, B, D) with V ≥ 2 and B ≥ 2, of any float type (the logarithm
     is computed in float32 or better); temperature τ > 0 (train_contrastive.py takes 0.15);
     similarity, "cosine" or "dot".
-    Returns a scalar: ln(VB − 1) if all projections are the same. With two views and the
-    cosine it is NT-Xent, equation 1 of SimCLR.
+    Returns a scalar: ln(VB − 1) if all projections are the same, and at least ln(V − 1). With
+    two views and the cosine it is NT-Xent, equation 1 of SimCLR.
     Raises ValueError for arguments outside of these.
     """
     V, B, _ = projections.shape
     if V < 2 or B < 2:
-        raise ValueError(f"info_nce needs 2 views of 2 images, but got {V} views of {B}")
+        raise ValueError(f"info_nce needs at least 2 views of 2 images, but got {V} views of {B}")
     if not temperature > 0:
         raise ValueError(f"temperature must be above 0, but is {temperature}")
     if similarity not in ("cosine", "dot"):
@@ -114,6 +120,15 @@ def info_nce(projections, temperature=0.5, similarity="cosine"):
     same_image = s.view(V, B, V, B).diagonal(dim1=1, dim2=3)  # (V, V, B)
     is_positive = ~torch.eye(V, dtype=torch.bool, device=z.device)       # v ≠ w
     return (log_total - same_image)[is_positive].mean()
+
+
+def chance_level(V, B):
+    """The InfoNCE of a collapsed encoder: ln(VB − 1).
+
+    >>> round(chance_level(V=4, B=128), 3)
+    6.236
+    """
+    return math.log(V * B - 1)
 
 
 def byol_loss(prediction, target):
@@ -142,7 +157,9 @@ def without_autocast(device):
 # ---------------------------------------------------------------- what the loss does not show
 
 def alignment(projections):
-    """The mean squared distance of the normalized projections of two views: 0 is best.
+    """The mean squared distance of the normalized projections of two views.
+
+    It is 0 if the views of an image are alike, and so also after a collapse.
 
     projections (V, B, D), V ≥ 2, of which the first two views count. Wang and Isola 2020,
     "Understanding Contrastive Representation Learning through Alignment and Uniformity",
@@ -259,7 +276,7 @@ def sample_inside(x, grid):
     out here because that mode is missing on MPS before torch 2.13 (pytorch issue 125098).
     """
     H, W = x.shape[2:]
-    last = torch.tensor([1 - 1 / W, 1 - 1 / H], device=x.device)         # centre of the last
+    last = torch.tensor([1 - 1 / W, 1 - 1 / H], device=x.device)         # centre of the last pixel
     grid = torch.minimum(torch.maximum(grid, -last), last)
     return F.grid_sample(x, grid, padding_mode="zeros", align_corners=False)
 
@@ -390,7 +407,7 @@ class ImageEncoder(nn.Module):
         H, W = x.shape[2:]
         x = F.pad(x, (0, W % 2, 0, H % 2), mode="replicate")  # to even sizes
         x = F.pixel_unshuffle(x, 2)                           # (B, 4C, H/2, W/2)
-        with without_autocast(x.device):                      # it magnifies rounding errors
+        with without_autocast(x.device):                      # whitening magnifies rounding errors
             x = F.conv2d(x, self.whitening)
         second = self.to_second(x)
         return second, self.to_last(second)
@@ -403,9 +420,9 @@ class ImageEncoder(nn.Module):
 def mean_of_strips(maps, strips):
     """The mean of each horizontal strip: maps (B, D, H, W) -> (B, strips · D).
 
-    The strips have equal heights. If H is not divisible by their number, a row on the border
-    belongs to both strips (as in F.adaptive_avg_pool2d, which MPS lacks for such sizes). With
-    fewer rows than strips, neighbouring strips are the same row.
+    If H is not divisible by the number of strips, the row at a border belongs to both strips (as in
+    F.adaptive_avg_pool2d, which MPS lacks for such sizes). With fewer rows than strips, a row
+    belongs to several.
     """
     H = maps.shape[2]
     means = []
@@ -416,7 +433,7 @@ def mean_of_strips(maps, strips):
 
 
 def dense_head(d_in, hidden, d_out):
-    """SimCLR's projection head and BYOL's predictor: dense, batch norm, ReLU, dense."""
+    """The projection head, and BYOL's predictor: dense, batch norm, ReLU, dense."""
     return nn.Sequential(
         nn.Linear(d_in, hidden, bias=False),
         nn.BatchNorm1d(hidden),
@@ -430,7 +447,7 @@ def dense_head(d_in, hidden, d_out):
 class SimCLR(nn.Module):
     """An encoder and a projection head.
 
-    The features are taken before the projection head, because the head learns to forget
+    The projections themselves are no features, because the projection head learns to forget
     how the views differ (SimCLR, section 4.2).
 
     Arguments: mean, whitening and width as for ImageEncoder; columns D, of a projection.
@@ -440,10 +457,10 @@ class SimCLR(nn.Module):
         super().__init__()
         self.channels = len(mean)
         self.encoder = ImageEncoder(mean, whitening, width)
-        self.projection_head = dense_head(4 * width, 512, columns)
+        self.projection_head = dense_head(4 * width, 2048, columns)
 
     def encode(self, x):
-        """Images (B, C, H, W), floats in [0, 1] -> features (B, 20 · width + 512).
+        """Images (B, C, H, W), floats in [0, 1] -> features (B, 20 · width + 2048).
 
         They are read at three depths, because none is the best for every number of labels:
 
@@ -451,14 +468,14 @@ class SimCLR(nn.Module):
                 ↓
             last map       (B, 256, H/8, W/8)   averaged over two strips,
                 ↓                               and averaged over everything
-            hidden layer   (B, 512)             of the projection head
+            hidden layer   (B, 2048)            of the projection head
 
-        The deeper a layer, the more abstract are its numbers. With few labels, a few
-        abstract numbers serve best. With many labels, a classifier can also learn which
-        pattern at which height belongs to which class. (There is no left and right,
-        because the training mirrors images.) Each part is scaled to length 1, so that
-        none outweighs the others when features are compared. EXPERIMENTS.md compares
-        the parts ("Where should the features of an image be read?").
+        The deeper a layer, the more abstract its numbers are. With few labels, abstract
+        numbers serve best. With many labels, a classifier can also learn which pattern at
+        which height belongs to which class. (Left and right are not told apart, because
+        the training mirrors images.) Each part is scaled to length 1, so that none
+        outweighs the others among nearest neighbours. EXPERIMENTS.md compares the parts
+        ("Where should the features of an image be read?").
 
         The first 4 · width columns are the average of the last map, which is all that
         the papers read.
@@ -467,7 +484,7 @@ class SimCLR(nn.Module):
         """
         second, last = self.encoder.maps(x)
         average = last.mean((2, 3))                           # (B, 256)
-        hidden = self.projection_head[:3](average)            # (B, 512), after the ReLU
+        hidden = self.projection_head[:3](average)            # (B, 2048), after the ReLU
         parts = [average, mean_of_strips(last, 2), mean_of_strips(second, 4), hidden]
         return torch.cat([F.normalize(part.float(), dim=1) for part in parts], dim=1)
 
@@ -495,7 +512,7 @@ class BYOL(SimCLR):
 
     def __init__(self, mean, whitening, width=64, columns=128):
         super().__init__(mean, whitening, width, columns)
-        # This norm lets every column of a target vary as much as every other.
+        # This norm lets every column vary as much as every other.
         self.projection_head.append(nn.BatchNorm1d(columns, affine=False))
         self.predictor = dense_head(columns, 512, columns)
         self.target = copy.deepcopy(nn.Sequential(self.encoder, self.projection_head))

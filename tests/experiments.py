@@ -50,7 +50,7 @@ class Experiment:
 
 IMAGES = ["--data", "cifar10", "--limit", "10000", "--width", "32", "--steps", "300",
           "--evaluate-every", "300"]
-SIMCLR = ["train_contrastive.py", *IMAGES]
+SIMCLR = ["train_contrastive.py", *IMAGES, "--views", "2", "--batch-size", "256"]
 BYOL = [*SIMCLR, "--method", "byol"]
 AUTOENCODER = ["train_ae.py", *IMAGES]
 

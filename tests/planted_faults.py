@@ -420,8 +420,8 @@ FAULTS = [
     Fault(
         name="a view's similarity with itself is left in the sum",
         symptom="""
-            train_contrastive.py: the loss is 0.3 higher than usual and never falls below ln 2,
-            however well the encoder tells images apart. The probe loses a point.""",
+            train_contrastive.py --views 2: the loss is 0.3 higher than usual and never falls
+            below ln 2, however well the encoder tells images apart. The probe loses a point.""",
         reason="""
             Each view is its own nearest candidate, with cosine 1, and it can never be pushed
             away. So no positive gets more than half of the probability. Found in lightning-bolts
@@ -455,7 +455,7 @@ FAULTS = [
     Fault(
         name="the logarithm of a mean stands for the mean of logarithms",
         symptom="""
-            train_contrastive.py: at step 1 the loss is a nat below its chance level, although
+            train_contrastive.py: at step 1 the loss is half a nat below its chance level, although
             the encoder knows nothing yet. A few badly matched images hardly change it.""",
         reason="""
             −log(mean p) is at most mean(−log p), and its gradient favours the pairs that are
@@ -638,8 +638,8 @@ FAULTS = [
             torchrun with two processes: no error is raised, but after 60 steps the loss has
             hardly fallen below its chance level. With one process it is nearly a nat below.""",
         reason="""
-            Four views of half of the images, instead of two views of all images. InfoNCE then
-            takes different images for positives; see the drawing in all_gather.""",
+            Twice as many views of half of the images. InfoNCE then takes different images for
+            positives; see the drawing in all_gather.""",
         test="test_distributed.py::test_a_script_learns_the_same_in_two_processes",
         edits=[Edit(
             "train_contrastive.py", "simclr_loss",

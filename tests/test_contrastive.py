@@ -13,7 +13,7 @@ from minissl.contrastive import BYOL, ImageEncoder, SimCLR, byol_loss, info_nce
 
 
 ZEROS, EYE = torch.zeros(3), torch.eye(12)       # of colour images: whitening does nothing
-COLUMNS = 20 * 64 + 512                          # of the features at width 64
+COLUMNS = 20 * 64 + 2048                         # of the features at width 64
 
 
 # ---------------------------------------------------------------- InfoNCE
@@ -83,7 +83,16 @@ def test_info_nce_of_two_images_by_hand():
 @pytest.mark.parametrize("V, B", [(2, 2), (2, 37), (4, 8)])
 def test_info_nce_of_a_collapsed_encoder_is_ln_vb_minus_1(V, B):
     loss = info_nce(torch.ones(V, B, 7), 0.1)
-    assert float(loss) == pytest.approx(math.log(V * B - 1), rel=1e-5)
+    assert float(loss) == pytest.approx(contrastive.chance_level(V, B), rel=1e-5)
+    assert contrastive.chance_level(V, B) == pytest.approx(math.log(V * B - 1))
+
+
+@pytest.mark.parametrize("V", [2, 4])
+def test_info_nce_of_a_perfect_encoder_is_ln_v_minus_1(V):
+    """All views of an image agree, and different images stand at right angles."""
+    views = torch.eye(5, dtype=torch.float64).expand(V, 5, 5)
+    loss = info_nce(views, temperature=0.01)
+    assert float(loss) == pytest.approx(math.log(V - 1), abs=1e-6)
 
 
 def test_info_nce_of_two_views_is_cross_entropy():
@@ -137,8 +146,8 @@ def test_a_low_temperature_does_not_overflow(dtype):
 
 
 @pytest.mark.parametrize("shape, options, sentence", [
-    ((1, 4, 3), {}, "needs 2 views of 2 images, but got 1 views of 4"),
-    ((2, 1, 3), {}, "needs 2 views of 2 images, but got 2 views of 1"),
+    ((1, 4, 3), {}, "needs at least 2 views of 2 images, but got 1 views of 4"),
+    ((2, 1, 3), {}, "needs at least 2 views of 2 images, but got 2 views of 1"),
     ((2, 4, 3), dict(temperature=0), "temperature must be above 0, but is 0"),
     ((2, 4, 3), dict(temperature=-1), "temperature must be above 0, but is -1"),
     ((2, 4, 3), dict(temperature=math.nan), "temperature must be above 0"),

@@ -256,7 +256,7 @@ def test_load_encoder_takes_grey_and_colour_arrays(tmp_path):
         array = rng.integers(0, 256, shape, np.uint8)
         encode = load.load_encoder(write_image_run(tmp_path / str(channels), channels))
         features = encode(array)
-        assert features.shape == (5, 20 * 8 + 512) and features.dtype == torch.float32
+        assert features.shape == (5, 20 * 8 + 2048) and features.dtype == torch.float32
         torch.testing.assert_close(encode(array[2:3])[0], features[2], rtol=1e-4, atol=1e-5)
 
 

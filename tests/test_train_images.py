@@ -152,17 +152,18 @@ def test_the_step_of_simclr_is_its_formula(first_step):
 
 
 def test_the_step_of_byol_is_its_formula(first_step):
-    model, gradients = first_step("byol", *VIEW_FLAGS)
-    views = first_views(2)
-    q = model.predictor(model.project(views).flatten(0, 1)).view(2, 16, -1)
+    """Three views, each predicted from the next one."""
+    model, gradients = first_step("byol", *VIEW_FLAGS, "--views", 3)
+    views = first_views(3)
+    q = model.predictor(model.project(views).flatten(0, 1)).view(3, 16, -1)
     with torch.no_grad():
-        z = model.target(views.flatten(0, 1)).view(2, 16, -1)
+        z = model.target(views.flatten(0, 1)).view(3, 16, -1)
     q = q / q.norm(dim=2, keepdim=True)
     z = z / z.norm(dim=2, keepdim=True)
     loss = 0.0
-    for view, other in ((0, 1), (1, 0)):
+    for view, other in ((1, 0), (2, 1), (0, 2)):
         distance = (q[view] - z[other]).square().sum(1)       # (16,)
-        loss = loss + distance.mean() / 2
+        loss = loss + distance.mean() / 3
     assert_gradients_of(loss, model, gradients)
 
 
@@ -244,12 +245,15 @@ def test_chance_is_the_loss_without_any_learning(train):
     assert "(chance 1)" in printed                            # the variance of a patch
 
 
-@pytest.mark.parametrize("name, purposes", [
-    ("simclr", {"image order", "view 0", "view 1", "preview 0", "preview 1"}),
-    ("byol", {"image order", "view 0", "view 1", "preview 0", "preview 1"}),
-    ("ae", {"image order", "corruption"}),
+PURPOSES_OF_TWO_VIEWS = {"image order", "view 0", "view 1", "preview 0", "preview 1"}
+
+
+@pytest.mark.parametrize("name, flags, purposes", [
+    ("simclr", ["--views", 2], PURPOSES_OF_TWO_VIEWS),
+    ("byol", ["--views", 2], PURPOSES_OF_TWO_VIEWS),
+    ("ae", [], {"image order", "corruption"}),
 ])
-def test_no_draw_of_a_run_is_used_twice(name, purposes, train, monkeypatch):
+def test_no_draw_of_a_run_is_used_twice(name, flags, purposes, train, monkeypatch):
     keys = []
 
     def record(*key):
@@ -258,7 +262,7 @@ def test_no_draw_of_a_run_is_used_twice(name, purposes, train, monkeypatch):
 
     for module in (SCRIPTS[name][0], batches):
         monkeypatch.setattr(module, "generator", record)
-    train(name, "run")
+    train(name, "run", *flags)
     assert {purpose for _, purpose, _ in keys} == purposes
     assert len(set(keys)) == len(keys) > 12
 
