@@ -636,7 +636,7 @@ FAULTS = [
         name="the views of two processes are joined as more views",
         symptom="""
             torchrun with two processes: no error is raised, but after 60 steps the loss has
-            hardly fallen below its chance level. With one process it is nearly a nat below.""",
+            hardly fallen below its chance level. With one process it is a nat below.""",
         reason="""
             Twice as many views of half of the images. InfoNCE then takes different images for
             positives; see the drawing in all_gather.""",
