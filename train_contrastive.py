@@ -148,8 +148,8 @@ def main():
         changes = dict(crop=settings.crop, jitter=settings.jitter, hue=settings.hue,
                        grey=settings.grey, flip=not settings.no_flip)
         views = []
-        for v in range(V):
-            views.append(contrastive.augment(images, size, numbers[:, v], **changes))
+        for of_view in numbers.unbind(1):                                 # (B, 12)
+            views.append(contrastive.augment(images, size, of_view, **changes))
         return torch.stack(views)
 
     # ------------------------------------------------------------ Model
