@@ -37,7 +37,7 @@ from minissl.training.distributed import (
 )
 from minissl.training.machine import choose_machine, move_to_device
 from minissl.training.run import Run
-from minissl.training.settings import read_settings, require_at_least, run_script
+from minissl.training.settings import read_settings, require_at_least, require_at_most, run_script
 
 
 # ---------------------------------------------------------------- Settings
@@ -63,7 +63,7 @@ class Settings:
     noise: float = 0.0  # standard deviation of noise on the input, where white is 1
     masked: float = 0.0  # share of the 8 × 8 patches that are cut out of the input
     targets: Literal["pixels", "normalized"] = "pixels"  # normalized: the hidden patches alone
-    no_flip: bool = False  # no mirror images: for digits, letters and the like
+    no_flip: bool = False  # features without the mirror image: for digits, letters and the like
     evaluate_every: int = 200  # steps between two previews
     save_every: float = 30  # seconds between two checkpoints
 
@@ -73,11 +73,7 @@ class Settings:
         require_at_least(self, 2, "batch_size", "code")
         require_at_least(self, 0, "beta", "noise", "masked")
         require_at_least(self, 1e-9, "learning_rate")
-        if self.masked > 0.95:
-            raise UserError(
-                f"--masked {self.masked}: must be at most 0.95, so that something is left "
-                f"to rebuild the image from"
-            )
+        require_at_most(self, 0.95, "masked")       # something must be left to rebuild from
         if self.targets == "normalized" and not self.masked:
             raise UserError(
                 "--targets normalized: these are the patches that --masked cuts out; "

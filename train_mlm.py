@@ -3,7 +3,7 @@
 It has two pretext tasks: fill in masked words, and predict the rest of the document.
 minissl/transformer.py explains both, and the model.
 
-Training has two stages. In the first stage the blocks of the transformer are still zero.
+Training has two stages. In the first stage the blocks of the transformer still add nothing.
 The embeddings learn alone, from whole texts, hundreds of thousands of tokens a second. In the
 second stage everything learns, from both losses.
 
@@ -41,7 +41,7 @@ from minissl.training.distributed import (
 )
 from minissl.training.machine import choose_machine, move_to_device
 from minissl.training.run import Run
-from minissl.training.settings import read_settings, require_at_least, run_script
+from minissl.training.settings import read_settings, require_at_least, require_at_most, run_script
 
 
 # ---------------------------------------------------------------- Settings
@@ -55,7 +55,7 @@ class Settings:
     resume: bool = False  # continue the run in --run
     steps: int = 1500  # optimizer steps of both stages together
     embedding_steps: int = -1  # steps of the first stage; below 0: a third of --steps
-    batch_size: int = 32  # times --window: tokens in a step. First stage: 8 times as many texts
+    batch_size: int = 32  # times --window: tokens of a step. First stage: 8 times as many texts
     learning_rate: float = 0.02  # peak rate of the blocks; all other layers take a fraction
     seed: int = 0  # seed of all random numbers
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: the best that torch finds
@@ -91,8 +91,7 @@ class Settings:
                 f"--width {self.width}: must be a multiple of {2 * self.heads}, "
                 f"twice the number of --heads"
             )
-        if self.mask_share > 1:
-            raise UserError(f"--mask-share {self.mask_share}: must be at most 1")
+        require_at_most(self, 1, "mask_share")
         if self.masked_weight == 0 and self.document_weight == 0:
             raise UserError(
                 "--masked-weight 0 and --document-weight 0: nothing is left to learn; "
@@ -181,7 +180,10 @@ def main():
         return [x.to(device) for x in shard(*whole_texts(step))]
 
     def masked_window_batch(step):
-        """This process's inputs, targets, lengths and rest at a step of the second stage."""
+        """This process's inputs, targets, lengths and rest at a step of the second stage.
+
+        Tokens are hidden also without the masked loss, so that each loss can be switched off alone.
+        """
         tokens, lengths, rest = windows(step - settings.embedding_steps)
         masks = generator(settings.seed, "mask", step)
         inputs, targets = transformer.mask_tokens(

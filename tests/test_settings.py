@@ -154,6 +154,15 @@ def test_require_at_least_refuses_less_and_nan():
         settings.require_at_least(some, 0, "rate")
 
 
+def test_require_at_most_refuses_more_and_nan():
+    some = SimpleNamespace(batch_size=2, rate=float("nan"))
+    settings.require_at_most(some, 2, "batch_size")
+    with pytest.raises(UserError, match="--batch-size 2: must be at most 1"):
+        settings.require_at_most(some, 1, "batch_size")
+    with pytest.raises(UserError, match="--rate nan: must be at most 0"):
+        settings.require_at_most(some, 0, "rate")
+
+
 # ---------------------------------------------------------------- resuming
 
 @dataclass

@@ -195,6 +195,14 @@ def require_at_least(settings, minimum, *names):
             raise UserError(f"{flag_name(name)} {value}: must be at least {minimum}")
 
 
+def require_at_most(settings, maximum, *names):
+    """Raise UserError unless each of the named settings is at most `maximum`."""
+    for name in names:
+        value = getattr(settings, name)
+        if not value <= maximum:
+            raise UserError(f"{flag_name(name)} {value}: must be at most {maximum}")
+
+
 # ---------------------------------------------------------------- from main() to an exit code
 
 def run_script(main):
@@ -203,7 +211,7 @@ def run_script(main):
         0    done
         1    the machine failed: memory, disk, a folder that is gone, another process
         2    a mistake in the flags, in the data or in the run's folder
-        130  stopped by Ctrl-C or SIGTERM
+        130  stopped by Ctrl-C, or by SIGTERM while it trains
         141  nobody reads the output any more, as in `| head`: ends without a sentence,
              with the code that a shell gives to a command that SIGPIPE has ended
 
