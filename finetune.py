@@ -9,12 +9,16 @@
     python finetune.py runs/imdb --features out.npy --data my_texts/    (N, d) float32
 
 "Labels a class" says how many labelled examples of each class a row may use. They are drawn
-several times, and all columns get the same draws. Everything else is chosen on held-out examples
-or by cross-validation. The test set is used for the accuracies in the table alone. Without
---labels the rows are 10, 100, 500 and all for texts, and 10, 50, 500 and all for images. The row
-"all" uses the labels of all training and held-out examples, so it needs no draw. Where a training
-is random, it is done twice, with another order of the examples (with --seeds 1 once). Each row is
-kept as soon as it is finished.
+several times, and all columns get the same draws. Where a column tries several learning rates or
+crops, it chooses on held-out examples. Penalties are chosen by cross-validation among the drawn
+labels. All other settings are fixed in the code. No choice reads a label of the test set. These
+labels are for the accuracies, for the share of the commonest class, and to leave out a class
+without a test example.
+
+Without --labels the rows are 10, 100, 500 and all for texts, and 10, 50, 500 and all for images.
+The row "all" uses the labels of all training and held-out examples, so it needs no draw. Instead,
+a column whose training is random is trained twice, with two orders of the examples (with --seeds 1
+once). Each row is kept as soon as it is finished.
 
     n-grams       texts: logistic regression on n-grams, without any pretraining: tokens and
                   pairs weighted by tf-idf. With up to five classes, tokens, pairs and triples with
@@ -31,7 +35,8 @@ kept as soon as it is finished.
                   are used with more than 2,000 labels in all (images) or 5,000 (texts).
     fine-tuned    the probe and the whole encoder trained further on the labels. It stays the probe
                   (rate 0) unless another rate gains more than a standard error on held-out
-                  examples. With more than 5,000 labels in all, texts have one rate.
+                  examples. With more than 5,000 labels in all, texts are always fine-tuned, at
+                  one fixed rate.
     all together  texts: the sum of probe and fine-tuned encoder, plus the n-grams of
                   "self-trained". With rate 0 this is "self-trained".
 
@@ -103,7 +108,7 @@ class Settings:
     seeds: int = 5  # draws of labels for each row; the row "all" has one, trained in two orders
     data: str = ""  # other data than the run's, by name or path
     data_dir: str = ""  # where archives and caches lie, if not where the run had them
-    limit: int = 0  # use only this many examples of each split, for a trial; 0: all
+    limit: int = 0  # for a trial: at most this many examples of each split; 0: all
     probe: bool = False  # the linear probe's column alone, into probe.csv
     features: str = ""  # instead of the table: write the features to this .npy, a new file
     overwrite: bool = False  # allow --features to replace a file
@@ -125,7 +130,7 @@ class Settings:
         self.labels = list(dict.fromkeys(rows))
 
 
-# What each of these flags leaves unused. With no flag of them there is a whole table.
+# What each of these flags leaves unused. Without both of them the script measures a table.
 UNUSED = {
     "predict": ("labels", "probe", "limit", "data", "data_dir", "no_flip", "overwrite"),
     "features": ("labels", "probe"),
@@ -133,12 +138,15 @@ UNUSED = {
 
 
 def check_combination(settings):
-    """Raise UserError if a flag was given that another one leaves unused."""
+    """Raise UserError if a flag was given that another one leaves unused.
+
+    --seeds is not checked, because it has a value by default.
+    """
     for name, unused in UNUSED.items():
-        given = [flag_name(other) for other in unused if getattr(settings, other)]
+        given = " and ".join(flag_name(other) for other in unused if getattr(settings, other))
         if getattr(settings, name) and given:
-            raise UserError(f"{flag_name(name)} does not use {' and '.join(given)}: "
-                            f"leave one or the other out")
+            flag = flag_name(name)
+            raise UserError(f"{flag} does not use {given}: leave out {flag}, or {given}")
     if settings.overwrite and not settings.features:
         raise UserError("--overwrite is for --features alone: leave it out")
 
@@ -224,9 +232,9 @@ def warn_of_another_split(settings, checkpoint, data):
 def keep_complete_classes(data, name, most=0):
     """The labelled examples of the classes that can be trained and tested, and unlabelled ones.
 
-    The latter are of the training split, and get the label −1. Labelled and unlabelled training
-    examples together are at most `most`, unless the labelled ones alone are more. Prints the
-    names of the other classes. Raises UserError if fewer than two are left, or if no labelled
+    Unlabelled examples come from the training split alone, and so many are kept that there are
+    `most` training examples in all. With the default, 0, none is kept. Prints the names of the
+    classes that are left out. Raises UserError if fewer than two are left, or if no labelled
     example is held out for the choices.
     """
     if len(data.classes) < 2:
@@ -246,9 +254,10 @@ def keep_complete_classes(data, name, most=0):
                         f"to train on and to test on; {advice}")
     is_kept = np.isin(data.labels, kept)
     if HELD_OUT not in data.split[is_kept]:
-        raise UserError(f"--data {name}: no labelled example is held out to choose by; {advice}")
+        raise UserError(f"--data {name}: no example with a label is held out, and settings are "
+                        f"chosen on such examples; {advice}")
     if left_out:
-        print(f"left out, without an example to train on or without one to test on: "
+        print(f"left out, because they have no example to train on or none to test on: "
               f"{list_names(left_out)}")
     room = max(0, most - int((data.split[is_kept] == TRAIN).sum()))
     unlabelled = np.flatnonzero((data.labels < 0) & (data.split == TRAIN))
@@ -283,7 +292,8 @@ def choose(column, options, task, draws):
     best = int(scores.mean(1).argmax())
     lead = scores[best] - scores[0]                             # (H,)
     if column.prefers_first:
-        # 1e-9: a lead of one example equals its standard error, apart from rounding.
+        # If the best is right about one more example and no other differs, lead and standard
+        # error are equal. 1e-9 keeps rounding from deciding.
         is_ahead = len(lead) > 1 and lead.mean() > lead.std() / len(lead) ** 0.5 + 1e-9
         best = best if is_ahead else 0
     return options[best]
@@ -303,14 +313,16 @@ def measure_row(settings, task, columns, labels_a_class):
     """One row of the table: (measurements, the model of the last draw, its number of labels).
 
     The model is that of the column "fine-tuned", or None if there is no such column. For the
-    measurements see evaluation/measurements.py. data, limit, step and checksum follow later.
+    measurements see evaluation/measurements.py; `add_measurements` adds data, limit, step and
+    checksum.
     """
     title = "1 label a class" if labels_a_class == "1" else f"{labels_a_class} labels a class"
     print(title, flush=True)
     per_class = None if labels_a_class == "all" else int(labels_a_class)
-    drawable, draws = task.train, settings.seeds
+    drawable, draws, repeat = task.train, settings.seeds, "draw"
     if per_class is None:       # the held-out examples are for choices, and for "all" at the end
-        drawable, draws = np.concatenate([task.train, task.held_out]), min(draws, 2)
+        drawable = np.concatenate([task.train, task.held_out])
+        draws, repeat = min(draws, 2), "training"
     drawn = []
     for seed in range(draws):
         drawn.append(drawable[probes.draw_labels(task.labels[drawable], per_class, seed)])
@@ -325,7 +337,7 @@ def measure_row(settings, task, columns, labels_a_class):
         for name, column in columns.items():
             if not (has_new_labels or column.is_random):
                 continue                        # its model is the one of the first time
-            progress(f"{title}, draw {seed + 1}: {name}")
+            progress(f"{title}, {repeat} {seed + 1}: {name}")
             begin = time.perf_counter()
             fitted[name] = column.fit(indices, chosen[name], seed, fitted)
             seconds = time.perf_counter() - begin
@@ -336,7 +348,7 @@ def measure_row(settings, task, columns, labels_a_class):
                 labels_a_class=labels_a_class, method=name, seed=seed,
                 test_accuracy=round(accuracy, 2), seconds=round(seconds, 1)))
         if shown:
-            print(f"  draw {seed + 1}: {', '.join(shown)}", flush=True)
+            print(f"  {repeat} {seed + 1}: {', '.join(shown)}", flush=True)
     return measurements, fitted.get("fine-tuned"), len(indices)
 
 
@@ -439,13 +451,19 @@ def keep_classifier(run, model, conditions):
 
 
 def make_table(settings, model, checkpoint, machine):
-    """Measure the table, print it, and write finetune.csv (or probe.csv), .svg, classifier.pt."""
+    """Measure and print the table.
+
+    Writes finetune.csv, finetune.svg, classifier.pt and report.html; with --probe only probe.csv
+    and report.html.
+    """
     trained = checkpoint["settings"]
     folder = Path(settings.run)
     path = folder / ("probe.csv" if settings.probe else "finetune.csv")
     if not is_writable(folder):
         raise UserError(f"{folder} is read-only; copy the run to a writable folder")
-    read_measurements(path)                     # a damaged file is refused before measuring
+    old = read_measurements(path)               # a damaged file is refused before measuring
+    step = str(checkpoint["step"])
+    has_whole = any(row["limit"] == "0" and row["step"] == step for row in old)
 
     name = settings.data or trained["data"]
     data = load_data(settings, checkpoint, settings.limit)
@@ -473,16 +491,15 @@ def make_table(settings, model, checkpoint, machine):
         """Write what a finished row has given."""
         changed = add_measurements(path, measurements, source)
         if changed:
-            print(f"{name} has not the checksum of {count_of(changed, 'older result')} in {path}, "
-                  f"so they stay in a separate table")
+            print(f"{path}: the content of {name} has changed, so "
+                  f"{count_of(changed, 'older result')} moved to a separate table")
         if not settings.probe:
             conditions = dict(
                 source, data=name, classes=data.classes, shape=shape, labels=labels, flip=flip)
             keep_classifier(folder, classifier, conditions)
-            picture = folder / "finetune.svg"
-            if not settings.limit or not picture.exists():
+            if not (settings.limit and has_whole):
                 figure = report.label_figure(path, xmlns="http://www.w3.org/2000/svg")
-                write_atomically(picture, figure.encode())
+                write_atomically(folder / "finetune.svg", figure.encode())
         report.write_page(folder)
 
     print_table(*measure_table(settings, task, keep))
@@ -495,8 +512,8 @@ def write_features(settings, model, checkpoint, machine):
     device, _, autocast = machine
     name = settings.data or checkpoint["settings"]["data"]
     path = Path(settings.features)
-    for data in (name, checkpoint["settings"]["data"]):
-        if path.resolve() == Path(data).resolve():
+    for source in (name, checkpoint["settings"]["data"]):
+        if path.resolve() == Path(source).resolve():
             raise UserError(f"--features {path}: this is the data; give another name")
     data = load_data(settings, checkpoint, settings.limit, keep_all=True)
     if checkpoint["method"] == "mlm":

@@ -197,7 +197,7 @@ def probe(encode, known, test, draws, machine):
         for draw in range(draws):
             drawn = probes.draw_labels(labels, per_class, draw)
             weights, _ = probes.probe(x_known[drawn], labels[drawn], classes, PROBE_STRENGTHS)
-            answers = probes.predict(x_test, weights).argmax(1).numpy()
+            answers = probes.linear_logits(x_test, weights).argmax(1).numpy()
             is_right = answers == test.images.labels
             of_all.append(100 * is_right.mean())
             of_new.append(100 * is_right[test.is_new].mean())

@@ -3,7 +3,7 @@
 Each of these returns a function from pairs (M, 2) to scores (M,), larger for a likelier link:
 
     common_neighbours    how many neighbours two nodes share
-    degree_product       how many neighbours both have: popular modules are imported
+    degree_product       their numbers of neighbours, multiplied: popular modules are imported
     spectral_embedding   eigenvectors of the normalised adjacency
 
 They see the training links alone. What can be chosen is chosen on the links for choices.
@@ -17,7 +17,7 @@ from minissl.evaluation import probes
 from minissl.evaluation.columns import PROBE_STRENGTHS, standardize
 
 
-MOST_NODES = 6000           # for all eigenvectors: 10 s at 3,000 nodes, 8 times that at 6,000
+MOST_NODES_OF_SPECTRUM = 6000   # all eigenvectors take 10 s at 3,000 nodes, 80 s at 6,000
 
 
 # ---------------------------------------------------------------- measures
@@ -36,9 +36,10 @@ def auc(link_scores, non_link_scores):
 
 
 def average_precision(link_scores, non_link_scores):
-    """Precision in percent, averaged over the links: at each, among all that score as high.
+    """Average precision in percent.
 
-    Equal scores are one threshold, so their order in the file does not matter.
+    For each link: the share of links among all pairs that score at least as high. The result is
+    the mean of these shares. Equal scores are one threshold, so their order does not matter.
     """
     thresholds, link_counts = np.unique(link_scores, return_counts=True)
     links = np.sort(link_scores)
@@ -135,13 +136,14 @@ def smoothed_features(xs, splits, convolve):
 def probe_accuracy(features, labels, drawn, test):
     """Percent of the nodes `test` that a logistic regression on the features gets right.
 
-    It learns from the labels of the nodes `drawn`, and its strength is chosen among them.
+    It learns from the labels of the nodes `drawn`, and cross-validation on these labels chooses
+    its strength.
     features (N, D); labels (N,) int64.
     """
     x, _, _ = standardize(features, np.arange(len(features)))
     classes = int(labels.max()) + 1
     weights, _ = probes.probe(x[drawn], labels[drawn], classes, PROBE_STRENGTHS)
-    answers = probes.predict(x[test], weights).argmax(1)
+    answers = probes.linear_logits(x[test], weights).argmax(1)
     return probes.accuracy(answers, labels[test])
 
 
@@ -195,10 +197,10 @@ def preview(codes, splits, graph):
     missing = held_out.flatten().bincount(minlength=len(names))
     degree = splits[0].is_known.sum(1)
     node = int((missing / (degree + 10)).argmax())
+    is_link = pair_table(held_out, len(names))[node]
     partners = []
     for n in likeliest_partners(codes[0], splits[0], node):
-        is_link = pair_table(held_out, len(names))[node, n]
-        partners.append(f"{names[n]} ({'right' if is_link else 'wrong'})")
+        partners.append(f"{names[n]} ({'right' if is_link[n] else 'wrong'})")
     print(f"likeliest missing links of {names[node]}: {', '.join(partners)}")
     return dict(validation_auc=round(float(np.mean(aucs)), 2))
 
@@ -223,7 +225,7 @@ def measure_links(encoders, splits):
         scores = {name: inner_product(codes[n]) for name, codes in encoders.items()}
         scores["common neighbours"] = common_neighbours(split)
         scores["degree product"] = degree_product(split)
-        if split.nodes <= MOST_NODES:
+        if split.nodes <= MOST_NODES_OF_SPECTRUM:
             scores["spectral embedding"] = spectral_embedding(split)
         for name, score in scores.items():
             table.setdefault(name, []).append(measure(score, split.test))

@@ -362,7 +362,7 @@ def test_held_out_examples_of_incomplete_classes_are_not_enough():
     split = np.array([splits.TRAIN] * 2 + [splits.TEST] * 2 + [splits.TRAIN, splits.HELD_OUT])
     pixels = torch.zeros(6, 3, 8, 8, dtype=torch.uint8)
     data = images.Images(pixels, torch.arange(6), labels, split, ["a", "b", "c"])
-    with pytest.raises(UserError, match="no labelled example is held out"):
+    with pytest.raises(UserError, match="no example with a label is held out"):
         finetune.keep_complete_classes(data, "x.npy")
 
 
@@ -447,7 +447,7 @@ def test_the_classes_left_out_are_printed(corpus, run, run_script, tmp_path):
     code, printed = run_script(finetune, run, *CPU, "--data", tmp_path / "texts", "--probe",
                                "--data-dir", tmp_path, "--labels", 2, "--seeds", 1)
     assert code == 0, printed
-    left_out = "left out, without an example to train on or without one to test on: desert"
+    left_out = "left out, because they have no example to train on or none to test on: desert"
     assert left_out in printed and "the table has 2 classes: city, sea" in printed
 
 
@@ -530,6 +530,14 @@ def test_a_trial_does_not_replace_a_result(run, run_script, brief):
     assert "--limit 40" in (run / "report.html").read_text(encoding="utf-8")
 
 
+def test_the_figure_of_a_trial_shows_all_its_rows(run, run_script, brief):
+    flags = [*CPU, "--labels", 5, 10, "--seeds", 1, "--limit", 40]
+    code, printed = run_script(finetune, run, *flags)
+    assert code == 0, printed
+    figure = report.label_figure(run / "finetune.csv", xmlns="http://www.w3.org/2000/svg")
+    assert (run / "finetune.svg").read_text(encoding="utf-8") == figure
+
+
 def test_one_path_in_two_spellings_is_one_source():
     old = [measurement(data=name, limit="0") for name in ("./d/a.npy", "d/../d/a.npy", "b.npy")]
     source = dict(data="d/a.npy", limit=0, checksum="1")
@@ -550,7 +558,7 @@ def test_other_content_under_the_same_name_stays_apart(run_script, tmp_path):
                                    "--probe")
         assert code == 0, printed
         labels = rng.permutation(labels)
-    assert "has not the checksum of 1 older result in" in printed
+    assert "has changed, so 1 older result moved to a separate table" in printed
     old, new = report.conditions(folder / "probe.csv")
     assert old[0].startswith(f"{name} (other content, checksum ") and new[0] == name
 
@@ -794,7 +802,7 @@ def test_features_are_written_whole_or_not_at_all(run, run_script, tmp_path, mon
     (["--predict", "not/there.txt"], "--predict not/there.txt: file not found"),
     (["--predict", "."], "--predict .: is a folder; give one .txt file, with a text on each line"),
     (["--predict", __file__], "their file must end in .txt; give one .txt file"),
-    (["--predict", "a.txt", "--labels", "2"], "--predict does not use --labels: leave one or"),
+    (["--predict", "a.txt", "--labels", "2"], "--predict does not use --labels: leave out --predict, or"),
     (["--predict", "a.txt", "--data", "b", "--limit", "5"], "use --limit and --data: leave"),
     (["--features", "b.npy", "--labels", "2", "--probe"], "not use --labels and --probe: leave"),
     (["--overwrite"], "--overwrite is for --features alone: leave it out"),
@@ -950,7 +958,7 @@ def test_fine_tuning_texts_at_rate_0_is_the_probe(text_run):
     with torch.no_grad():
         logits = model(task.texts.select(task.test))
     weights, _ = probe_model
-    expected = probes.predict(task.probe.x[task.test], weights)
+    expected = probes.linear_logits(task.probe.x[task.test], weights)
     assert expected.abs().max() > 0.1
     torch.testing.assert_close(logits, expected, atol=1e-3, rtol=1e-3)
     torch.testing.assert_close(task.logits(model, task.test), expected)

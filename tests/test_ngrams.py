@@ -200,7 +200,7 @@ def test_the_weights_of_a_fold_do_not_know_the_held_out_labels(monkeypatch):
         inside, outside = np.flatnonzero(fold != f), np.flatnonzero(fold == f)
         r = naive_bayes_weights(x[inside], labels[inside], 2)
         weights = probes.logistic_regression(x[inside], labels[inside], 2, 0.1, weight_scale=r)
-        logits = probes.predict(x[outside], weights)
+        logits = probes.linear_logits(x[outside], weights)
         losses.append(float(F.cross_entropy(logits, labels[outside])))
     assert fitted.loss == pytest.approx(np.mean(losses), rel=1e-3)
 

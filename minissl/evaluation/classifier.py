@@ -1,7 +1,7 @@
 """An encoder with a linear layer on its features, and the file in which it is kept.
 
-Fine-tuning trains a Classifier. finetune.py writes that of the last row into classifier.pt of
-the run's folder, and `finetune.py --predict` reads it.
+Fine-tuning trains a Classifier. finetune.py keeps that of the row with the most labels in
+classifier.pt of the run's folder, and `finetune.py --predict` reads it.
 
 Read next: text_table.py.
 """
@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from minissl import UserError
+from minissl.contrastive import without_autocast
 from minissl.training.files import read_checkpoint, write_checkpoint
 
 
@@ -35,10 +36,8 @@ class Classifier(nn.Module):
     def forward(self, *inputs):
         """Logits (B, C) float32."""
         z = (self.body.encode(*inputs).float() - self.mean) / self.std
-        if z.device.type == "mps":          # without autocast before torch 2.5
-            return self.head(z)
         # In bfloat16 two classes often get the same logit, and argmax takes the first of them.
-        with torch.autocast(z.device.type, enabled=False):
+        with without_autocast(z.device):
             return self.head(z)
 
 
@@ -84,7 +83,7 @@ def build_classifier(saved, body, step, run):
     """The Classifier of a dict of `read_classifier`, around an encoder of its kind.
 
     step: of the run's checkpoint. Raises UserError if the run has been trained further since,
-    or if the classifier is of another encoder or of other classes.
+    or if the classifier does not fit this encoder.
     """
     if saved["step"] != step:
         raise UserError(f"{run} has been trained further since its classifier was made; "

@@ -50,8 +50,8 @@ class CoTraining:
     Arguments:
         probe: the LinearClassifier of the document vectors of N texts
         n_grams: the NGrams of the same texts
-        pool (M,): the indices of the texts whose classes are guessed; their labels are not
-            read
+        pool (M,): the indices of the texts whose classes are guessed. Of their labels, only
+            those of the `indices` that `fit` gets are read.
         reference: the indices of the texts over which σ is computed
     """
 
@@ -81,7 +81,7 @@ class CoTraining:
             weighting, cross_validated = ngram_model
             return weighting, cross_validated.weights
 
-        p = probes.predict(self.probe.x[others], weights).softmax(1)      # (U, C)
+        p = probes.linear_logits(self.probe.x[others], weights).softmax(1)      # (U, C)
         guesses = p**2 / (p**2).sum(1, keepdim=True)
         one_hot = F.one_hot(self.probe.labels[indices], C).float()
         targets = probes.weighted_targets(guesses, one_hot)               # (U + n, C)
@@ -99,15 +99,15 @@ class CoTraining:
 
     def probe_logits(self, weights, indices):
         """a / σ(a) of these texts, (n, C). Every row has the mean 0."""
-        logits = probes.predict(self.probe.x[indices], weights)
-        return in_units(logits, probes.predict(self.probe.x[self.reference], weights))
+        logits = probes.linear_logits(self.probe.x[indices], weights)
+        return in_units(logits, probes.linear_logits(self.probe.x[self.reference], weights))
 
     def student_logits(self, student, indices):
         """b / σ(b) of these texts, (n, C). Every row has the mean 0."""
         weighting, weights = student
         rows = self.n_grams.rows[weighting]
-        logits = probes.predict(rows[indices], weights)
-        return in_units(logits, probes.predict(rows[self.reference], weights))
+        logits = probes.linear_logits(rows[indices], weights)
+        return in_units(logits, probes.linear_logits(rows[self.reference], weights))
 
     def predict(self, model, indices):
         weights, student = model

@@ -56,12 +56,16 @@ def plain_column(classifier):
 
 
 class Task:
-    """What finetune.py reads of the examples of a table.
+    """The examples of a table: their labels, their splits and the pool.
+
+    A subclass adds columns(), the columns of the table; default_labels, its rows; choice_draws,
+    the draws of labels for each choice. It calls set_features, which makes the probe.
 
     Arguments: examples, Texts or Images. An example without a label has the label −1 and is of
     the training split. train, held_out and test are the indices of the labelled examples of each
-    split. pool are those of the examples whose classes self-training guesses, without reading
-    their labels: a sample of the training examples, and all those without a label.
+    split. pool are those of the examples whose classes self-training guesses: a sample of the
+    training examples, and all those without a label. Their labels are read only where a draw
+    contains them.
     """
 
     def __init__(self, examples):
@@ -108,7 +112,7 @@ class LinearClassifier:
         weights, _ = model
         predictions = []
         for part in np.array_split(indices, parts_of(len(indices), len(weights))):
-            logits = probes.predict(self.x[part], weights)
+            logits = probes.linear_logits(self.x[part], weights)
             predictions.append(logits.argmax(1))
         return torch.cat(predictions)
 

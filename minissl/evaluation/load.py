@@ -89,8 +89,8 @@ def check_split(data, checkpoint, name, kind):
     """Warn if the run may have been trained on images or texts that are now in the test set.
 
     The run's checkpoint describes the data that it was trained on. The description contains a
-    fingerprint of two parts: one for the examples, one for their split. Of data that shares
-    neither the name nor the examples nobody can know it, so a note asks the user to make sure.
+    fingerprint of two parts: one for the examples, one for their split. If neither the name nor
+    the examples agree, this function cannot tell, and a note asks the user to make sure.
     data: Images or Texts, loaded with the --limit of the pretraining; name: the --data that they
     come from; kind: "images" or "texts".
     """

@@ -4,7 +4,7 @@ A measurement is a dict of
 
     labels_a_class    such as "10", or "all"
     method            the column of the table
-    seed              of the draw of labels
+    seed              of the draw of labels and of the training
     test_accuracy     in %
     seconds           to fit this draw, without the choices
     data, limit       what was measured, as in the flags of these names
@@ -32,9 +32,9 @@ from minissl.training.report import mean_and_spread
 
 def print_table(measurements, chance):
     """Print the mean and the standard deviation over draws, and the mean seconds of a draw."""
-    print(f"\ntest accuracy in %, mean ± std over draws of labels, and in the row \"all\" over "
-          f"two trainings (chance {chance:.1f});\n"
-          f"in brackets seconds a draw, without what a column before it has already fitted")
+    print(f"\ntest accuracy in %, mean ± std over draws of labels (row \"all\": over trainings); "
+          f"chance {chance:.1f}\n"
+          f"in brackets: seconds to fit one draw, without the work of the columns to the left")
     methods = list(dict.fromkeys(m["method"] for m in measurements))
     lines = [["labels a class", *methods]]
     for row in dict.fromkeys(m["labels_a_class"] for m in measurements):
@@ -87,13 +87,13 @@ def merge_measurements(old, new):
 
 
 def rename_other_data(old, source):
-    """Give old rows of the same data its present name, and another one if its content has changed.
+    """Mark the old rows whose data has the name of `source`, but other content.
 
-    The page and the figure know data by its name, so other content must have another name.
-    Checksums can be compared only at the same --limit. If the data has its old content again,
-    the rows get their old name back.
+    The page and the figure know data by its name, so a marked row has "(other content, checksum
+    ...)" behind the name. It loses this mark when the data has its old content again. Checksums
+    can be compared only at the same --limit, so at another one the mark stays as it is.
     old: rows of finetune.csv, which are changed; source: a dict of data, limit and checksum.
-    Returns the number of rows that have become rows of other content.
+    Returns the number of rows that are newly marked.
     """
     changed = 0
     for row in old:
@@ -101,7 +101,8 @@ def rename_other_data(old, source):
         name = row["data"].removesuffix(suffix)
         if not load.is_same_source(name, source["data"]):
             continue
-        was_other = is_other = name != row["data"]
+        was_other = name != row["data"]
+        is_other = was_other
         if row["limit"] == str(source["limit"]):
             is_other = row["checksum"] != source["checksum"]
         row["data"] = source["data"]            # one spelling of a path

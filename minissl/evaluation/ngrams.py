@@ -2,7 +2,7 @@
 
 An n-gram is a sequence of n neighbouring tokens. Which n-grams a text contains says a lot about
 its class, and a logistic regression on them is what a good engineer tries first. Two ways to
-weigh them are common, and `NGrams` takes the one with the smaller held-out loss among the
+weigh them are common, and `NGrams` takes the one with the smaller cross-validated loss among the
 labels that it is given:
 
     tf-idf         (1 + ln count) · idf of tokens and pairs, and each text is scaled to length 1.
@@ -168,7 +168,7 @@ class NGrams:
                 counts.indices, counts.offsets, ones, counts.columns)
 
     def fit(self, indices):
-        """(the name of the weighting, CrossValidated): the one with the least held-out loss.
+        """(the name of the weighting, CrossValidated): the one with the least cross-validated loss.
 
         With one label a class nothing can be held out, and it is tf-idf.
         """
@@ -186,4 +186,4 @@ class NGrams:
 
     def predict(self, model, indices):
         name, fitted = model
-        return probes.predict(self.rows[name][indices], fitted.weights).argmax(1)
+        return probes.linear_logits(self.rows[name][indices], fitted.weights).argmax(1)

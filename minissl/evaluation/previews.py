@@ -1,8 +1,9 @@
 """Previews: what a training script shows while it trains.
 
-A preview is called with the model in evaluation mode. It looks at held-out examples,
-writes pictures or sentences into the folder of the run, and returns further columns of
-the log. It learns nothing, and no random number of the training depends on it.
+A preview is called with the model in evaluation mode. It looks at held-out examples, and at
+the training examples nearest to them. It writes pictures or sentences into the folder of the
+run, and returns further columns of the log. It learns nothing, and no random number of the
+training depends on it.
 
 Labels are used here for marks in the pictures and for one number of the log, the accuracy of
 the nearest neighbours.
@@ -53,7 +54,8 @@ def has_two_classes(examples):
     """
     classes = np.unique(examples.labels[examples.labels >= 0])
     if len(classes) == 1:
-        name = examples.classes[classes[0]]
+        c = int(classes[0])
+        name = examples.classes[c] if examples.classes else f"class {c}"
         print(f"data: the previews found one class only: {name}; "
               f"knn needs two classes, so it is left out")
     return len(classes) > 1
@@ -78,9 +80,10 @@ class NeighbourPreview:
         self.has_classes = has_two_classes(self.labelled_train)
 
     def __call__(self, encode):
-        """-> the accuracy of the nearest neighbours in %, or "" if too few have labels.
+        """-> the accuracy of the nearest neighbours in %, or "" if it cannot be computed.
 
-        It is also "" if the training images have labels of one class only.
+        That is so if no held-out image has a label, or if the training images have fewer than
+        two classes.
         """
         train = self._features(encode, self.train_images)
         queries = self._features(encode, self.held_out)

@@ -4,7 +4,7 @@ Three rules make an evaluation honest, and this file keeps them:
 
 - A function sees the labels that it is given and no others.
 - Choices, such as the strength of the penalty, are made by cross-validation among those labels.
-- Labels of the test set reach `accuracy` and nothing else.
+- Among the functions of this file, labels of the test set reach `accuracy` alone.
 
 Read next: ngrams.py, the baseline of texts, and then columns.py, the columns of finetune.py.
 """
@@ -137,8 +137,8 @@ def logistic_regression(x, labels, classes, strength, start=None, tolerance=1e-5
     larger scale is penalized less. A weight with the scale 0 stays 0.
 
     The loss is convex, so L-BFGS finds its minimum from any start. (The minimum is unique up to
-    a constant that is added to all biases.) It ends when no entry of the gradient of `minimize`
-    is above `tolerance`, when the loss or the weights move by less than 1e-9, or after 200
+    a constant that is added to all biases.) It ends when no entry of the gradient by v (see
+    `minimize`) is above `tolerance`, when the loss or v moves by less than 1e-9, or after 200
     iterations (250 evaluations of the loss).
     """
     D = x.shape[1]
@@ -244,16 +244,16 @@ LABEL_WEIGHT = 0.5      # of n labels beside guesses; see `weighted_targets`
 def weighted_targets(guesses, one_hot):
     """Targets of `logistic_regression`, (U + n, C), from soft labels and labels.
 
-    guesses (U, C); one_hot (n, C). Each label weighs 1 + LABEL_WEIGHT · U / n times as much as a
-    guess, so all labels together get half the weight of the guesses on top of their own. All
-    rows are scaled so that their mean weight is 1.
+    guesses (U, C); one_hot (n, C). A guess weighs 1, and a label 1 + LABEL_WEIGHT · U / n. So all
+    guesses together weigh U, and all labels n + U / 2. Then all rows are scaled to the mean
+    weight 1.
     """
     label_weight = 1 + LABEL_WEIGHT * len(guesses) / len(one_hot)
     targets = torch.cat([guesses, label_weight * one_hot])
     return targets * (len(targets) / targets.sum())
 
 
-def predict(x, weights):
+def linear_logits(x, weights):
     """The logits (N, C) of x (N, D), dense or SparseRows, for weights (D + 1, C)."""
     return x @ weights[:-1] + weights[-1]
 
@@ -273,7 +273,7 @@ class CrossValidated:
     """A logistic regression, and how well models of the same kind judge unseen examples."""
     weights: torch.Tensor       # (D + 1, C), fitted on all the labels
     strength: float             # the one with the least loss
-    loss: float                 # the mean loss of the held-out examples, nan if there are none
+    loss: float                 # the mean loss over the folds left out, nan if there were none
 
 
 def cross_validate(x, labels, classes, strengths, weight_scale_of=None):
@@ -313,7 +313,7 @@ def cross_validate(x, labels, classes, strengths, weight_scale_of=None):
             # The solution for one strength is a good start for the next.
             weights = logistic_regression(x_inside, labels[inside], classes, strength, weights,
                                           tolerance=1e-4, weight_scale=scale)
-            logits = predict(x_outside, weights)
+            logits = linear_logits(x_outside, weights)
             losses[i] += float(F.cross_entropy(logits, y_outside, reduction="sum"))
             nearby[i] = weights
 

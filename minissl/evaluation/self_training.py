@@ -4,7 +4,7 @@ The probe of a few labels guesses the classes of the other training images. Its 
 better if each image listens to its nearest neighbours. A second probe learns from the labels
 and from these guesses:
 
-    p = softmax of the first probe's logits, but one-hot for an image with a label      (M, C)
+    p = softmax of the first probe's logits, but one-hot for the labels of the draw      (M, C)
         (computed on the first 256 principal axes of the features)
     q ← (1 − α) p + α · weighted mean of q over the nearest neighbours, three times     (M, C)
     soft label of an image = q⁴ / Σ q⁴
@@ -65,12 +65,12 @@ class SelfTraining:
     """The classifier of the column "self-trained" of images.
 
     Arguments: probe, the LinearClassifier of the first probe; pool (M,), the indices of the
-    images whose classes are guessed; their labels are not read.
+    images whose classes are guessed. Of their labels, only those of the `indices` that `fit`
+    gets are read.
     """
 
     def __init__(self, probe, pool):
         self.probe = probe
-        self.predict = probe.predict
         self.pool = pool
         x = probe.x[pool]                                                 # (M, D)
         # `principal_axes` has them from the smallest variance to the largest.
@@ -93,8 +93,8 @@ class SelfTraining:
     def fit(self, indices, probe_model):
         """(weights (D + 1, C), strength) from the labels of these examples alone.
 
-        probe_model: what `probe` has fitted to the same labels. Without any other image, and
-        with more than MOST_LABELS, it is also the result. The probe minimizes
+        probe_model: what `probe` has fitted to the same labels. It is also the result if the
+        pool has no other image, or if there are more than MOST_LABELS labels. The probe minimizes
         Σ loss + n · strength/2 ‖W‖². The second fit keeps this penalty, but it averages over
         more examples, so its strength is smaller. Nothing is random.
         """
@@ -109,7 +109,7 @@ class SelfTraining:
         labelled = self.pool[is_labelled]       # those of `indices` that are in the pool
 
         on_axes = torch.cat([self.axes.T @ weights[:-1], weights[-1:]])   # (A + 1, C)
-        p = probes.predict(self.x, on_axes).softmax(1)                    # (M, C)
+        p = probes.linear_logits(self.x, on_axes).softmax(1)                    # (M, C)
         p[torch.from_numpy(is_labelled)] = F.one_hot(labels[labelled], C).float()
         q = spread(p, *self.find_neighbours()) ** 4
         soft_labels = (q / q.sum(1, keepdim=True))[others]                # (U, C)
@@ -120,3 +120,6 @@ class SelfTraining:
         second = probes.logistic_regression(
             x, targets, C, strength, on_axes, tolerance=1e-4)             # (A + 1, C)
         return torch.cat([self.axes @ second[:-1], second[-1:]]), strength
+
+    def predict(self, model, indices):
+        return self.probe.predict(model, indices)

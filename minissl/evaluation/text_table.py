@@ -30,7 +30,7 @@ from minissl.training.machine import move_to_device
 
 
 TEXT_LABELS = ["10", "100", "500", "all"]       # a class, the rows of the table
-FEWEST_REFERENCES = 100     # texts over which the logits of two classifiers are compared
+FEWEST_REFERENCES = 100     # with fewer held-out texts, training texts join the reference
 
 
 def texts_a_batch(lengths):
@@ -120,7 +120,10 @@ class TextTask(Task):
         return [TextOption(0.02, 100 if n <= 1000 else 300)]
 
     def fine_tuning_options(self, n):
-        """The first is the probe, because with the rate 0 nothing is learned."""
+        """Up to MANY_LABELS the first is the probe, because at the rate 0 nothing is learned.
+
+        With more labels the encoder is always trained.
+        """
         if n <= MANY_LABELS:
             return [TextOption(0.0, 0), TextOption(0.003, 150), TextOption(0.01, 150)]
         return [TextOption(0.01, self.steps(n, epochs=2))]
@@ -159,7 +162,7 @@ class TextTask(Task):
             classifier, indices, option, seed, strength, embedding_scale=0.3)
         rate, _ = option
         if rate == 0:       # then it says what the probe says, and need not read any text again
-            self.last_logits = classifier, probes.predict(self.probe.x, weights)
+            self.last_logits = classifier, probes.linear_logits(self.probe.x, weights)
         return classifier
 
     def fit_together(self, indices, option, seed, fitted):
