@@ -149,7 +149,7 @@ def test_two_downloads_at_once_make_one_request(server, tmp_path, capsys):
     for one in both:
         one.join(30)
     assert path.read_bytes() == DATA and server.requests == [0]
-    assert "waiting until another process has downloaded" in capsys.readouterr().err
+    assert "waiting for a download by another process" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("folder", ["a file", "a file/below"])
@@ -328,7 +328,7 @@ def test_a_run_without_checkpoint_is_told_from_no_run(first_file, tmp_path):
     with pytest.raises(UserError, match="file not found; give the folder of a run"):
         files.load_checkpoint(tmp_path)
     (tmp_path / first_file).touch()
-    with pytest.raises(UserError, match="stopped before its first checkpoint"):
+    with pytest.raises(UserError, match="has no checkpoint yet: wait for its first one"):
         files.load_checkpoint(tmp_path)
 
 
@@ -353,7 +353,7 @@ def test_a_file_that_is_no_checkpoint_is_a_sentence(content, sentence, tmp_path)
 def test_a_damaged_checkpoint_of_a_run_leads_out(first_file, tmp_path):
     (tmp_path / first_file).touch()
     (tmp_path / "checkpoint.pt").write_bytes(b"rubbish")
-    with pytest.raises(UserError, match="restore it from a copy, or delete it and start again"):
+    with pytest.raises(UserError, match="restore it from a copy, or start another run"):
         files.load_checkpoint(tmp_path)
     torch.save({"format": "another"}, tmp_path / "checkpoint.pt")
     with pytest.raises(UserError, match="another version of minissl.*give the folder of a run"):

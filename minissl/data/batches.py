@@ -1,9 +1,10 @@
 """Batches, each a function of the step.
 
 **Randomness is a function, not a state.** Every random draw of step s comes from
-`generator(seed, purpose, s)`. So a checkpoint needs no state of a random generator: a
-resumed run continues bit for bit, an evaluation in between cannot disturb the training,
-and several processes draw what one process would draw.
+`generator(seed, purpose, s)`. (The order of the examples is drawn for an epoch. Then s is the
+number of the epoch.) So a checkpoint needs no state of a random generator: a resumed run
+continues bit for bit, an evaluation in between cannot disturb the training, and several
+processes draw what one process would draw.
 
 Read next: splits.py.
 """
@@ -21,9 +22,9 @@ from minissl.training import distributed
 def generator(seed, purpose, step):
     """The torch.Generator (on the CPU) for one purpose at one step.
 
-    Arguments: seed, int; purpose, str, such as "mask"; step, an int, or a word for a draw
-    outside the training. Equal arguments give equal draws on the same machine and version
-    of torch.
+    Arguments: seed, int; purpose, str, such as "mask"; step, the number of a step or of an
+    epoch, or a word for a draw outside the training. Equal arguments give equal draws on the
+    same machine and version of torch.
     """
     key = f"{seed} {purpose} {step}".encode()
     digest = hashlib.blake2b(key, digest_size=7).digest()    # torch uses 32 bits of it
@@ -33,7 +34,7 @@ def generator(seed, purpose, step):
 class Batches:
     """Which of n examples each step takes. Each epoch has another order.
 
-    The last n mod size examples of an epoch are left out, so all batches are equal.
+    The last n mod size examples of an epoch are left out, so all batches have the same size.
 
     Arguments: n, the number of examples; size, of a batch; seed and purpose, for the
     generator; equal_shares, whether every process must get equally many examples.
@@ -76,7 +77,7 @@ class WholeTexts:
         read      the   .   man   .    .   sea
         rest       .   old   .   and  the   .
 
-    Arguments: texts, a Texts; size, how many of them a batch has; seed.
+    Arguments: texts, a Texts; size, how many of them a batch has at most; seed.
     """
 
     def __init__(self, texts, size, seed):
@@ -108,12 +109,13 @@ class Windows:
     """The batches of train_mlm.py's second stage: one window of each text in an epoch.
 
     The window lies at a random place of its text. Windows of similar length share a
-    batch, so there is hardly any padding. A batch has about batch_size · window tokens.
+    batch, so there is hardly any padding. A batch has about batch_size · window tokens, but the
+    last one of the sorted windows, which has the longest, may have fewer.
 
     Arguments: texts, a Texts; window, the greatest number of tokens; batch_size; seed;
     rest, whether something must be left outside the window for the document loss. If so,
     the window of a short text takes only half of it.
-    Raises UserError if the texts do not fill a batch.
+    Raises UserError if all texts together have fewer tokens than a batch.
     """
 
     def __init__(self, texts, window, batch_size, seed, rest):
@@ -136,10 +138,12 @@ class Windows:
 
         [0, first of batch 1, first of batch 2, ..., N]: the same in every epoch.
         """
+        # ends[i] is the number of tokens in the i shortest windows together.
         ends = np.append(0, np.cumsum(np.sort(self.sizes)))                # (N + 1,)
         borders = [0]
         while borders[-1] < len(self.sizes):
             full = ends[borders[-1]] + tokens
+            # As many windows as fit: the largest i with ends[i] <= full.
             borders.append(np.searchsorted(ends, full, side="right") - 1)
         return borders
 

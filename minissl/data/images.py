@@ -48,7 +48,7 @@ class Images:
         return len(self.rows)
 
     def __getitem__(self, indices):
-        """The pixels (n, C, H, W) uint8 of a slice, an index or an array of indices."""
+        """The uint8 pixels: (n, C, H, W) of a slice or an array of indices, (C, H, W) of one."""
         return self.pixels[self.rows[indices]]
 
     @property
@@ -118,7 +118,10 @@ def load_images(data, data_dir="data", limit=0, keep_all=False, labels=True):
 
 
 def describe(images):
-    """A description of the training images with a checksum, by which a run knows its data."""
+    """The number and size of the training images, and a checksum, by which a run knows its data.
+
+    The checksum is that of all images and their split.
+    """
     n, C, H, W = images.subset(TRAIN).shape
     return f"{count_of(n, 'image')} of {H} × {W} × {C}, checksum {fingerprint(images)}"
 
@@ -153,9 +156,10 @@ def mean_and_whitening(images):
     Neighbouring pixels are nearly equal, and so are the three colours: most of what 4C numbers
     of a square say is its brightness. Multiplied by `whitening`, the 4C numbers of a square
     (minus the mean) are uncorrelated, and brightness, edges and colours count the same (PCA
-    whitening). The rows are the principal components of the squares, from strong to weak. A
-    component of variance v ends with v / (v + 255⁻²). This is nearly 1, but less for what is
-    weaker than one step of brightness, 1/255, because that is noise.
+    whitening). Each row is a principal component of the squares, the strongest first, divided by
+    √(v + 255⁻²), where v is its variance. So its output has the variance v / (v + 255⁻²), which
+    is nearly 1. A component that is weaker than one step of brightness, 1/255, is mostly rounding
+    noise, and 255⁻² keeps it small.
 
     images: (N, C, H, W) uint8, of which a sample counts. Returns dict(mean, whitening): C
     numbers, and 4C lists of 4C numbers, in the order of F.pixel_unshuffle.
@@ -307,9 +311,9 @@ def own_images(path, keep_all=False, flag="--data", labels=True):
 def hold_out_two(split, labels):
     """The split (N,) with at least two held-out images, which the previews need.
 
-    split_blocks holds out fewer where nearly all classes are small. Then training images of
-    such classes are moved: each time the last image of the class with most training images.
-    Images without a label count as one class. labels: (N,) int64.
+    split_blocks holds out fewer where nearly all classes are small. Then training images become
+    held-out ones, one at a time: each is the last training image of the largest class that has
+    no test image. Images without a label count as one class. labels: (N,) int64.
 
     >>> hold_out_two(np.zeros(5, np.uint8), np.array([0, 0, 1, 2, 2])).tolist()
     [0, 1, 0, 0, 1]

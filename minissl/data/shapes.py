@@ -150,8 +150,8 @@ def draw_shapes(n, generator, size=32):
 def draw_and_tell(n, generator, size=32):
     """Draw n pictures -> (n, 3, size, size) uint8, and what was Drawn.
 
-    Every quantity is drawn from `generator` for each picture separately. Lengths are in pixels,
-    colours in [0, 1].
+    Every quantity is drawn from `generator` for each picture separately. Lengths inside this
+    function are in pixels; in Drawn they are shares of the picture's side.
     """
     def uniform(low, high, *shape):
         return low + (high - low) * torch.rand(n, *shape, generator=generator)
@@ -237,7 +237,8 @@ def shape_data_and_tell(limit=0):
     pixels, parts = [], []
     for split, size in zip(splits, sizes):
         for begin in range(0, size, 1000):
-            progress(f"shapes: {1000 * len(pixels):,} of {total:,} drawn")
+            done = sum(len(pictures) for pictures in pixels)
+            progress(f"shapes: {done:,} of {total:,} drawn")
             n = min(1000, size - begin)
             pictures, drawn = draw_and_tell(n, generator(0, f"shapes {split}", begin))
             pixels.append(pictures)
@@ -266,8 +267,8 @@ def name_traits(drawn):
     Colour: a channel is on if it is nearer to the strongest channel than to the weakest. Red and
     green on give yellow, for example. If all channels lie within 0.2, the colour is grey.
     Size: a third of the radii for each name.
-    Place: the centre is in the middle, from left to right or from top to bottom, if it lies
-    within 0.08 of it.
+    Place: from left to right, a centre within 0.08 of the picture's middle is in the middle;
+    from top to bottom likewise.
     """
     low = drawn.colour.amin(1, keepdim=True)
     high = drawn.colour.amax(1, keepdim=True)

@@ -135,7 +135,7 @@ def cache_path(source, stem, data_dir, settings):
 def pydocs_source():
     """Return the Source of the docstrings of the standard library, numpy and torch."""
     stdlib = Path(sysconfig.get_paths()["stdlib"])
-    roots = [(stdlib, stdlib)]                       # (folder, that in which the module is)
+    roots = [(stdlib, stdlib)]          # (folder to search, folder from which the names begin)
     for name in ("numpy", "torch"):
         package = Path(importlib.util.find_spec(name).origin).parent     # this does not import it
         roots.append((package, package.parent))
@@ -413,12 +413,12 @@ def read_texts(path, least=0):
     """Yield the texts of a UTF-8 file: its paragraphs if it has any, otherwise its lines.
 
     Arguments: path; least, join neighbours until they have at least so many characters.
-    A text has at most about TEXT_BYTES characters, or `least` if that is more. A longer
-    paragraph or line becomes several texts, so the memory is bounded.
+    A text has at most about `least` + TEXT_BYTES characters. A longer paragraph or line becomes
+    several texts, so the memory is bounded.
     Raises UserError as read_blocks does.
     """
     by_paragraph = has_paragraphs(path)
-    longest = max(TEXT_BYTES, least)
+    longest = least + TEXT_BYTES
     parts, size = [], 0
     for line in read_lines(path):
         parts.append(line)

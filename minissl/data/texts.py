@@ -16,7 +16,7 @@ not random ones: neighbouring files are often about the same film or by the same
 random draw would put such twins on both sides. A text that occurs in two splits is kept in one
 of them only; see splits.drop_duplicates.
 
-Where the texts come from: text_sources.py. Read next: images.py.
+Read next: text_sources.py, where the texts come from.
 """
 
 import hashlib
@@ -52,7 +52,7 @@ from minissl.training.files import file_hash, progress
 
 SAMPLE_BYTES = 2**28      # the tokenizer learns from the first 256 MB of text
 SAMPLE_TEXTS = 100_000    # word frequencies and frequent pairs are counted in at most this many
-CACHE_FORMAT = 2          # part of every cache's name: raise it when a cache changes its meaning
+CACHE_FORMAT = 3          # part of every cache's name: raise it when a cache changes its meaning
 
 DAY = 24 * 60 * 60        # seconds
 LEFT_OVER = re.compile(r".*-[0-9a-f]{16}\.\w+")      # a temporary folder of encode_documents
@@ -195,7 +195,7 @@ class Source:
     key: object             # its str changes when the content changes
     documents: Iterable     # of (text, label name or None, TRAIN | HELD_OUT | TEST | None)
     name: str = ""          # of the file or folder
-    unit: str = ""          # what became one text: "one a line"
+    unit: str = ""          # how the texts were cut, such as "one a line"
     notes: list = field(default_factory=list)
 
     def describe(self, count):

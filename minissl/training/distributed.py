@@ -18,10 +18,12 @@ gather returns the other processes' part as constants, each process computes onl
 of the gradient that its share has in the others' losses. Adam hides the factor. The
 tests therefore compare gradients, with different data in each process.
 
-torch's DistributedDataParallel averages gradients too, but only for models that are
-entered through `forward`. Its SyncBatchNorm refuses tensors on the CPU. With a single
-process nothing is sent: `shard` gives the whole batch, and sums and means are the values
-themselves.
+With a single process nothing is sent: `shard` gives the whole batch, and sums and means are
+the values themselves.
+
+torch has DistributedDataParallel and SyncBatchNorm for this. The first averages gradients
+only if a model is called as model(x), and ours are also called by other methods. The second
+refuses tensors on the CPU.
 """
 
 import contextlib
@@ -46,11 +48,17 @@ VARIABLES = ["RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"]
 def read_environment(environment):
     """-> [rank, world size, local rank, local world size], as torchrun has set them.
 
-    Local means: on this machine. Raises UserError for variables that are left over
-    from elsewhere, because a process that waits for others forever says nothing.
+    Local means: on this machine. Raises UserError if the variables are incomplete or
+    contradict each other, because a process that waits for others forever says nothing.
     """
-    if not environment.get("WORLD_SIZE"):
+    world_size = environment.get("WORLD_SIZE")
+    if not world_size:
         return [0, 1, 0, 1]
+    if not world_size.isdecimal():
+        raise UserError(
+            f"WORLD_SIZE={world_size} in the environment is not a number of processes: start "
+            f"the script with torchrun, or unset WORLD_SIZE"
+        )
     values = []
     for name in VARIABLES:
         value = environment.get(name, "")
@@ -255,8 +263,9 @@ def average_over_processes(x):
 def all_gather(x, dim=0):
     """The x of all processes, joined along `dim` in order, with gradient.
 
-    x (b, D) becomes (N · b, D) for N processes. Views (V, b, D) are joined along
-    dim 1. Here is an example with two views and two images for each process:
+    x (b, D) becomes (N · b, D) for N processes. Its shape must be the same in all of
+    them. Views (V, b, D) are joined along dim 1. Here is an example with two views and
+    two images for each process:
 
         process 0   view 0  a b     view 1  a b
         process 1   view 0  c d     view 1  c d

@@ -107,7 +107,7 @@ def download(url, path, md5, pauses=(1, 4, 16), patience=30):
     check_data_dir(path.parent)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
-    with _alone_in(path.parent, f"{path.name}: waiting until another process has downloaded"):
+    with _alone_in(path.parent, f"{path.name}: waiting for a download by another process"):
         if path.exists():
             return
         for pause in (*pauses, None):
@@ -169,7 +169,8 @@ def _attempt(url, part, md5, patience):
         return None, False
     part.unlink()
     problem = f"the server sent another file: its MD5 sum is {checksum}, expected {md5}"
-    return problem, begun == 0                        # all of it came from this server
+    # If the file began with an older part, that part may be wrong, and another attempt may help.
+    return problem, begun == 0
 
 
 def _fetch(url, part, begun, patience):
@@ -356,13 +357,13 @@ def load_checkpoint(folder):
     is_run = any((path.parent / name).exists() for name in ("config.json", "lock"))
     if is_run and not path.exists():
         raise UserError(
-            f"{path.parent} was stopped before its first checkpoint: "
-            f"start it again, without --resume"
+            f"{path.parent} has no checkpoint yet: wait for its first one, or, if the run was "
+            f"stopped, start it again without --resume"
         )
     remedy = "give the folder of a run that this version of minissl has made"
     if_damaged = remedy
     if is_run:
-        if_damaged = "restore it from a copy, or delete it and start again"
+        if_damaged = "restore it from a copy, or start another run with another --run"
     return read_checkpoint(path, CHECKPOINT_FORMAT, remedy, if_damaged)
 
 

@@ -168,9 +168,14 @@ def speed_up_on_cpu(model):
             module.__class__ = AttentionByHand
         if isinstance(module, contrastive.ImageEncoder):
             for layer in module.modules():
-                if type(layer) is nn.Conv2d:
+                if type(layer) is nn.Conv2d and is_3x3(layer):
                     layer.__class__ = WideConvolution
     return model
+
+
+def is_3x3(layer):
+    """Whether a Conv2d has a kernel of 3 × 3 and a padding of one pixel."""
+    return layer.kernel_size == (3, 3) and layer.padding == (1, 1)
 
 
 def is_bfloat16_on_cpu(x):
@@ -195,7 +200,7 @@ class AttentionByHand(transformer.Attention):
 
 
 class WideConvolution(nn.Conv2d):
-    """A 3 × 3 convolution, padded with one zero, that lays images side by side.
+    """A 3 × 3 convolution, padded with one zero, of stride 1 or 2, that lays images side by side.
 
     In bfloat16 on a CPU, torch computes the gradient of the weights image by image, which is
     slow (EXPERIMENTS.md, "Why is the gradient of a convolution's weights slow?"). Here the images
@@ -212,10 +217,10 @@ class WideConvolution(nn.Conv2d):
             return super().forward(x)
         B, C, H, W = x.shape
         stride = self.stride[0]
-        # One or two columns of zeros follow each image, so that its width is a multiple
-        # of the stride, and its outputs begin at a whole place.
+        # One or two columns of zeros follow each image. Then its padded width is a multiple of
+        # the stride, and each image has padded // stride columns of the output.
         padded = W + stride - W % stride
-        wide = math.gcd(B, 8)                                 # so many wide images
+        wide = math.gcd(B, 8)                                 # the number of wide images
         x = F.pad(x, (0, padded - W)).permute(0, 2, 3, 1)     # (B, H, padded, C)
         x = x.reshape(wide, B // wide, H, padded, C)
         x = x.transpose(1, 2)                                 # (wide, H, B/wide, padded, C)
@@ -224,6 +229,6 @@ class WideConvolution(nn.Conv2d):
         y = y.permute(0, 2, 3, 1)                             # (wide, H', ..., C')
         y = y.unflatten(2, (B // wide, padded // stride))
         y = y.transpose(1, 2)                                 # (wide, B/wide, H', ..., C')
-        own = math.ceil(W / stride)                           # the rest are the zeros'
-        y = y[:, :, :, :own].flatten(0, 1)                    # (B, H', W', C')
+        own_width = math.ceil(W / stride)                     # the other columns come from zeros
+        y = y[:, :, :, :own_width].flatten(0, 1)              # (B, H', W', C')
         return y.permute(0, 3, 1, 2)

@@ -53,8 +53,8 @@ MAY_CHANGE = {
     "evaluate_every", "save_every",
 }
 
-# These settings are derived from others when they are not given. A sentence about a
-# change names the others first, because the user has given those.
+# These settings follow from others when they are not given. If both differ at --resume, the
+# error names the other setting, because that is the one that the user has changed.
 DERIVED = ["embedding_steps", "crop", "jitter", "hue", "grey"]
 
 SCRIPTS = {                             # which script trains with a method
@@ -131,12 +131,14 @@ class Run:
             raise UserError(
                 f"{folder} already holds a run: give --resume to continue it, or another --run"
             )
-        if not folder.exists() or (folder / "config.json").exists():
-            return                       # new, or stopped before its first checkpoint
+        if not folder.exists():
+            return
+        # A run that was stopped before its first checkpoint leaves only these.
+        early = {"lock", "config.json", "views.png"}
         names = {path.name for path in folder.iterdir() if path.suffix != ".tmp"}
-        if names - {"lock"}:             # a run that was killed early leaves its lock
+        if names - early:
             raise UserError(
-                f"{folder} holds files that do not belong to a run: give another --run"
+                f"{folder} holds other files, such as {min(names - early)}: give another --run"
             )
 
     def _check_settings(self, old):
@@ -162,7 +164,7 @@ class Run:
         if self.settings.steps < done:
             raise UserError(
                 f"--steps {self.settings.steps}: {self.folder} has already made {done} steps; "
-                f"give a larger number"
+                f"give at least {done}"
             )
 
     def _read_rows(self):
@@ -403,9 +405,10 @@ class Run:
         # The steps of the first stage say nothing about the time of the later ones.
         in_first_stage = step <= self.first_stage
         end = self.first_stage if in_first_stage else steps
-        each = seconds / max(step - self.logged_step, 1)
-        left = f"{each * (end - step) / 60:.1f} min left"
-        parts.append(left + " in the first stage" if in_first_stage else left)
+        if step > self.logged_step:             # a resumed run may begin with an old row
+            each = seconds / (step - self.logged_step)
+            left = f"{each * (end - step) / 60:.1f} min left"
+            parts.append(left + " in the first stage" if in_first_stage else left)
         print("  ".join(parts), flush=True)
 
     def finish(self, measure="python finetune.py"):
