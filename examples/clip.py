@@ -74,13 +74,13 @@ class Settings:
     resume: bool = False  # continue the run in --run
     steps: int = 500  # optimizer steps
     batch_size: int = 256  # pairs in a step
-    learning_rate: float = 0.04  # highest, of matrices; the others are multiples of it
+    learning_rate: float = 0.04  # peak rate of the matrices; all else takes a fraction
     width: int = 32  # of the first feature map of the image encoder
     text_width: int = 128  # columns of a token vector
     layers: int = 2  # blocks of the text encoder
     size: int = 128  # dimension of u and v
     window: int = 64  # a longer caption is truncated to this many tokens
-    draws: int = 3  # of labels, for the probes
+    draws: int = 3  # draws of labels for each probe
     seed: int = 0  # of all random numbers
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: the best that torch finds
     precision: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: the faster one, measured

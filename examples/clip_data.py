@@ -140,7 +140,8 @@ def load_pairs(data, limit=0, classes=()):
     Raises UserError if the files cannot be used.
     """
     if limit == 1:
-        raise UserError("--limit 1: a single pair has nothing to be confused with; give 2")
+        raise UserError("--limit 1: a single pair has nothing to be confused with; give at least "
+                        "2, or 0 for all")
     if data == "shapes":
         if classes:
             raise UserError("--classes: drawn shapes have their names; leave it out")

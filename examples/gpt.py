@@ -14,8 +14,8 @@ Differences from the paper:
 - The blocks are those of transformer.py, for the reasons given there. Frequent pairs have
   an embedding. A pair ends at its token, so it does not look ahead.
 - Each window lies inside one document, so no separator is needed.
-- The features are the mean over the tokens, to compare with the masked model. (`last` below
-  takes the last token, as the paper does; of a long text, that of each window.)
+- The features are the mean over the tokens, to compare with the masked model. `last` below
+  takes the last token, as the paper does (of a long text, the mean over its windows' last tokens).
 - There is no dropout, because the default training reads each text only a few times.
 
     python examples/gpt.py                             docstrings of this Python, 5 minutes
@@ -23,7 +23,8 @@ Differences from the paper:
     python examples/gpt.py --run runs/gpt --resume                 continue a run
     python examples/gpt.py --prompt "Returns a list"               continue a text
     python finetune.py runs/gpt --probe                            measure the features
-    python examples/gpt.py last COPY --probe           in a copy of the run: the last tokens
+    cp -r runs/gpt runs/gpt-last                                   for results of their own
+    python examples/gpt.py last runs/gpt-last --probe              features of the last tokens
 """
 
 import math
@@ -63,8 +64,8 @@ class Settings:
     run: str = "runs/gpt"  # the folder of the run
     resume: bool = False  # continue the run in --run
     steps: int = 700  # optimizer steps
-    batch_size: int = 32  # windows of text in a step
-    learning_rate: float = 0.01  # highest, of the blocks; the others are multiples of it
+    batch_size: int = 32  # a step reads batch_size · (window + 1) tokens
+    learning_rate: float = 0.01  # peak rate of the blocks; all other layers take a fraction
     seed: int = 0  # of all random numbers
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: the best that torch finds
     precision: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: the faster one, measured
@@ -78,7 +79,7 @@ class Settings:
     save_every: float = 30  # seconds between two checkpoints
     prompt: str = ""  # do not train, but continue this text with the run in --run
     temperature: float = 0.7  # of samples; 0 takes the likeliest token
-    top_k: int = 40  # a sample takes one of so many likeliest tokens
+    top_k: int = 40  # sample from this many of the likeliest tokens
 
     def __post_init__(self):
         require_at_least(self, 1, "steps", "batch_size", "width", "layers", "heads", "window")
@@ -183,8 +184,8 @@ def main():
     model.init_from_counts(sum(model.count_terms(tokens[None])[0] for tokens in chunks))
     model = move_to_device(model, device)
     embeddings = [model.token_embedding.weight, model.pair_embedding.weight]
-    heads = [*model.token_dense.parameters(), model.token_bias]
-    groups = [dict(params=embeddings, lr_scale=0.6), dict(params=heads, lr_scale=0.3)]
+    output_layer = [*model.token_dense.parameters(), model.token_bias]
+    groups = [dict(params=embeddings, lr_scale=0.6), dict(params=output_layer, lr_scale=0.3)]
     adam = torch.optim.Adam(groups, betas=(0.9, 0.99), fused=device.type != "mps")
     muon = Muon(model.blocks.parameters(), settings.learning_rate, precision=precision)
     optimizers = [adam, muon]
@@ -197,8 +198,8 @@ def main():
         return columns | dict(bigram=held_out.bigram, unigram=held_out.unigram)
 
     def preview(model):
-        longest_window = int(held_out.windows.lengths.argmax())
-        first_tokens = held_out.windows[longest_window][:8].tolist()
+        longest = held_out.windows[int(held_out.windows.lengths.argmax())]
+        first_tokens = longest[:8].tolist()
         print("    " + texts.tokenizer.decode(sample(model, first_tokens, 40, settings)))
         return measure(model)
 

@@ -102,7 +102,7 @@ def convolve(h, links):
     degree = torch.bincount(target, minlength=N).to(h.dtype)              # with itself
     weight = (degree[source] * degree[target]).rsqrt()                    # (2E + N,)
     # With two threads, the gradient of h[source] is added up in an order that changes from run to
-    # run. That of index_select is not.
+    # run. That of index_select always has the same order.
     messages = weight[:, None] * h.index_select(0, source)
     return torch.zeros_like(h).index_add(0, target, messages)
 

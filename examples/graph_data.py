@@ -203,12 +203,16 @@ def absolute_name(node, name, is_package):
 
 
 def hide_names(texts, classes):
-    """Remove the names of the classes from the texts, or words would give the class away."""
+    """Remove the names of the classes from the texts, or words would give the class away.
+
+    A name is also found beside a _, and without the _ at its beginning: "Dynamo" is hidden for
+    the class torch._dynamo.
+    """
     words = {"numpy", "np", "torch"}
     for name in classes:
-        words.update(name.split("."))
+        words.update(part.strip("_") for part in name.split("."))
     any_word = "|".join(sorted(map(re.escape, words)))
-    pattern = re.compile(rf"\b(?:{any_word})\b", re.IGNORECASE)
+    pattern = re.compile(rf"(?<![a-z0-9])(?:{any_word})(?![a-z0-9])", re.IGNORECASE)
     return [pattern.sub(" ", text) for text in texts]
 
 

@@ -4,9 +4,10 @@ Turn each image by 0, 90, 180 and 270 degrees, and let the encoder tell the four
 photograph, the sky is above and feet are below, so whoever can tell has learned what things
 look like. The answers come from the turning itself, so no label is needed.
 
-    L = −1/(4B) Σ_b Σ_k log softmax(g(f(turn(x_b, k · 90°))))[k]        ln 4 for a guess
+    L = −1/(4B) Σ_b Σ_k log softmax(g(f(turn(x_b, k · 90°))))[k]
 
-f is the encoder of contrastive.py, and g one linear layer. After the training g is dropped.
+f is the encoder of contrastive.py, and g one linear layer. Guessing costs ln 4. After the
+training g is dropped.
 
     Gidaris et al. 2018, "Unsupervised Representation Learning by Predicting Image Rotations",
     arXiv 1803.07728
@@ -20,9 +21,9 @@ The drawn shapes lie at any angle, so they do not tell which way up they are, an
 close to its chance level, ln 4 = 1.386. (The faint stripes of the background do tell a little:
 they begin at the upper left corner.) Photographs have an up and a down: try `--data cifar10`.
 
-A fork does the same in two files: the model and the loss in minissl/rotation.py, with a line
-in MODELS of minissl/evaluation/load.py, and the rest in train_rotation.py. finetune.py then
-takes its runs directly.
+In your own copy of minissl, use two files: minissl/rotation.py for the model and the loss, with
+a line in MODELS of minissl/evaluation/load.py, and train_rotation.py for the rest. finetune.py
+then takes its runs directly.
 """
 
 import math

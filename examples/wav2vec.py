@@ -77,8 +77,8 @@ class Settings:
     distractors: int = 15  # K
     diversity: float = 0.5  # α
     speed: float = 0.2  # the largest change of speed, as a natural logarithm
-    labels: list[int] = field(default_factory=lambda: [1, 5, 10, 50])  # a class, in the table
-    draws: int = 3  # of these labels
+    labels: list[int] = field(default_factory=lambda: [1, 5, 10, 50])  # labels a class, by column
+    draws: int = 3  # draws of labels for each column
     seed: int = 0  # of all random numbers but those of the words
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: the best that torch finds
     precision: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: the faster one, measured
@@ -87,7 +87,8 @@ class Settings:
 
     def __post_init__(self):
         require_at_least(self, 1, "steps", "batch_size", "span", "distractors", "evaluate_every")
-        require_at_least(self, 0, "fold", "speed", "save_every", "encoder_rate")
+        require_at_least(self, 0, "fold", "speed", "save_every", "encoder_rate", "diversity")
+        require_at_least(self, 1e-9, "learning_rate")
         require_at_least(self, 2, "draws", "takes")
         if self.speed > 0.5 or self.fold > 2:
             raise UserError("--speed must be at most 0.5, and --fold 0, 1 or 2")

@@ -189,6 +189,7 @@ def measure_speakers(features, recordings, settings):
     train, test = recordings.select(TRAIN), recordings.select(HELD_OUT)
     train, test = train[speakers[train] >= 0], test[speakers[test] >= 0]
     known, numbers = np.unique(speakers[train], return_inverse=True)
+    test = test[np.isin(speakers[test], known)]
     counts = np.bincount(numbers)
     if len(known) < 2 or len(test) == 0 or counts.min() < LABELS_A_SPEAKER:
         return {}

@@ -200,10 +200,12 @@ def names_of(path):
     (('seven', 'anna'), ('seven', 'anna'))
     >>> names_of(Path("noise.wav")), names_of(Path("seven_3.wav"))
     ((None, None), ('seven', None))
+    >>> names_of(Path("seven/noise.wav")), names_of(Path("seven/3_1.wav"))
+    (('seven', None), ('seven', '3'))
     """
     parts = path.stem.split("_")
     if len(path.parts) > 1:
-        parts.insert(0, path.parts[0])
+        return path.parts[0], parts[0] if len(parts) > 1 else None
     label = parts[0] if len(parts) > 1 else None
     has_speaker = len(parts) > 2 or (len(parts) == 2 and not parts[1].isdigit())
     return label, parts[1] if has_speaker else None

@@ -15,7 +15,7 @@ that rebuilding alone does not ask for:
 
 Most of the squared error of a photograph is the colour and the brightness of large areas.
 So there is a second target: the hidden patches alone, each with mean 0 and variance 1. What
-is left of a patch is its pattern.
+is left of a patch is its pattern and its hue.
 
     Hinton and Salakhutdinov 2006, "Reducing the Dimensionality of Data with Neural Networks"
     Vincent et al. 2008, "Extracting and Composing Robust Features with Denoising
@@ -29,8 +29,8 @@ Differences from the papers:
   the covariance into a correlation.
 - A masked autoencoder is a transformer that never sees the hidden patches. A convolution
   needs its grid, so here the hidden patches are set to the mean colour.
-- The loss is the mean over all pixels, the visible ones included. It is over the hidden ones
-  alone, as in He et al., with the normalized patches.
+- The loss is the mean over all pixels, the visible ones included. With normalized patches it
+  is the mean over the hidden pixels alone, as in He et al.
 - The squares of 2 × 2 pixels are whitened first, and the two kernels of each residual block
   begin as the identity. Jordan 2024, arXiv 2404.00498, has both for classification.
 
@@ -68,7 +68,8 @@ def autoencoder_loss(x, x_hat, z, beta=0.0, regularizer="none", hidden=None):
     hidden (B, 1, H, W) bool, at least one pixel of each image: the squared error is the mean
     over these pixels alone.
     Returns three scalars, in float32 or better: the loss, the squared error, and R.
-    Raises ValueError for other arguments, and for a covariance of fewer than 2 codes.
+    Raises ValueError for a negative beta, an unknown regularizer, and a covariance of fewer
+    than 2 codes.
     """
     if not beta >= 0:
         raise ValueError(f"beta must be at least 0, but is {beta}")
@@ -123,8 +124,9 @@ def normalize_patches(x, patch=8):
         (x − μ) / σ         μ and σ² are the mean and the variance of the C · patch · patch
                             numbers of a square, σ² at least 1e-6
 
-    A decoder that always says 0 has the squared error 1, the variance of a square. A square of
-    one colour becomes 0. At the border of an image a square can be smaller.
+    A decoder that always says 0 has the squared error 1, the variance of a square. A grey square
+    without a pattern becomes 0. One of another colour keeps its hue, because the mean is over the
+    channels as well. At the border of an image a square can be smaller.
 
     x: (B, C, H, W) in [0, 1]. Returns the normalized images (B, C, H, W), and μ and σ of each
     pixel's square, (B, 1, H, W) both, so that x = normalized · σ + μ.

@@ -63,7 +63,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonalize(matrix, precision=torch.float32):
-    """Approximately U Vᵀ for matrix = U S Vᵀ, of the same shape and dtype.
+    """Approximately P Qᵀ for matrix = P S Qᵀ, of the same shape and dtype.
 
     Five steps of a Newton-Schulz iteration. Its polynomial a x + b x³ + c x⁵ moves the
     singular values above about 0.002 of the norm to between 0.68 and 1.2, without

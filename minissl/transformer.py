@@ -218,7 +218,10 @@ def rotate(x):
 
 
 class Attention(nn.Module):
-    """Every token looks at every other token, in H heads. Vaswani et al. 2017, equation 1."""
+    """Every token looks at all tokens that it may see, in H heads.
+
+    Vaswani et al. 2017, equation 1.
+    """
 
     def __init__(self, width, heads):
         super().__init__()
@@ -416,7 +419,7 @@ class TextEncoder(nn.Module):
     def mean_of_embeddings(self, counts):
         """The document vector without the blocks, from counts (B, V + P): (B, d).
 
-        While the blocks are zero, it equals `document_vector`. It is one matrix product.
+        While the blocks add nothing, it equals `document_vector`. It is one matrix product.
         """
         V = self.token_embedding.num_embeddings
         words = counts[:, :V].sum(1, keepdim=True)                        # (B, 1)

@@ -1,6 +1,7 @@
 """The autoencoder's loss against loops, the corruptions, the sizes, and what R does to codes."""
 
 import functools
+import math
 
 import numpy as np
 import pytest
@@ -194,7 +195,7 @@ def test_the_loss_of_hidden_patches_equals_loops():
 
 
 def test_predicting_0_has_the_error_1():
-    """So 1 is the chance level. Patches of one colour are easier: they are 0."""
+    """So 1 is the chance level. Grey patches without a pattern are easier: they are 0."""
     x = torch.rand(4, 3, 32, 32, generator=draws())
     _, hidden = corrupt(x, masked=0.6, generator=draws())
     targets, _, _ = normalize_patches(x)
@@ -205,6 +206,15 @@ def test_predicting_0_has_the_error_1():
     targets, _, _ = normalize_patches(flat)
     error, _, _ = autoencoder_loss(targets, torch.zeros_like(x), z, hidden=hidden)
     assert error.item() < 1e-6
+
+
+def test_a_patch_of_one_colour_keeps_its_hue():
+    red = torch.zeros(1, 3, 8, 8)
+    red[:, 0] = 0.9
+    normalized, _, _ = normalize_patches(red)
+    # (0.9, 0, 0) has the mean 0.3 and the standard deviation 0.3 · √2.
+    expected = [2 / math.sqrt(2), -1 / math.sqrt(2), -1 / math.sqrt(2)]
+    assert normalized[0, :, 3, 5].tolist() == pytest.approx(expected)
 
 
 def test_a_normalized_patch_knows_no_brightness_and_contrast():

@@ -349,9 +349,10 @@ def test_the_graph_of_this_python_has_its_imports(monkeypatch):
 
 
 def test_words_of_class_names_are_hidden():
-    texts = ["torch.nn layers; Asyncio, annoy"]
-    hidden = graph_data.hide_names(texts, ["asyncio", "torch.nn"])
+    texts = ["torch.nn layers; Asyncio, annoy", "Dynamo and __torch_function__, dynamos"]
+    hidden = graph_data.hide_names(texts, ["asyncio", "torch.nn", "torch._dynamo"])
     assert hidden[0].split() == [".", "layers;", ",", "annoy"]
+    assert hidden[1].split() == ["and", "__", "_function__,", "dynamos"]
 
 
 def test_word_features_have_length_one():
