@@ -229,6 +229,11 @@ def warn_of_another_split(settings, checkpoint, data):
     load.check_split(data, checkpoint, name, kind)
 
 
+def is_mirrored(settings, checkpoint):
+    """Whether the features of an image are the mean over the image and its mirror image."""
+    return load.may_mirror(checkpoint) and not settings.no_flip
+
+
 def keep_complete_classes(data, name, most=0):
     """The labelled examples of the classes that can be trained and tested, and unlabelled ones.
 
@@ -479,7 +484,7 @@ def make_table(settings, model, checkpoint, machine):
         flip = None
         task = TextTask(data, model, machine, new_model)
     else:
-        flip = load.may_mirror(checkpoint) and not settings.no_flip
+        flip = is_mirrored(settings, checkpoint)
         task = ImageTask(data, model, machine, new_model, flip, trained.get("code"))
     # The measurements know a condition by the data's name, so this flag is a part of the name.
     name_in_table = f"{name} --no-flip" if settings.no_flip else name
@@ -520,7 +525,7 @@ def write_features(settings, model, checkpoint, machine):
         features = text_features(model.to(device), data, autocast, device, progress)
     else:
         load.check_images(data, model, name)
-        mirror = load.may_mirror(checkpoint) and not settings.no_flip
+        mirror = is_mirrored(settings, checkpoint)
         features = image_features(
             model.to(device).encode, data, autocast, device, progress, mirror=mirror)
     write_npy(path, features.numpy())
