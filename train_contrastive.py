@@ -36,7 +36,7 @@ from minissl.training.distributed import (
 )
 from minissl.training.machine import choose_machine, move_to_device
 from minissl.training.run import Run
-from minissl.training.settings import read_settings, require_at_least, run_script
+from minissl.training.settings import read_settings, require_at_least, require_at_most, run_script
 
 
 # ---------------------------------------------------------------- Settings
@@ -61,7 +61,7 @@ class Settings:
     view_size: int = 0  # height of a view in pixels, even; 0: three quarters of the image
     temperature: float = 0.15  # temperature of SimCLR's softmax
     similarity: Literal["cosine", "dot"] = "cosine"  # how SimCLR compares two projections
-    target_rate: float = 0.98  # rate of BYOL's moving average at the start; it rises to 1
+    target_rate: float = 0.9  # rate of BYOL's moving average at the start; it rises to 1
     crop: float = -1  # smallest share of the area in a view; below 0: as suits the data
     jitter: float = -1  # strength of brightness, contrast, saturation; below 0: as suits the data
     hue: float = -1  # largest change, as a share of the colour circle; below 0: as suits the data
@@ -81,17 +81,14 @@ class Settings:
         require_at_least(self, 2, "batch_size", "views")
         require_at_least(self, 0, "view_size", "target_rate")
         require_at_least(self, 1e-9, "learning_rate", "temperature", "crop")
-        for name in ("crop", "jitter", "grey", "target_rate"):
-            value = getattr(self, name)
-            if value > 1:
-                raise UserError(f"--{name.replace('_', '-')} {value}: must be at most 1")
-        if self.hue > 0.5:
-            raise UserError(f"--hue {self.hue}: must be at most 0.5, half of the circle")
+        require_at_most(self, 1, "crop", "jitter", "grey", "target_rate")
+        require_at_most(self, 0.5, "hue")                                 # half of the circle
         if 0 < self.view_size < 8 or self.view_size % 2:
             raise UserError(f"--view-size {self.view_size}: must be even, and at least 8")
         unused = ["temperature", "similarity"] if self.method == "byol" else ["target_rate"]
         for name in unused:
-            if getattr(self, name) != getattr(Settings, name):
+            # A resumed run may have the default of an older version.
+            if not self.resume and getattr(self, name) != getattr(Settings, name):
                 flag = f"--{name.replace('_', '-')}"
                 raise UserError(f"{flag}: leave it out, --method {self.method} has none")
 
@@ -106,9 +103,9 @@ def simclr_loss(model, views, settings):
 
 
 def byol_loss(model, views, settings):
-    """BYOL: predict what the target network makes of another view of the same image."""
+    """BYOL: predict what the target network makes of the other views of the same image."""
     predictions, targets = model(views)                                   # (V, B, D) each
-    loss = contrastive.byol_loss(predictions.flatten(0, 1), targets.flatten(0, 1))
+    loss = contrastive.byol_loss(predictions, targets)
     return loss, dict(loss=loss)
 
 
@@ -160,14 +157,16 @@ def main():
     if settings.method == "byol":
         model = contrastive.BYOL(**model_settings)
         compute_loss, chance = byol_loss, dict(loss=2.0)                  # unrelated vectors
+        weight_decay = 0.2      # EXPERIMENTS.md, "What does BYOL need with four views?"
     else:
         model = contrastive.SimCLR(**model_settings)
         compute_loss, chance = simclr_loss, dict(loss=contrastive.chance_level(V, B))
+        weight_decay = 0.02
     # Batch norm takes its statistics from the batches of all processes.
     model = move_to_device(sync_batch_norm(model), device)
     # Muon trains matrices and kernels, Adam trains vectors: see minissl/optim.py.
     optimizers = muon_and_adam(
-        model, settings.learning_rate, weight_decay=0.02, precision=precision
+        model, settings.learning_rate, weight_decay, precision
     )
 
     def learning_rate(step):

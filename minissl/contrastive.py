@@ -25,16 +25,17 @@ a logarithm of its own. They share a probability of at most 1, so even the loss 
 encoder is at least ln(V − 1).
 
 **BYOL** has no negatives. A predictor takes the projection of one view and predicts the
-projection of another view. That other projection comes from a second network, the target,
-which is a slow moving average of the first and receives no gradient:
+projections of the other views. Those come from a second network, the target, which is a
+slow moving average of the first and receives no gradient. For views v ≠ w of an image,
 
-    L = mean ‖q/‖q‖ − z'/‖z'‖‖²         q = predictor(z),  z' from the target
+    L_{v,w} = ‖q_v/‖q_v‖ − z'_w/‖z'_w‖‖²       q = predictor(z),  z' from the target
     target ← r · target + (1 − r) · (encoder and projection head)
 
 Nothing in this loss forbids a collapse. The predictor and the target prevent it. After 300
-steps with two views, the projections use 44 of 128 directions with both (their effective rank,
-see below). Without the predictor they use 10. They use 2 if the encoder itself takes the place
-of the target, with gradient (EXPERIMENTS.md, "What keeps BYOL from collapsing?").
+steps with two views and earlier settings, the projections use 44 of 128 directions with both
+(their effective rank, see below). Without the predictor they use 10. They use 2 if the encoder
+itself takes the place of the target, with gradient (EXPERIMENTS.md, "What keeps BYOL from
+collapsing?").
 
     Chen et al. 2020, "SimCLR", arXiv 2002.05709
         two views, the projection head, InfoNCE under the name NT-Xent
@@ -44,23 +45,26 @@ of the target, with gradient (EXPERIMENTS.md, "What keeps BYOL from collapsing?"
         several positives: one logarithm for each, not the logarithm of their sum
     Grill et al. 2020, "Bootstrap Your Own Latent", arXiv 2006.07733
 
-Differences from the papers, all for two CPU cores and images of 32 × 32:
+Differences from the papers, most of them for two CPU cores and images of 32 × 32:
 - The encoder is a ResNet with two residual blocks. It begins by treating 2 × 2 pixels as
   one pixel with 12 channels.
 - Views have three quarters of the image's height and width. This makes 1.8 times as many
   images a second. The probe reads whole images.
 - There is no blur, because at this size it would remove what there is to see.
-- The colours change by one affine map for each image, without rounding in between.
+- The colours change by one affine map for each image, without clamping or rounding in between.
 - The squares of 2 × 2 pixels are whitened first, and the kernels begin as the identity (Jordan
   2024, arXiv 2404.00498; EXPERIMENTS.md, "Do whitened squares and identity kernels help?").
 - Muon replaces LARS (see optim.py).
 - A batch has four views of 128 images, not two views of 4,096. Four views of 128 are better than
   two of 256 (EXPERIMENTS.md, "Are four views of half as many images better?").
-- The hidden layer of the projection head has 2,048 columns at every width (the same entry).
+- The hidden layer of the projection head has 2,048 columns at every width (the same entry), and
+  so has that of BYOL's predictor.
 - The features are read at three depths (see `SimCLR.encode`).
 - BYOL's projections end with a batch norm, as in SimSiam (Chen and He 2020, arXiv
-  2011.10566, section 3). It adds four points after 300 steps, and half a point after ten
-  minutes (EXPERIMENTS.md, "What else does BYOL need?").
+  2011.10566, section 3). It adds three to four points after 300 steps, and hardly anything
+  after ten minutes (EXPERIMENTS.md, "What else does BYOL need?").
+- BYOL's moving average begins at the rate 0.9, not 0.996, and the weight decay is 0.2
+  (EXPERIMENTS.md, "What does BYOL need with four views?").
 
 This file needs torch alone. Read next: train_contrastive.py.
 
@@ -131,17 +135,24 @@ def chance_level(V, B):
     return math.log(V * B - 1)
 
 
-def byol_loss(prediction, target):
-    """‖q/‖q‖ − z/‖z‖‖² = 2 − 2 cos(q, z), the mean over the batch.
+def byol_loss(predictions, targets):
+    """The mean of ‖q_v/‖q_v‖ − z_w/‖z_w‖‖² over images and all pairs of different views v, w.
 
-    Arguments: prediction q and target z, both (B, D). No gradient reaches the target.
+    Arguments: predictions q, from each view, and targets z, of each view, both (V, B, D) with
+    V ≥ 2. No gradient reaches the targets.
     Returns a scalar from 0 to 4: 2 for unrelated vectors.
-    Source: Grill et al. 2020, equation 2.
+    Raises ValueError for a single view.
+    Source: Grill et al. 2020, equation 2. There V = 2.
     """
-    q, z = prediction, target.detach()
+    V = len(predictions)
+    if V < 2:
+        raise ValueError(f"byol_loss needs at least 2 views, but got {V}")
+    q, z = predictions, targets.detach()
     if q.dtype != torch.float64:
         q, z = q.float(), z.float()
-    return (2 - 2 * F.cosine_similarity(q, z, dim=-1)).mean()
+    cosine = F.cosine_similarity(q[:, None], z[None], dim=-1)            # (V, V, B)
+    is_other = ~torch.eye(V, dtype=torch.bool, device=q.device)          # v ≠ w
+    return (2 - 2 * cosine)[is_other].mean()
 
 
 def without_autocast(device):
@@ -182,9 +193,10 @@ def uniformity(z):
 def effective_rank(z):
     """How many directions the rows of z (B, D) use: exp(entropy of the singular values).
 
-    The rows are centred, and the singular values divided by their sum. A collapsed BYOL has
-    a low loss, so the loss alone looks good; this number shows the collapse. Roy and
-    Vetterli 2007, "The Effective Rank: A Measure of Effective Dimensionality".
+    The rows are centred, and the singular values divided by their sum. A collapsed BYOL has a
+    low loss, so the loss alone looks good; this number shows the collapse. It is at most D and
+    at most B − 1, so with few rows a low number means nothing. Roy and Vetterli 2007, "The
+    Effective Rank: A Measure of Effective Dimensionality".
     """
     z = z.float()
     values = torch.linalg.svdvals(z - z.mean(0))
@@ -225,7 +237,8 @@ def augment(images, size, numbers, crop=0.2, jitter=0.4, hue=0.1, grey=0.2, flip
     Arguments:
         images: (B, C, H, W) uint8, or float from 0 to 255; C is 1 or 3
         size: (h, w) of the views
-        numbers: (B, 12) uniform in [0, 1). They decide everything. (The last is not used.)
+        numbers: (B, 12) uniform in [0, 1). They decide everything. (The last is not used.
+            Without it, all draws of older runs would change.)
         crop: the smallest share of the image's area in a view
         jitter: the strength of the changes of brightness, contrast and saturation
         hue: the largest change of hue, in turns
@@ -432,7 +445,7 @@ def mean_of_strips(maps, strips):
     return torch.cat(means, dim=1)
 
 
-def dense_head(d_in, hidden, d_out):
+def dense_head(d_in, d_out, hidden=2048):
     """The projection head, and BYOL's predictor: dense, batch norm, ReLU, dense."""
     return nn.Sequential(
         nn.Linear(d_in, hidden, bias=False),
@@ -457,7 +470,7 @@ class SimCLR(nn.Module):
         super().__init__()
         self.channels = len(mean)
         self.encoder = ImageEncoder(mean, whitening, width)
-        self.projection_head = dense_head(4 * width, 2048, columns)
+        self.projection_head = dense_head(4 * width, columns)
 
     def encode(self, x):
         """Images (B, C, H, W), floats in [0, 1] -> features (B, 20 · width + 2048).
@@ -514,7 +527,7 @@ class BYOL(SimCLR):
         super().__init__(mean, whitening, width, columns)
         # This norm lets every column vary as much as every other.
         self.projection_head.append(nn.BatchNorm1d(columns, affine=False))
-        self.predictor = dense_head(columns, 512, columns)
+        self.predictor = dense_head(columns, columns)
         self.target = copy.deepcopy(nn.Sequential(self.encoder, self.projection_head))
         self.target.requires_grad_(False)
         for module in self.target.modules():
@@ -526,13 +539,11 @@ class BYOL(SimCLR):
     def forward(self, views):
         """Views (V, B, C, h, w) -> predictions and targets for `byol_loss`, both (V, B, D).
 
-        From each view, the projection of the previous view is predicted (from the first
-        view, that of the last).
+        predictions[v] shall be near targets[w] for every other view w of the same image.
         """
         projections = self.project(views)
         predictions = self.predictor(projections.flatten(0, 1)).view_as(projections)
-        targets = self.project_by_target(views).roll(1, dims=0)
-        return predictions, targets
+        return predictions, self.project_by_target(views)
 
     @torch.no_grad()
     def project_by_target(self, views):
@@ -542,7 +553,7 @@ class BYOL(SimCLR):
 
     @torch.no_grad()
     def update_target(self, rate):
-        """target ← rate · target + (1 − rate) · encoder.
+        """target ← rate · target + (1 − rate) · (encoder and projection head).
 
         Parameters and running statistics move alike. Counters are copied.
         """

@@ -92,8 +92,8 @@ NO_PREDICTOR = Edit(
 )
 NO_STOP_GRADIENT = Edit(
     CONTRASTIVE, "byol_loss",
-    right="target.detach()",
-    wrong="target",
+    right="targets.detach()",
+    wrong="targets",
 )
 NO_TARGET = Edit(
     CONTRASTIVE, "BYOL.forward",

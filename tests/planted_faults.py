@@ -510,11 +510,11 @@ FAULTS = [
         reason="""
             From each view the target of the same view is predicted. So nothing asks the encoder
             to see two views of an image alike.""",
-        test="test_contrastive.py::test_byol_predicts_the_other_view_by_the_target",
+        test="test_contrastive.py::test_byol_loss_is_the_distance_of_unit_vectors",
         edits=[Edit(
-            CONTRASTIVE, "BYOL.forward",
-            right="self.project_by_target(views).roll(1, dims=0)",
-            wrong="self.project_by_target(views)",
+            CONTRASTIVE, "byol_loss",
+            right="~torch.eye(V, dtype=torch.bool, device=q.device)",
+            wrong="torch.eye(V, dtype=torch.bool, device=q.device)",
         )],
     ),
     Fault(
@@ -530,13 +530,13 @@ FAULTS = [
         edits=[
             Edit(
                 CONTRASTIVE, "byol_loss",
-                right="target.detach()",
-                wrong="target",
+                right="targets.detach()",
+                wrong="targets",
             ),
             Edit(
                 CONTRASTIVE, "BYOL.forward",
-                right="self.project_by_target(views).roll(1, dims=0)",
-                wrong="self.project(views).roll(1, dims=0)",
+                right="self.project_by_target(views)",
+                wrong="self.project(views)",
             ),
         ],
     ),

@@ -1,5 +1,6 @@
 """The contrastive losses against loops, the views against formulas, and the two models."""
 
+import itertools
 import math
 
 import numpy as np
@@ -160,31 +161,43 @@ def test_info_nce_refuses_what_it_cannot_compare(shape, options, sentence):
 
 # ---------------------------------------------------------------- BYOL
 
-def test_byol_loss_is_the_distance_of_unit_vectors():
+@pytest.mark.parametrize("V", [2, 4])
+def test_byol_loss_is_the_distance_of_unit_vectors(V):
     rng = np.random.default_rng(0)
-    q, z = rng.normal(size=(5, 4)), rng.normal(size=(5, 4))
+    q, z = rng.normal(size=(V, 5, 4)), rng.normal(size=(V, 5, 4))
     distances = []
-    for a, b in zip(q, z):
-        difference = a / np.linalg.norm(a) - b / np.linalg.norm(b)
-        distances.append(sum(difference ** 2))
+    for v, w in itertools.permutations(range(V), 2):
+        for a, b in zip(q[v], z[w]):
+            difference = a / np.linalg.norm(a) - b / np.linalg.norm(b)
+            distances.append(sum(difference ** 2))
     loss = byol_loss(torch.tensor(q), torch.tensor(z))
     assert loss.item() == pytest.approx(np.mean(distances), rel=1e-12)
 
 
 def test_byol_loss_of_known_cases():
-    right, up = torch.tensor([[3.0, 0.0]]), torch.tensor([[0.0, 0.5]])
-    assert float(byol_loss(right, 2 * right)) == pytest.approx(0, abs=1e-6)
-    assert float(byol_loss(right, up)) == pytest.approx(2)
-    assert float(byol_loss(right, -right)) == pytest.approx(4)
+    right, up = torch.tensor([3.0, 0.0]), torch.tensor([0.0, 0.5])
+
+    def loss(predictions, targets):
+        """Of two views of one image."""
+        return float(byol_loss(torch.stack(predictions)[:, None], torch.stack(targets)[:, None]))
+
+    assert loss([right, up], [2 * up, right]) == pytest.approx(0, abs=1e-6)
+    assert loss([right, up], [right, up]) == pytest.approx(2)
+    assert loss([right, up], [-up, -right]) == pytest.approx(4)
+
+
+def test_byol_loss_refuses_a_single_view():
+    with pytest.raises(ValueError, match="at least 2 views, but got 1"):
+        byol_loss(torch.randn(1, 5, 4), torch.randn(1, 5, 4))
 
 
 def test_byol_loss_gives_the_target_no_gradient():
     torch.manual_seed(0)
-    prediction = torch.randn(5, 4, requires_grad=True)
-    target = torch.randn(5, 4, requires_grad=True)
-    byol_loss(prediction, target).backward()
-    assert target.grad is None
-    assert prediction.grad.abs().sum() > 0
+    predictions = torch.randn(2, 5, 4, requires_grad=True)
+    targets = torch.randn(2, 5, 4, requires_grad=True)
+    byol_loss(predictions, targets).backward()
+    assert targets.grad is None
+    assert predictions.grad.abs().sum() > 0
 
 
 def online_state(model):
@@ -197,16 +210,16 @@ def target_state(model):
     return {name: value.clone() for name, value in model.target.state_dict().items()}
 
 
-def test_byol_predicts_the_other_view_by_the_target():
+def test_byol_predicts_what_its_target_makes_of_a_view():
     torch.manual_seed(0)
     model = BYOL(ZEROS, EYE, width=8)
+    other = BYOL(ZEROS, EYE, width=8)
+    model.target.load_state_dict(other.target.state_dict())
     views = torch.rand(3, 4, 3, 16, 16)
     predictions, targets = model(views)
     projections = model.project(views)
-    of_target = model.target(views.flatten(0, 1)).view(3, 4, 128)
-    for v in range(3):
-        previous = (v - 1) % 3
-        torch.testing.assert_close(targets[v], of_target[previous])
+    expected = model.target(views.flatten(0, 1)).view(3, 4, 128)
+    torch.testing.assert_close(targets, expected)
     expected = model.predictor(projections.flatten(0, 1)).view(3, 4, 128)
     torch.testing.assert_close(predictions, expected)
     assert predictions.requires_grad and not targets.requires_grad
@@ -234,7 +247,7 @@ def test_the_target_moves_by_its_rate_buffers_included():
     model = BYOL(ZEROS, EYE)
     before = target_state(model)
     predictions, targets = model(torch.rand(2, 4, 3, 16, 16))
-    byol_loss(predictions.flatten(0, 1), targets.flatten(0, 1)).backward()
+    byol_loss(predictions, targets).backward()
     trained = [p for p in model.parameters() if p.requires_grad]
     torch.optim.SGD(trained, lr=0.1).step()
     model.project(torch.rand(2, 4, 3, 16, 16))                # so the counters differ

@@ -1,6 +1,7 @@
 """The two scripts that learn from images: their steps against formulas, and whole small runs."""
 
 import csv
+import itertools
 import re
 from copy import deepcopy
 from pathlib import Path
@@ -23,7 +24,7 @@ from minissl.evaluation import load
 from minissl.evaluation.image_table import ImageTask
 from minissl.optim import Muon
 from minissl.training import machine
-from minissl.training.files import load_checkpoint
+from minissl.training.files import load_checkpoint, write_checkpoint
 from minissl.training.run import Run
 
 
@@ -152,7 +153,7 @@ def test_the_step_of_simclr_is_its_formula(first_step):
 
 
 def test_the_step_of_byol_is_its_formula(first_step):
-    """Three views, each predicted from the next one."""
+    """Three views, each predicted from both of the others."""
     model, gradients = first_step("byol", *VIEW_FLAGS, "--views", 3)
     views = first_views(3)
     q = model.predictor(model.project(views).flatten(0, 1)).view(3, 16, -1)
@@ -161,9 +162,9 @@ def test_the_step_of_byol_is_its_formula(first_step):
     q = q / q.norm(dim=2, keepdim=True)
     z = z / z.norm(dim=2, keepdim=True)
     loss = 0.0
-    for view, other in ((1, 0), (2, 1), (0, 2)):
+    for view, other in itertools.permutations(range(3), 2):
         distance = (q[view] - z[other]).square().sum(1)       # (16,)
-        loss = loss + distance.mean() / 3
+        loss = loss + distance.mean() / 6
     assert_gradients_of(loss, model, gradients)
 
 
@@ -282,6 +283,18 @@ def test_the_rate_rises_for_a_twentieth_and_falls_to_0(name, train, monkeypatch)
     assert rates[torch.optim.Adam] == pytest.approx([0.1 * rate for rate in expected])
 
 
+@pytest.mark.parametrize("name, expected", [("simclr", 0.02), ("byol", 0.2), ("ae", 0.02)])
+def test_the_matrices_decay_as_the_method_needs(name, expected, train, monkeypatch):
+    decays = []
+
+    def record(self):
+        decays.append(self.param_groups[0]["weight_decay"])
+
+    monkeypatch.setattr(Muon, "step", record)
+    train(name, "run", "--steps", 1, "--limit", 100, "--evaluate-every", 1)
+    assert decays == [expected]
+
+
 def test_byols_target_slows_down_to_a_stop(train, monkeypatch):
     rates = []
 
@@ -290,7 +303,7 @@ def test_byols_target_slows_down_to_a_stop(train, monkeypatch):
 
     monkeypatch.setattr(contrastive.BYOL, "update_target", record)
     train("byol", "run", "--steps", 40, "--limit", 100, "--evaluate-every", 40)
-    expected = [1 - 0.02 * (1 + np.cos(np.pi * step / 40)) / 2 for step in range(40)]
+    expected = [1 - 0.1 * (1 + np.cos(np.pi * step / 40)) / 2 for step in range(40)]
     assert rates == pytest.approx(expected)
 
 
@@ -501,6 +514,17 @@ def test_a_moved_run_continues_where_it_lies(run_script, tmp_path, monkeypatch):
     assert not Path("runs/old").exists()
 
 
+def test_a_run_with_an_older_default_continues(run_script, tmp_path):
+    """Here of --target-rate, which SimCLR does not use and nobody may give."""
+    run = ["--run", tmp_path / "run"]
+    assert run_script(train_contrastive, *run, *TINY, "--steps", 1)[0] == 0
+    checkpoint = load_checkpoint(tmp_path / "run")
+    checkpoint["settings"]["target_rate"] = 0.98
+    write_checkpoint(tmp_path / "run" / "checkpoint.pt", checkpoint)
+    code, printed = run_script(train_contrastive, *run, "--resume", "--steps", 2)
+    assert code == 0, printed
+
+
 def test_a_run_is_resumed_by_its_own_script_alone(runs, run_script):
     code, printed = run_script(train_ae, "--run", runs / "simclr", "--resume")
     assert code == 2
@@ -508,6 +532,17 @@ def test_a_run_is_resumed_by_its_own_script_alone(runs, run_script):
     code, printed = run_script(train_contrastive, "--run", runs / "ae", "--resume")
     assert code == 2
     assert "was made by train_ae.py: resume it with" in last_line(printed)
+
+
+def test_a_run_does_not_begin_beside_the_table_of_another(tmp_path, run_script):
+    """Its rows and its classifier would look like those of the new run."""
+    run = tmp_path / "run"
+    run.mkdir()
+    for name in ("config.json", "finetune.csv"):
+        (run / name).write_text("of a run whose checkpoint was deleted", encoding="utf-8")
+    code, printed = run_script(train_contrastive, "--run", run, *TINY)
+    assert code == 2
+    assert f"{run} holds other files, such as finetune.csv: give another --run" in printed
 
 
 @pytest.mark.parametrize("left", ["lock", "config.json"])
@@ -520,7 +555,7 @@ def test_a_run_killed_before_its_first_checkpoint_restarts(
     (tmp_path / "run" / left).write_bytes((runs / "ae" / left).read_bytes())
     code, printed = run_script(train_ae, *run, "--resume")
     assert code == 2
-    assert "start it again, without --resume" in last_line(printed)
+    assert "start it again without --resume" in last_line(printed)
     code, printed = run_script(train_ae, *run, *CORRUPTED, *TINY)
     assert code == 0, printed
     expected = load_checkpoint(runs / "ae")["model"]
@@ -540,7 +575,7 @@ def test_a_run_killed_before_its_first_checkpoint_restarts(
     (train_contrastive, ["--data", "no_such_name"], "expected shapes, cifar10 or a .npy"),
     (train_contrastive, ["--method", "dino"], "'dino' is not one of simclr, byol"),
     (train_contrastive, ["--method", "byol", "--temperature", 0.2], "--method byol has none"),
-    (train_contrastive, ["--target-rate", 0.9], "--target-rate: leave it out, --method simclr"),
+    (train_contrastive, ["--target-rate", 0.8], "--target-rate: leave it out, --method simclr"),
     (train_contrastive, ["--hue", 0.6], "--hue 0.6: must be at most 0.5"),
     (train_contrastive, ["--save-every", -1], "--save-every -1.0: must be at least 0"),
     (train_ae, ["--save-every", -1], "--save-every -1.0: must be at least 0"),
