@@ -145,22 +145,17 @@ def test_a_list_that_took_the_argument_is_explained():
         read("--labels", "5", "runs/mlm", cls=OfARun)
 
 
-def test_require_at_least_refuses_less_and_nan():
+@pytest.mark.parametrize("require, words, beyond", [
+    (settings.require_at_least, "at least", 3),
+    (settings.require_at_most, "at most", 1),
+])
+def test_a_bound_refuses_what_lies_beyond_it_and_nan(require, words, beyond):
     some = SimpleNamespace(batch_size=2, rate=float("nan"))
-    settings.require_at_least(some, 2, "batch_size")
-    with pytest.raises(UserError, match="--batch-size 2: must be at least 3"):
-        settings.require_at_least(some, 3, "batch_size")
-    with pytest.raises(UserError, match="--rate nan: must be at least 0"):
-        settings.require_at_least(some, 0, "rate")
-
-
-def test_require_at_most_refuses_more_and_nan():
-    some = SimpleNamespace(batch_size=2, rate=float("nan"))
-    settings.require_at_most(some, 2, "batch_size")
-    with pytest.raises(UserError, match="--batch-size 2: must be at most 1"):
-        settings.require_at_most(some, 1, "batch_size")
-    with pytest.raises(UserError, match="--rate nan: must be at most 0"):
-        settings.require_at_most(some, 0, "rate")
+    require(some, 2, "batch_size")
+    with pytest.raises(UserError, match=f"--batch-size 2: must be {words} {beyond}"):
+        require(some, beyond, "batch_size")
+    with pytest.raises(UserError, match=f"--rate nan: must be {words} 0"):
+        require(some, 0, "rate")
 
 
 # ---------------------------------------------------------------- resuming

@@ -81,7 +81,8 @@ class CoTraining:
             weighting, cross_validated = ngram_model
             return weighting, cross_validated.weights
 
-        p = probes.linear_logits(self.probe.x[others], weights).softmax(1)      # (U, C)
+        logits = probes.linear_logits(self.probe.x[others], weights)      # (U, C)
+        p = logits.softmax(1)
         guesses = p**2 / (p**2).sum(1, keepdim=True)
         one_hot = F.one_hot(self.probe.labels[indices], C).float()
         targets = probes.weighted_targets(guesses, one_hot)               # (U + n, C)

@@ -109,7 +109,7 @@ class SelfTraining:
         labelled = self.pool[is_labelled]       # those of `indices` that are in the pool
 
         on_axes = torch.cat([self.axes.T @ weights[:-1], weights[-1:]])   # (A + 1, C)
-        p = probes.linear_logits(self.x, on_axes).softmax(1)                    # (M, C)
+        p = probes.linear_logits(self.x, on_axes).softmax(1)              # (M, C)
         p[torch.from_numpy(is_labelled)] = F.one_hot(labels[labelled], C).float()
         q = spread(p, *self.find_neighbours()) ** 4
         soft_labels = (q / q.sum(1, keepdim=True))[others]                # (U, C)

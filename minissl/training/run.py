@@ -44,6 +44,7 @@ from minissl.training.files import (
     write_checkpoint,
     write_csv,
 )
+from minissl.training.settings import flag_name
 
 
 # These settings may differ when a run is resumed. The data may lie elsewhere, because a
@@ -157,7 +158,7 @@ class Run:
             value = new[name]
             if name not in MAY_CHANGE and old[name] != value:
                 raise UserError(
-                    f"--{name.replace('_', '-')} {value}: the run in {self.folder} was "
+                    f"{flag_name(name)} {value}: the run in {self.folder} was "
                     f"started with {old[name]}; resume with that, or start another run"
                 )
         done = self.checkpoint["step"]
