@@ -2,7 +2,7 @@
 
 Nothing here changes the formulas. It chooses where and in which precision they are
 computed, and it swaps a few layers for others that are equal up to rounding. The
-measurements behind each choice are in EXPERIMENTS.md, section "Speed".
+measurements behind most of the choices are in EXPERIMENTS.md, section "Speed".
 """
 
 import contextlib
