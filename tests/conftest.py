@@ -128,6 +128,16 @@ def run_script(monkeypatch, capsys):
     return run
 
 
+# ---------------------------------------------------------------- references
+
+def slope(function, array, place, step=1e-5):
+    """The derivative of function(array) by one of its numbers: a central difference."""
+    up, down = array.copy(), array.copy()
+    up[place] += step
+    down[place] -= step
+    return (function(up) - function(down)) / (2 * step)
+
+
 # ---------------------------------------------------------------- what a run leaves behind
 
 def read_log(folder):

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import slope
 
 from minissl import autoencoder
 from minissl.autoencoder import Autoencoder, autoencoder_loss, corrupt, normalize_patches
@@ -51,14 +52,6 @@ PENALTIES = {
     "sparse": sparse_by_loops,
     "decorrelated": decorrelated_by_loops,
 }
-
-
-def slope(function, array, place, step=1e-5):
-    """The derivative of function(array) by one of its numbers: a central difference."""
-    up, down = array.copy(), array.copy()
-    up[place] += step
-    down[place] -= step
-    return (function(up) - function(down)) / (2 * step)
 
 
 @pytest.mark.parametrize("regularizer", PENALTIES)
@@ -217,7 +210,7 @@ def test_a_patch_of_one_colour_keeps_its_hue():
     assert normalized[0, :, 3, 5].tolist() == pytest.approx(expected)
 
 
-def test_a_normalized_patch_knows_no_brightness_and_contrast():
+def test_brightness_and_contrast_do_not_change_a_normalized_patch():
     x = torch.rand(2, 3, 16, 16, generator=draws(), dtype=torch.float64)
     expected, _, _ = normalize_patches(x)
     found, _, _ = normalize_patches(0.5 * x + 0.2)
@@ -287,7 +280,7 @@ def test_without_corruption_the_images_stay():
     assert hidden.shape == (8, 1, 32, 32) and not hidden.any()
 
 
-def test_patches_at_the_edge_of_an_odd_size_are_cut():
+def test_patches_at_the_border_may_be_smaller():
     y, hidden = corrupt(torch.rand(2, 1, 33, 47), masked=0.5)
     assert y.shape == hidden.shape == (2, 1, 33, 47)
 
@@ -317,8 +310,7 @@ def squares(n):
 
 
 @functools.cache
-@torch.enable_grad()
-def trained(regularizer="none", beta=0.0):
+def trained_on_squares(regularizer="none", beta=0.0):
     """An autoencoder with 8 numbers in its code, after 60 steps on squares."""
     torch.manual_seed(0)
     images = squares(256)
@@ -337,9 +329,9 @@ def trained(regularizer="none", beta=0.0):
 
 
 def test_an_autoencoder_rebuilds_better_than_pca():
-    images = squares(256)
+    images, model = squares(256), trained_on_squares()
     with torch.no_grad():
-        rebuilt, _ = trained()(images)
+        rebuilt, _ = model(images)
     error = float((rebuilt - images).square().mean())
     flat = images.flatten(1)
     values = torch.linalg.svdvals(flat - flat.mean(0))
@@ -349,10 +341,9 @@ def test_an_autoencoder_rebuilds_better_than_pca():
 
 def test_each_regularizer_has_its_effect():
     images = squares(256)
-    with torch.no_grad():
-        _, plain = trained()(images)
-        _, sparse = trained("sparse", 1.0)(images)
-        _, decorrelated = trained("decorrelated", 1.0)(images)
+    _, plain = trained_on_squares()(images)
+    _, sparse = trained_on_squares("sparse", 1.0)(images)
+    _, decorrelated = trained_on_squares("decorrelated", 1.0)(images)
     assert autoencoder.sparsity(sparse) > autoencoder.sparsity(plain) + 0.2
     assert autoencoder.correlation(decorrelated) < 0.5 * autoencoder.correlation(plain)
 
@@ -374,6 +365,10 @@ def test_correlation_of_known_cases():
     x = torch.randn(100, 1)
     opposite = torch.cat([x, -x], 1)
     assert autoencoder.correlation(opposite).item() == pytest.approx(1, abs=1e-4)
+    three = torch.cat([x, -x, 2 * x], 1)
+    assert autoencoder.correlation(three).item() == pytest.approx(1, abs=1e-4)
+    with_a_constant = torch.cat([x, torch.ones(100, 1)], 1)
+    assert autoencoder.correlation(with_a_constant).item() == 0
     unrelated = torch.tensor([[1.0, 1], [1, -1], [-1, 1], [-1, -1]])
     assert autoencoder.correlation(unrelated).item() == pytest.approx(0, abs=1e-6)
     a, b = torch.tensor([1.0, 1, -1, -1]), torch.tensor([1.0, -1, 1, -1])
@@ -396,12 +391,48 @@ def test_features_are_the_means_of_strips_and_the_code(H, W):
         layer.register_forward_hook(keep)
     _, code = model(x)                                        # the hooks see each depth
     parts = []
-    for maps, n in zip(list(seen), (2, 4, 2)):
+    for maps, n in zip(seen, (2, 4, 2)):
         pooled = F.adaptive_avg_pool2d(maps, (n, 1))          # (2, C, n, 1)
         parts.append(pooled.transpose(1, 2).flatten(1))
     parts.append(code)
     expected = [part / part.norm(dim=1, keepdim=True) for part in parts]
     torch.testing.assert_close(model.encode(x), torch.cat(expected, 1))
+
+
+def normalized_over_the_batch(maps):
+    mean = maps.mean((0, 2, 3), keepdim=True)
+    variance = maps.var((0, 2, 3), correction=0, keepdim=True)
+    return (maps - mean) / (variance + 1e-5).sqrt()
+
+
+def test_a_residual_block_begins_as_the_identity_and_adds_two_convolutions():
+    torch.manual_seed(0)
+    block, x = autoencoder.ResidualBlock(8), torch.rand(2, 8, 6, 6)
+    assert torch.equal(block(x), x)
+    first, second, last_norm = block.layers[0][0], block.layers[1], block.layers[2]
+    for layer in (first, second):
+        torch.testing.assert_close(layer(x), x)
+        torch.nn.init.normal_(layer.weight)
+    torch.nn.init.ones_(last_norm.weight)                     # it starts at 0
+    hidden = normalized_over_the_batch(first(x)).relu()
+    added = normalized_over_the_batch(second(hidden))
+    torch.testing.assert_close(block(x), (x + added).relu(), atol=1e-4, rtol=1e-4)
+
+
+def test_whitening_penalty_and_loss_are_computed_in_float32():
+    torch.manual_seed(0)
+    model = Autoencoder((16, 16), [0.5], [0.2], torch.randn(4, 4), code=8, width=8)
+    x, z = torch.rand(4, 1, 16, 16), torch.randn(4, 6)
+    halves = x.bfloat16(), (x + 0.1).bfloat16(), z.bfloat16()
+    expected = autoencoder_loss(*[half.float() for half in halves], 0.5, "decorrelated")
+    squares_of_x, penalty = model.prepare(x), autoencoder.covariance_penalty(z)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(model.prepare(x), squares_of_x)
+        assert torch.equal(autoencoder.covariance_penalty(z), penalty)
+        found = autoencoder_loss(*halves, 0.5, "decorrelated")
+    for value, other in zip(found, expected):
+        assert value.dtype == torch.float32
+        assert torch.equal(value, other)
 
 
 def squares_by_loops(images, mean):
@@ -425,14 +456,18 @@ def test_the_first_convolution_gets_whitened_squares():
     images = torch.randint(0, 256, (2, 3, 8, 8), generator=draws())
     seen = []
     model.to_second[0][0].register_forward_pre_hook(lambda layer, inputs: seen.extend(inputs))
-    model.to_second(model.prepare(images / 255))
+    model.eval()
+    model(images / 255)
+    model.encode(images / 255)
+    assert len(seen) == 2
     expected = squares_by_loops(images.numpy(), mean) @ matrix.numpy().T
-    found = seen[0].permute(0, 2, 3, 1).flatten(0, 2)                     # (2 · 4 · 4, 12)
-    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+    for squares_seen in seen:                                             # (2, 12, 4, 4)
+        found = squares_seen.permute(0, 2, 3, 1).flatten(0, 2)            # (2 · 4 · 4, 12)
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_the_code_of_normalized_patches_is_decoded_as_it_is():
-    """Their scale is that of the patches. The mean and std of the images are another one."""
+    """They have the scale of the patches, so mean and std of the images are not applied."""
     torch.manual_seed(0)
     mean, std = torch.tensor([0.4]), torch.tensor([0.2])
     model = Autoencoder((16, 16), mean, std, torch.eye(4), code=8, width=8).eval()

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import slope
 from torch import nn
 
 from minissl import contrastive
@@ -43,14 +44,6 @@ def info_nce_by_loops(views, temperature, kind):
             if w != v:                                        # the positive
                 terms.append(largest + math.log(total) - s[w, b])
     return sum(terms) / len(terms)
-
-
-def slope(function, array, place, step=1e-5):
-    """The derivative of function(array) by one of its numbers: a central difference."""
-    up, down = array.copy(), array.copy()
-    up[place] += step
-    down[place] -= step
-    return (function(up) - function(down)) / (2 * step)
 
 
 @pytest.mark.parametrize("V", [2, 3])
@@ -107,7 +100,7 @@ def test_info_nce_of_two_views_is_cross_entropy():
 
 
 def test_self_similarity_is_in_no_value_and_no_gradient():
-    """Each projection gets a column of its own. With the dot product, this column enters
+    """Each projection gets a separate column. With the dot product, this column enters
     the similarity of the projection with itself, and no other similarity."""
     torch.manual_seed(0)
     x = torch.randn(2, 3, 4, dtype=torch.float64)
@@ -238,7 +231,7 @@ def test_a_forward_pass_does_not_move_the_target():
     before = target_state(model)
     model(torch.rand(2, 4, 3, 16, 16))
     for name, value in target_state(model).items():
-        if value.is_floating_point():                         # counters may count
+        if value.is_floating_point():                         # batch norm may count its batches
             assert torch.equal(value, before[name]), name
 
 
@@ -263,6 +256,16 @@ def test_the_target_moves_by_its_rate_buffers_included():
             moved.append(name)
     assert len(moved) > 20
     assert "0.to_second.1.running_mean" in moved
+
+
+def test_the_predictor_is_dense_norm_relu_dense():
+    torch.manual_seed(0)
+    predictor = BYOL(ZEROS, EYE, width=8).predictor
+    z = torch.randn(16, 128)
+    hidden = z @ predictor[0].weight.T
+    hidden = (hidden - hidden.mean(0)) / (hidden.var(0, correction=0) + 1e-5).sqrt()
+    expected = hidden.relu() @ predictor[3].weight.T
+    torch.testing.assert_close(predictor(z), expected, atol=1e-4, rtol=1e-4)
 
 
 def test_every_column_of_byols_projections_varies_alike():
@@ -305,9 +308,7 @@ def test_alignment_and_uniformity_ignore_lengths():
     z = torch.randn(2, 9, 4)
     scaled = z * (0.1 + 9 * torch.rand(2, 9, 1))
     torch.testing.assert_close(contrastive.alignment(z), contrastive.alignment(scaled))
-    torch.testing.assert_close(
-        contrastive.uniformity(z[0]), contrastive.uniformity(5 * z[0])
-    )
+    torch.testing.assert_close(contrastive.uniformity(z[0]), contrastive.uniformity(scaled[0]))
 
 
 def test_effective_rank_of_known_cases():
@@ -397,8 +398,18 @@ def test_a_crop_is_a_box_resampled_bilinearly(H, W):
 def test_without_flip_no_view_is_mirrored():
     torch.manual_seed(0)
     ramp = torch.arange(16.0).mul(16).byte().expand(64, 1, 16, 16)
-    views = contrastive.crop_and_flip(ramp, (8, 8), torch.rand(64, 5), 0.5, False)
+    no_colours = dict(jitter=0, hue=0, grey=0)
+    views = contrastive.augment(
+        ramp, (8, 8), torch.rand(64, 12), crop=0.5, flip=False, **no_colours
+    )
     assert (views[..., -1] > views[..., 0]).all()
+
+
+def test_the_sides_of_a_view_are_even_and_at_least_8():
+    assert contrastive.view_shape(28, 28) == (20, 20)         # three quarters would be 21
+    assert contrastive.view_shape(8, 8) == (8, 8)
+    assert contrastive.view_shape(32, 64, height=16) == (16, 32)
+    assert contrastive.view_shape(64, 8, height=32) == (32, 8)
 
 
 # ---------------------------------------------------------------- colours
@@ -559,6 +570,25 @@ def test_the_kernels_begin_as_the_identity():
     x = torch.rand(2, 3, 6, 7)
     torch.testing.assert_close(layer(x)[:, :3], x)
     assert layer.weight[3:].abs().min() > 0                   # the others are random
+
+
+def normalized_over_the_batch(maps):
+    mean = maps.mean((0, 2, 3), keepdim=True)
+    variance = maps.var((0, 2, 3), correction=0, keepdim=True)
+    return (maps - mean) / (variance + 1e-5).sqrt()
+
+
+def test_a_residual_block_begins_as_the_identity_and_adds_two_convolutions():
+    torch.manual_seed(0)
+    block, x = contrastive.ResidualBlock(8), torch.rand(2, 8, 6, 6)
+    assert torch.equal(block(x), x)
+    for layer in (block.conv1, block.conv2):
+        torch.testing.assert_close(layer(x), x)
+        nn.init.normal_(layer.weight)
+    nn.init.ones_(block.norm2.weight)                         # it starts at 0
+    hidden = normalized_over_the_batch(block.conv1(x)).relu()
+    added = normalized_over_the_batch(block.conv2(hidden))
+    torch.testing.assert_close(block(x), (x + added).relu(), atol=1e-4, rtol=1e-4)
 
 
 def unit(rows):

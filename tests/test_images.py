@@ -14,7 +14,6 @@ import torch
 
 from minissl import UserError
 from minissl.data import images
-from minissl.data.batches import Batches
 from minissl.data.shapes import SHAPES, shape_data
 from minissl.data.splits import HELD_OUT, TEST, TRAIN
 
@@ -58,17 +57,6 @@ def test_load_images_wraps_the_drawn_shapes():
     assert data.classes == SHAPES
 
 
-def test_each_epoch_sees_every_image_once():
-    a, b = Batches(12, 4, seed=0, purpose="order"), Batches(12, 4, seed=0, purpose="order")
-    steps = [a(s) for s in range(6)]
-    assert torch.equal(b(4), steps[4]) and torch.equal(b(1), steps[1])         # in any order
-    first, second = torch.cat(steps[:3]), torch.cat(steps[3:])
-    assert sorted(first.tolist()) == sorted(second.tolist()) == list(range(12))
-    assert not torch.equal(first, second)
-    with pytest.raises(UserError, match="--batch-size 13: there are only 12 images"):
-        Batches(12, 13, 0, "order")
-
-
 def test_mean_and_std_are_of_the_whole_array():
     black = torch.zeros(12_000, 1, 8, 8, dtype=torch.uint8)
     white = torch.full((12_000, 1, 8, 8), 255, dtype=torch.uint8)
@@ -109,6 +97,10 @@ def test_whitened_squares_are_uncorrelated(C, H, W):
     off_diagonal = second_moment - np.diag(np.diag(second_moment))
     assert np.abs(off_diagonal).max() < 0.02
     assert (np.diag(second_moment) > 0.9).all() and (np.diag(second_moment) < 1.01).all()
+    lengths = np.linalg.norm(whitening, axis=1)
+    assert (np.diff(lengths) >= 0).all()                     # the strongest component is first
+    largest = whitening[np.arange(4 * C), np.abs(whitening).argmax(1)]
+    assert (largest > 0).all()
 
 
 def test_whitening_does_not_magnify_what_never_changes():
@@ -146,7 +138,7 @@ def test_a_subset_can_be_of_labelled_images_alone():
 
 @pytest.fixture(scope="module")
 def cifar():
-    """File name -> (pixels (10000, 3072), labels (10000,)): random, for the rest is zeros."""
+    """File name -> (pixels (10000, 3072), labels (10000,)). Most of it is zeros, so the archive is small."""
     draw = np.random.default_rng(0)
     batches = {}
     for name in images.CIFAR10_FILES:
@@ -380,7 +372,7 @@ def test_many_small_classes_are_counted_in_one_note(tmp_path):
     assert data.notes[0].endswith(": 0, 1, 2, 3, 4, 5, 6, 7, 8, 9 and 20 more")
 
 
-def test_two_of_twenty_images_are_held_out():
+def test_at_least_two_images_are_held_out_whatever_the_labels():
     draw = np.random.default_rng(0)
     for _ in range(300):
         n, classes = draw.integers(20, 60), draw.integers(1, 60)
@@ -389,8 +381,10 @@ def test_two_of_twenty_images_are_held_out():
         assert (split == HELD_OUT).sum() >= 2, labels
         for label in range(classes):
             counts = np.bincount(split[labels == label], minlength=3)
-            assert counts.sum() < 3 or counts.min() >= 1, labels
-            assert counts.sum() >= 3 or counts[TEST] == 0, labels
+            if counts.sum() >= 3:
+                assert counts.min() >= 1, labels
+            else:
+                assert counts[TEST] == 0, labels
 
 
 @pytest.mark.parametrize("labels, moved", [

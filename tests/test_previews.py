@@ -1,4 +1,4 @@
-"""Previews of images: neighbours, labels that are partly missing, and images that are large."""
+"""Previews: neighbours, labels that are partly missing, and images that are large."""
 
 from contextlib import nullcontext
 from types import SimpleNamespace
@@ -6,8 +6,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
-from minissl import UserError, contrastive
+from minissl import UserError, autoencoder, contrastive
 from minissl.autoencoder import normalize_patches
 from minissl.data.images import Images
 from minissl.data.splits import HELD_OUT, TEST, TRAIN
@@ -39,10 +40,22 @@ def flatten(x):
     return x.flatten(1).float()
 
 
+def make_neighbours(data, folder, **options):
+    return NeighbourPreview(data, folder, nullcontext(), CPU, **options)
+
+
+def make_contrastive(data, folder):
+    return ContrastivePreview(data, no_numbers, two_views, folder, nullcontext(), CPU)
+
+
+def make_autoencoder(data, folder, corrupt=None, **options):
+    return AutoencoderPreview(data, corrupt or unchanged, folder, nullcontext(), CPU, **options)
+
+
 # ---------------------------------------------------------------- neighbours
 
 @pytest.fixture
-def mirrored_data():
+def copied_data():
     """12 training images, the same 12 in reverse order held out, and 12 others to test on."""
     pixels = random_pixels(36)
     labels = np.arange(36) % 3
@@ -71,8 +84,8 @@ def drawn(monkeypatch):
     return drawn
 
 
-def test_beside_a_held_out_image_stands_its_nearest(mirrored_data, drawn, tmp_path):
-    preview = NeighbourPreview(mirrored_data, tmp_path, nullcontext(), CPU)
+def test_beside_a_held_out_image_stands_its_nearest(copied_data, drawn, tmp_path):
+    preview = make_neighbours(copied_data, tmp_path)
     assert preview(flatten) == 100
     assert len(drawn.rows) == 10
     for row in drawn.rows:
@@ -81,25 +94,48 @@ def test_beside_a_held_out_image_stands_its_nearest(mirrored_data, drawn, tmp_pa
     assert (tmp_path / "neighbours.png").exists()
 
 
-def test_a_frame_shows_the_label_of_its_image(mirrored_data, drawn, tmp_path):
-    NeighbourPreview(mirrored_data, tmp_path, nullcontext(), CPU)(flatten)
+def test_a_frame_shows_the_label_of_its_image(copied_data, drawn, tmp_path):
+    make_neighbours(copied_data, tmp_path)(flatten)
     label_of = {}
     for n in range(24):
-        label_of[mirrored_data[n].numpy().tobytes()] = mirrored_data.labels[n]
+        label_of[copied_data[n].numpy().tobytes()] = copied_data.labels[n]
     for row, labels in zip(drawn.rows, drawn.labels):
         expected = [label_of[image.numpy().tobytes()] for image in row]
         assert list(labels) == expected
 
 
-def test_the_map_shows_the_held_out_images(mirrored_data, drawn, tmp_path):
-    NeighbourPreview(mirrored_data, tmp_path, nullcontext(), CPU)(flatten)
+def test_the_map_shows_the_held_out_images(copied_data, drawn, tmp_path):
+    make_neighbours(copied_data, tmp_path)(flatten)
     assert drawn.points.shape == (12, 2)
-    assert drawn.point_labels.tolist() == mirrored_data.labels[12:24].tolist()
+    assert drawn.point_labels.tolist() == copied_data.labels[12:24].tolist()
     assert (tmp_path / "map.png").exists()
+    train = copied_data[:12].flatten(1).float() / 255
+    held_out = copied_data[12:24].flatten(1).float() / 255
+    queries = F.normalize(held_out - train.mean(0), dim=1)
+    values, _ = torch.linalg.eigh(queries.T @ queries)        # from the smallest to the largest
+    products = drawn.points.T @ drawn.points                  # the two principal components
+    np.testing.assert_allclose(products, np.diag([values[-1], values[-2]]), atol=1e-4)
 
 
-def test_features_that_are_not_finite_end_the_run(mirrored_data, tmp_path):
-    preview = NeighbourPreview(mirrored_data, tmp_path, nullcontext(), CPU)
+def test_the_features_of_neighbours_are_averaged_over_the_mirror_image(
+    copied_data, tmp_path, monkeypatch
+):
+    compared = []
+
+    def note_features(train, train_labels, queries, query_labels):
+        compared.extend([train, queries])
+        return 50
+
+    monkeypatch.setattr(previews, "knn_accuracy", note_features)
+    make_neighbours(copied_data, tmp_path, mirror=True)(flatten)
+    for found, images in zip(compared, (copied_data[:12], copied_data[12:24])):
+        x = images.float() / 255
+        expected = (flatten(x) + flatten(x.flip(3))) / 2
+        torch.testing.assert_close(found, expected)
+
+
+def test_features_that_are_not_finite_end_the_run(copied_data, tmp_path):
+    preview = make_neighbours(copied_data, tmp_path)
     with pytest.raises(UserError, match="the features are not finite in a preview"):
         preview(lambda x: flatten(x) / 0)
 
@@ -134,29 +170,42 @@ def test_knn_uses_the_labelled_images_alone(partly_labelled, tmp_path, monkeypat
         return 66.666
 
     monkeypatch.setattr(previews, "knn_accuracy", note_labels)
-    preview = NeighbourPreview(partly_labelled, tmp_path, nullcontext(), CPU)
+    preview = make_neighbours(partly_labelled, tmp_path)
     assert preview(flatten) == 66.67
     assert compared == [(10, [0, 1] * 5, 4, [0, 1] * 2)]
 
 
 def test_knn_of_partly_labelled_images_is_right(partly_labelled, tmp_path):
-    preview = NeighbourPreview(partly_labelled, tmp_path, nullcontext(), CPU)
+    preview = make_neighbours(partly_labelled, tmp_path)
     assert preview(flatten) == 100
 
 
 @pytest.mark.parametrize("split", [TRAIN, HELD_OUT])
 def test_without_labels_there_is_no_knn(split, partly_labelled, tmp_path):
     partly_labelled.labels[partly_labelled.split == split] = -1
-    preview = NeighbourPreview(partly_labelled, tmp_path, nullcontext(), CPU)
+    preview = make_neighbours(partly_labelled, tmp_path)
     assert preview(flatten) == ""
 
 
 def test_labels_of_one_class_give_no_knn(partly_labelled, tmp_path, capsys):
     labels = partly_labelled.labels
     labels[labels >= 0] = 1
-    preview = NeighbourPreview(partly_labelled, tmp_path, nullcontext(), CPU)
+    preview = make_neighbours(partly_labelled, tmp_path)
     assert "one class only: b" in capsys.readouterr().out
     assert preview(flatten) == ""
+
+
+def test_knn_of_many_images_half_of_them_labelled_is_right(tmp_path):
+    """The previews look at 2,000 of 6,000 images, of which 3,000 have a label."""
+    labels = np.arange(6000) % 3
+    pixels = torch.zeros(6000, 1, 8, 8, dtype=torch.uint8)
+    for label in range(3):
+        pixels[labels == label, 0, label] = 200                       # a bright row for each class
+    split = np.repeat(np.uint8([TRAIN, HELD_OUT]), [4500, 1500])
+    given = np.where(np.arange(6000) % 4 < 2, labels, -1)
+    data = Images(pixels, torch.arange(6000), given, split, ["a", "b", "c"])
+    preview = make_neighbours(data, tmp_path)
+    assert preview(lambda x: x.flatten(1)) == 100
 
 
 @pytest.fixture
@@ -247,13 +296,15 @@ def unchanged(images, step):
     return images, torch.zeros_like(images[:, :1], dtype=torch.bool)
 
 
-def test_the_contrastive_preview_measures_projections(mirrored_data, tmp_path):
-    preview = ContrastivePreview(
-        mirrored_data, no_numbers, two_views, tmp_path, nullcontext(), CPU
-    )
+def darken(images, step):
+    return 0.5 * images, torch.zeros_like(images[:, :1], dtype=torch.bool)
+
+
+def test_the_contrastive_preview_measures_projections(copied_data, tmp_path):
+    copied_data.pixels[12:24] = random_pixels(12, seed=1)     # not those to learn from
     model = FakeModel()
-    row = preview(model)
-    images = mirrored_data.subset(HELD_OUT)[:]
+    row = make_contrastive(copied_data, tmp_path)(model)
+    images = copied_data.subset(HELD_OUT)[:]
     z = model.project(two_views(images, None))
     assert row["alignment"] == pytest.approx(float(contrastive.alignment(z)), abs=1e-4)
     assert row["uniformity"] == pytest.approx(float(contrastive.uniformity(z[0])), abs=1e-4)
@@ -262,17 +313,49 @@ def test_the_contrastive_preview_measures_projections(mirrored_data, tmp_path):
     assert 0 <= row["knn"] <= 100
 
 
-def test_the_autoencoder_preview_measures_reconstructions(mirrored_data, tmp_path):
-    preview = AutoencoderPreview(mirrored_data, unchanged, tmp_path, nullcontext(), CPU)
-    row = preview(FakeModel())
-    assert row["held_out"] == 0.25 ** 2
-    assert {"sparsity", "correlation", "knn"} < row.keys()
+def test_the_autoencoder_preview_measures_reconstructions(copied_data, tmp_path):
+    row = make_autoencoder(copied_data, tmp_path, darken)(FakeModel())
+    x = copied_data.subset(HELD_OUT)[:].float() / 255
+    rebuilt, z = 0.5 * x - 0.25, (0.5 * x).mean(3).flatten(1)
+    error = float((rebuilt - x).square().mean())
+    assert row["held_out"] == pytest.approx(error, abs=1e-5)
+    assert row["sparsity"] == pytest.approx(float(autoencoder.sparsity(z)), abs=1e-4)
+    assert row["correlation"] == pytest.approx(float(autoencoder.correlation(z)), abs=1e-4)
+    assert 0 <= row["knn"] <= 100
     assert (tmp_path / "reconstructions.png").exists() and (tmp_path / "walks.png").exists()
 
 
-def test_the_mean_image_is_the_autoencoders_chance_level(mirrored_data, tmp_path):
-    preview = AutoencoderPreview(mirrored_data, unchanged, tmp_path, nullcontext(), CPU)
-    x = mirrored_data.subset(HELD_OUT)[:].double() / 255
+def test_the_autoencoders_pictures_show_reconstructions_and_walks(
+    copied_data, tmp_path, monkeypatch
+):
+    pictures = {}
+
+    def keep(self, name, rows):
+        pictures[name] = rows
+
+    class Model(FakeModel):
+        def decode(self, z):
+            """Images in a single grey, the mean of the code."""
+            return z.mean(1)[:, None, None, None].expand(-1, 1, 8, 8)
+
+    monkeypatch.setattr(AutoencoderPreview, "_write_picture", keep)
+    make_autoencoder(copied_data, tmp_path, darken)(Model())
+    x = copied_data.subset(HELD_OUT)[:].float() / 255
+    original, corrupted, shown = pictures["reconstructions.png"]
+    torch.testing.assert_close(original, x)
+    torch.testing.assert_close(corrupted, 0.5 * x)
+    torch.testing.assert_close(shown, 0.5 * x - 0.25)
+    grey = (0.5 * x).mean((1, 2, 3))                          # (12,) of the codes
+    for walk in range(8):
+        start, end = grey[walk], grey[walk - 1]
+        found = pictures["walks.png"][walk, :, 0, 0, 0]       # (8,)
+        expected = torch.stack([(1 - n / 7) * start + n / 7 * end for n in range(8)])
+        torch.testing.assert_close(found, expected)
+
+
+def test_the_mean_image_is_the_autoencoders_chance_level(copied_data, tmp_path):
+    preview = make_autoencoder(copied_data, tmp_path)
+    x = copied_data.subset(HELD_OUT)[:].double() / 255
     expected = float(x.var(0, correction=0).mean())
     assert preview.chance() == pytest.approx(expected, rel=1e-5)
 
@@ -286,8 +369,9 @@ def hide_the_left_half(images, step):
 @pytest.mark.parametrize("scale, expected", [(1.0, 0), (0.0, 1)])
 def test_normalized_patches_are_pasted_back(scale, expected, tmp_path, monkeypatch):
     """A model that knows the patches rebuilds the image; predicting 0 shows their means."""
-    data = images_of(random_pixels(20, size=16), np.full(20, -1), np.full(20, HELD_OUT))
-    x = data[:].float() / 255
+    split = np.repeat(np.uint8([TRAIN, HELD_OUT]), 20)
+    data = images_of(random_pixels(40, size=16), np.full(40, -1), split)
+    x = data.subset(HELD_OUT)[:].float() / 255
     normalized, mean, _ = normalize_patches(x)
     pictures = {}
 
@@ -301,10 +385,7 @@ def test_normalized_patches_are_pasted_back(scale, expected, tmp_path, monkeypat
             return rebuilt, corrupted.mean(3).flatten(1)
 
     monkeypatch.setattr(AutoencoderPreview, "_write_picture", keep)
-    monkeypatch.setattr(previews, "NeighbourPreview", lambda *arguments: lambda encode: "")
-    preview = AutoencoderPreview(
-        data, hide_the_left_half, tmp_path, nullcontext(), CPU, targets="normalized"
-    )
+    preview = make_autoencoder(data, tmp_path, hide_the_left_half, targets="normalized")
     row = preview(Model())
     assert preview.chance() == 1
     assert row["held_out"] == pytest.approx(expected, abs=1e-5)
@@ -329,14 +410,7 @@ def test_a_preview_looks_at_fewer_large_images():
     for side in (64, 128, 256, 512):
         bytes_of_one = 4 * 3 * side * side
         assert preview_size((3, side, side)) * bytes_of_one <= previews.PREVIEW_BYTES
-
-
-def make_contrastive(data, folder):
-    return ContrastivePreview(data, no_numbers, two_views, folder, nullcontext(), CPU)
-
-
-def make_autoencoder(data, folder):
-    return AutoencoderPreview(data, unchanged, folder, nullcontext(), CPU)
+    assert preview_size((3, 4096, 4096)) == 4                 # each takes more than that
 
 
 @pytest.mark.parametrize("make, views", [(make_contrastive, 2), (make_autoencoder, 1)])
@@ -354,16 +428,3 @@ def test_no_batch_of_a_preview_exceeds_its_bytes(
     assert whole <= views * previews.PREVIEW_BYTES
     assert len(batches) == 2 * 16                             # 80 training and 80 held-out images
     assert max(batches) <= features.BYTES_A_BATCH
-
-
-def test_knn_of_many_images_half_of_them_labelled_is_right(tmp_path):
-    """The previews look at 2,000 of 6,000 images, of which 3,000 have a label."""
-    labels = np.arange(6000) % 3
-    pixels = torch.zeros(6000, 1, 8, 8, dtype=torch.uint8)
-    for label in range(3):
-        pixels[labels == label, 0, label] = 200                       # a bright row for each class
-    split = np.repeat(np.uint8([TRAIN, HELD_OUT]), [4500, 1500])
-    given = np.where(np.arange(6000) % 4 < 2, labels, -1)
-    data = Images(pixels, torch.arange(6000), given, split, ["a", "b", "c"])
-    preview = NeighbourPreview(data, tmp_path, nullcontext(), CPU)
-    assert preview(lambda x: x.flatten(1)) == 100

@@ -33,6 +33,12 @@ def fit_both(columns, indices):
     return probe_model, self_training.fit(indices, probe_model)
 
 
+def self_trained_weights(x, labels, pool, drawn):
+    """The weights (D + 1, C) of the second probe, from the labels `drawn`."""
+    _, (weights, _) = fit_both(columns_of(x, labels, pool), drawn)
+    return weights
+
+
 def test_neighbours_are_those_of_a_loop():
     x, _ = clusters([15, 12])
     cosines, indices = nearest_neighbours(x, 4, rows=10)
@@ -60,6 +66,39 @@ def test_guesses_spread_as_in_a_loop():
     found = spread(p, cosines, indices)
     np.testing.assert_allclose(found, q, rtol=1e-4)
     torch.testing.assert_close(found.sum(1), torch.ones(9))
+
+
+def test_the_second_probe_learns_from_sharpened_guesses_and_labels(monkeypatch):
+    """What it is fitted to, by the formulas at the top of self_training.py."""
+    x, labels = clusters([40, 40, 40], columns=20)
+    monkeypatch.setattr(self_training, "NEIGHBOUR_AXES", 7)
+    pool, drawn = np.arange(90), np.append(np.arange(0, 30, 5), 100)      # one outside of the pool
+    probe, second = columns_of(x, labels, pool)
+    weights, strength = probe.fit(drawn)
+    asked = []
+
+    def note(x, targets, classes, strength, start, tolerance):
+        asked.append((x, targets, strength))
+        return start
+
+    monkeypatch.setattr(self_training.probes, "logistic_regression", note)
+    second.fit(drawn, (weights, strength))
+    features, targets, strength_of_second = asked[0]
+
+    axes = second.axes                                                    # all 20, so only turned
+    assert axes.shape == (20, 20)
+    p = (x[pool] @ weights[:-1] + weights[-1]).softmax(1)
+    for n in drawn[:-1]:
+        p[n] = F.one_hot(labels[n], 3).float()
+    on_axes = x[pool] @ axes[:, :7]
+    on_axes = on_axes / on_axes.square().mean(0).sqrt().sqrt()
+    q = spread(p, *nearest_neighbours(on_axes, 10)) ** 4
+    others = np.setdiff1d(pool, drawn)
+    guesses = q[others] / q[others].sum(1, keepdim=True)
+    expected = probes.weighted_targets(guesses, F.one_hot(labels[drawn], 3).float())
+    torch.testing.assert_close(targets, expected, atol=1e-4, rtol=1e-3)
+    torch.testing.assert_close(features, x[np.append(others, drawn)] @ axes)
+    assert strength_of_second == pytest.approx(strength * 7 / (84 + 7))
 
 
 def test_weights_of_classes_stand_for_repeated_examples():
@@ -105,10 +144,10 @@ def test_labels_beyond_the_draw_are_never_read():
     drawn = probes.draw_labels(labels[:120], 4, 0)
     garbage = torch.full_like(labels, 10**6)
     garbage[drawn] = labels[drawn]
-    expected = fit_both(columns_of(x, labels, np.arange(120)), drawn)
+    expected = self_trained_weights(x, labels, np.arange(120), drawn)
     probe = LinearClassifier(x, garbage, 3)
-    found = fit_both((probe, SelfTraining(probe, np.arange(120))), drawn)
-    assert torch.equal(found[1][0], expected[1][0])
+    _, (found, _) = fit_both((probe, SelfTraining(probe, np.arange(120))), drawn)
+    assert torch.equal(found, expected)
 
 
 def test_examples_outside_of_the_pool_are_never_read():
@@ -116,9 +155,9 @@ def test_examples_outside_of_the_pool_are_never_read():
     changed = x.clone()
     changed[120:] = float("nan")
     drawn = probes.draw_labels(labels[:120], 4, 0)
-    found = [fit_both(columns_of(features, labels, np.arange(120)), drawn)
-             for features in (x, changed)]
-    assert torch.equal(found[0][1][0], found[1][1][0])
+    expected = self_trained_weights(x, labels, np.arange(120), drawn)
+    found = self_trained_weights(changed, labels, np.arange(120), drawn)
+    assert torch.equal(found, expected)
 
 
 def test_without_other_images_it_is_the_probe():
@@ -131,8 +170,8 @@ def test_without_other_images_it_is_the_probe():
 def test_with_many_labels_it_is_the_probe(monkeypatch):
     x, labels = clusters([40, 40])
     columns = columns_of(x, labels, np.arange(80))
-    for most, same in ((20, True), (21, False)):
-        monkeypatch.setattr(self_training, "MOST_LABELS", most - 1)
+    for most, same in ((19, True), (20, False)):
+        monkeypatch.setattr(self_training, "MOST_LABELS", most)
         probe_model, model = fit_both(columns, np.arange(20))
         assert torch.equal(model[0], probe_model[0]) == same
 
@@ -150,9 +189,9 @@ def test_a_few_other_images_change_little():
 def test_images_without_a_label_serve_like_any_other():
     x, labels = clusters([60, 60, 60])
     drawn = probes.draw_labels(labels[:60], 3, 0)
-    _, (expected, _) = fit_both(columns_of(x, labels, np.arange(120)), drawn)
+    expected = self_trained_weights(x, labels, np.arange(120), drawn)
     labels[60:120] = -1
-    _, (found, _) = fit_both(columns_of(x, labels, np.arange(120)), drawn)
+    found = self_trained_weights(x, labels, np.arange(120), drawn)
     torch.testing.assert_close(found, expected)
 
 
@@ -160,5 +199,5 @@ def test_labels_may_come_from_outside_of_the_pool():
     """The row "all" also draws held-out examples."""
     x, labels = clusters([60, 60, 60])
     drawn = np.append(probes.draw_labels(labels[:100], 3, 0), [100, 101, 102])
-    _, (weights, _) = fit_both(columns_of(x, labels, np.arange(100)), drawn)
+    weights = self_trained_weights(x, labels, np.arange(100), drawn)
     assert weights.shape == (7, 3) and weights.isfinite().all()

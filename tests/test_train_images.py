@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import assert_equal_states, log_of, read_log
+from conftest import assert_equal_states, log_of, read_log, stopped_at
 
 import finetune
 import train_ae
@@ -25,7 +25,6 @@ from minissl.evaluation.image_table import ImageTask
 from minissl.optim import Muon
 from minissl.training import machine
 from minissl.training.files import load_checkpoint, write_checkpoint
-from minissl.training.run import Run
 
 
 CORRUPTED = ["--masked", 0.5, "--regularizer", "decorrelated", "--beta", 0.1]
@@ -54,14 +53,14 @@ def runs(tmp_path_factory):
 
 @pytest.fixture
 def train(run_script, tmp_path):
-    """train(name, run, flags...) -> the run's folder and what was printed."""
-    def run(name, run, *flags):
+    """train(name, folder_name, flags...) -> the run's folder and what was printed."""
+    def train_tiny(name, folder_name, *flags):
         script, usual = SCRIPTS[name]
-        folder = tmp_path / run
+        folder = tmp_path / folder_name
         code, printed = run_script(script, "--run", folder, *usual, *TINY, *flags)
         assert code == 0, printed
         return folder, printed
-    return run
+    return train_tiny
 
 
 def last_line(printed):
@@ -80,7 +79,9 @@ def first_step(train, monkeypatch):
             "byol": (contrastive, "BYOL"),
             "ae": (autoencoder, "Autoencoder"),
         }[name]
-        make, models, gradients = getattr(module, cls), [], {}
+        make = getattr(module, cls)
+        seen = SimpleNamespace(before=None, model=None)
+        gradients = {}
 
         def make_random(**options):
             """Random everywhere: a scale that starts at 0 would hide what it multiplies."""
@@ -88,18 +89,18 @@ def first_step(train, monkeypatch):
             for n, parameter in enumerate(model.parameters()):
                 draws = generator(0, "test", n)
                 parameter.data += 0.1 * torch.randn(parameter.shape, generator=draws)
-            models.extend([deepcopy(model), model])
+            seen.before, seen.model = deepcopy(model), model
             return model
 
         def keep_gradients(optimizers, lr):
-            for key, parameter in models[1].named_parameters():
+            for key, parameter in seen.model.named_parameters():
                 if parameter.grad is not None:
                     gradients[key] = parameter.grad.clone()
 
         monkeypatch.setattr(module, cls, make_random)
         monkeypatch.setattr(SCRIPTS[name][0], "step_optimizers", keep_gradients)
         train(name, "run", "--steps", 1, *flags)
-        return models[0], gradients
+        return seen.before, gradients
     return run
 
 
@@ -110,14 +111,14 @@ def first_batch():
     return images[indices]
 
 
-def first_views(V):
-    """V views of the first batch with crop 0.3, jitter 0.5, hue 0.2 and grey 0.5."""
+def first_views(V, side=24, flip=True):
+    """V views of the first batch, with the settings of VIEW_FLAGS."""
+    changes = dict(crop=0.3, jitter=0.5, hue=0.2, grey=0.5, flip=flip)
     views = []
     for v in range(V):
         numbers = torch.rand(16, 12, generator=generator(0, f"view {v}", 0))
-        view = contrastive.augment(first_batch(), (24, 24), numbers, 0.3, 0.5, 0.2, 0.5)
-        views.append(view)
-    return torch.stack(views)                                 # (V, 16, 3, 24, 24)
+        views.append(contrastive.augment(first_batch(), (side, side), numbers, **changes))
+    return torch.stack(views)                                 # (V, 16, 3, side, side)
 
 
 VIEW_FLAGS = ["--crop", 0.3, "--jitter", 0.5, "--hue", 0.2, "--grey", 0.5]
@@ -153,9 +154,10 @@ def test_the_step_of_simclr_is_its_formula(first_step):
 
 
 def test_the_step_of_byol_is_its_formula(first_step):
-    """Three views, each predicted from both of the others."""
-    model, gradients = first_step("byol", *VIEW_FLAGS, "--views", 3)
-    views = first_views(3)
+    """Three small views without mirror images, each predicted from both of the others."""
+    flags = ["--views", 3, "--view-size", 16, "--no-flip"]
+    model, gradients = first_step("byol", *VIEW_FLAGS, *flags)
+    views = first_views(3, side=16, flip=False)
     q = model.predictor(model.project(views).flatten(0, 1)).view(3, 16, -1)
     with torch.no_grad():
         z = model.target(views.flatten(0, 1)).view(3, 16, -1)
@@ -201,6 +203,21 @@ def test_the_step_on_normalized_patches_is_its_formula(first_step):
         error = (patch_of(rebuilt[b], n) - target).square().mean()
         loss = loss + error / (16 * 8)
     assert_gradients_of(loss, model, gradients)
+
+
+def test_the_step_with_noise_and_masks_is_its_formula(first_step):
+    """The noise comes first: patches are cut out of the noisy images."""
+    flags = ["--noise", 0.2, "--masked", 0.5, "--beta", 0, "--regularizer", "none"]
+    model, gradients = first_step("ae", *flags)
+    x = first_batch().float() / 255
+    draws = generator(0, "corruption", 0)
+    noisy = x + 0.2 * torch.randn(x.shape, generator=draws)
+    hidden = torch.rand(16, 16, generator=draws).argsort(1).argsort(1) < 8
+    corrupted = noisy.clone()
+    for b, n in hidden.nonzero().tolist():
+        patch_of(corrupted[b], n)[:] = noisy.mean((0, 2, 3))[:, None, None]
+    rebuilt, _ = model(corrupted)
+    assert_gradients_of((x - rebuilt).square().mean(), model, gradients)
 
 
 def patch_of(image, n):
@@ -296,15 +313,46 @@ def test_the_matrices_decay_as_the_method_needs(name, expected, train, monkeypat
 
 
 def test_byols_target_slows_down_to_a_stop(train, monkeypatch):
-    rates = []
+    calls, rates = [], []
 
-    def record(self, rate):
+    def record_step(optimizers, lr):
+        calls.append("step")
+
+    def record_rate(self, rate):
+        calls.append("target")
         rates.append(rate)
 
-    monkeypatch.setattr(contrastive.BYOL, "update_target", record)
+    monkeypatch.setattr(train_contrastive, "step_optimizers", record_step)
+    monkeypatch.setattr(contrastive.BYOL, "update_target", record_rate)
     train("byol", "run", "--steps", 40, "--limit", 100, "--evaluate-every", 40)
+    assert calls == ["step", "target"] * 40                   # it follows each step
     expected = [1 - 0.1 * (1 + np.cos(np.pi * step / 40)) / 2 for step in range(40)]
     assert rates == pytest.approx(expected)
+
+
+def test_the_default_views_suit_the_data():
+    of_shapes = train_contrastive.Settings(data="shapes")
+    for name, value in contrastive.VIEWS_OF_SHAPES.items():
+        assert getattr(of_shapes, name) == value
+    of_photographs = train_contrastive.Settings(data="cifar10", hue=0.3)
+    assert of_photographs.crop == contrastive.VIEWS_OF_PHOTOGRAPHS["crop"]
+    assert of_photographs.hue == 0.3
+    assert contrastive.VIEWS_OF_SHAPES["crop"] > contrastive.VIEWS_OF_PHOTOGRAPHS["crop"]
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_no_weight_depends_on_held_out_or_test_images(name, runs, train, monkeypatch):
+    def load_changed(*arguments):
+        data = load_images(*arguments)
+        data.pixels = data.pixels.clone()
+        others = torch.from_numpy(data.split != TRAIN)
+        data.pixels[data.rows[others]] = 77
+        return data
+
+    monkeypatch.setattr(SCRIPTS[name][0], "load_images", load_changed)
+    other, _ = train(name, "run")
+    expected = load_checkpoint(runs / name)["model"]
+    assert_equal_states(load_checkpoint(other)["model"], expected)
 
 
 @pytest.mark.parametrize("name", ["simclr", "ae"])
@@ -418,24 +466,10 @@ def test_other_encoders_take_images_of_any_size():
 
 # ---------------------------------------------------------------- resuming
 
-def stop_at(step_to_stop, monkeypatch):
-    """In that step, stop the run as Ctrl-C does."""
-    end_step = Run.end_step
-
-    def end_step_and_stop(self, step, losses, items):
-        self.stopping = step == step_to_stop
-        end_step(self, step, losses, items)
-
-    monkeypatch.setattr(Run, "end_step", end_step_and_stop)
-
-
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_a_stopped_run_ends_like_an_undisturbed_one(
-    name, runs, run_script, tmp_path, monkeypatch
-):
+def test_a_stopped_run_ends_like_an_undisturbed_one(name, runs, run_script, tmp_path):
     script, flags = SCRIPTS[name]
-    with monkeypatch.context() as patch:
-        stop_at(4, patch)
+    with stopped_at(4):
         code, printed = run_script(script, "--run", tmp_path / "run", *flags, *TINY)
     assert code == 130, printed
     assert load_checkpoint(tmp_path / "run")["step"] == 5
@@ -515,7 +549,8 @@ def test_a_moved_run_continues_where_it_lies(run_script, tmp_path, monkeypatch):
 
 
 def test_a_run_with_an_older_default_continues(run_script, tmp_path):
-    """Here of --target-rate, which SimCLR does not use and nobody may give."""
+    """The default of --target-rate has changed since. SimCLR does not use it, and giving the
+    flag is refused."""
     run = ["--run", tmp_path / "run"]
     assert run_script(train_contrastive, *run, *TINY, "--steps", 1)[0] == 0
     checkpoint = load_checkpoint(tmp_path / "run")
