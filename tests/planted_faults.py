@@ -314,7 +314,7 @@ FAULTS = [
         edits=[Edit(
             TRANSFORMER, "mask_tokens",
             right="targets = tokens.masked_fill(~chosen, IGNORE_INDEX)",
-            wrong="targets = tokens.masked_fill(is_padding, IGNORE_INDEX)",
+            wrong="targets = tokens.masked_fill(~is_real(lengths, T), IGNORE_INDEX)",
         )],
     ),
     Fault(

@@ -66,9 +66,9 @@ def test_the_student_learns_from_labels_and_guesses(weighting, monkeypatch):
     labels, seen = column.probe.labels, {}
     regress = probes.logistic_regression
 
-    def watched(rows, targets, *arguments, **options):
-        seen.update(rows=rows.to_dense(), targets=targets, **options)
-        return regress(rows, targets, *arguments, **options)
+    def watched(rows, targets, classes, strength, **options):
+        seen.update(rows=rows.to_dense(), targets=targets, strength=strength, **options)
+        return regress(rows, targets, classes, strength, **options)
     probe_model = column.probe.fit(DRAW)
     weights, _ = probe_model
     monkeypatch.setattr(probes, "logistic_regression", watched)
@@ -94,6 +94,7 @@ def test_the_student_learns_from_labels_and_guesses(weighting, monkeypatch):
     expected = torch.stack(expected)
     expected *= len(expected) / expected.sum()
     assert torch.equal(seen["rows"], torch.stack(texts))
+    assert seen["strength"] == co_training.STRENGTHS[weighting]
     torch.testing.assert_close(seen["targets"].double(), expected, rtol=1e-4, atol=1e-5)
     if weighting == "naive Bayes":
         r = naive_bayes_weights(sparse(torch.stack(texts)), torch.stack(soft).float(), 3)
@@ -119,6 +120,14 @@ def test_with_many_labels_the_student_is_the_baseline(monkeypatch):
     column = co_training_of()
     monkeypatch.setattr(co_training, "MANY_LABELS", 50)
     every = np.arange(200)
+    expected_name, fitted = column.n_grams.fit(every)
+    _, (name, student) = fit(column, every, (expected_name, fitted))
+    assert name == expected_name and torch.equal(student, fitted.weights)
+
+
+def test_without_other_texts_the_student_is_the_baseline():
+    column = co_training_of()
+    column.pool = every = np.arange(200)
     expected_name, fitted = column.n_grams.fit(every)
     _, (name, student) = fit(column, every, (expected_name, fitted))
     assert name == expected_name and torch.equal(student, fitted.weights)

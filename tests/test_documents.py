@@ -30,15 +30,27 @@ def test_every_flag_that_a_document_names_exists(name):
     flags = set(re.findall(r"(?<![\w-])--([a-z][\w-]+)", text)) - FLAGS_OF_OTHERS
     code = ""
     for path in [*CODE, *ROOT.glob("tests/**/*.py")]:
-        code += path.read_text(encoding="utf-8")
-    unknown = []
-    for flag in flags:
-        field = flag.replace("-", "_")
-        is_setting = re.search(rf"^    {field}: ", code, re.MULTILINE)
-        if not is_setting and f"--{flag}" not in code:
-            unknown.append(flag)
+        if not path.name.startswith("test_"):
+            code += path.read_text(encoding="utf-8")
+    known = set(re.findall(r"--([a-z][\w-]+)", code))
+    for field in re.findall(r"^    (\w+): ", code, re.MULTILINE):
+        known.add(field.replace("_", "-"))
     assert len(flags) > 5
-    assert unknown == []
+    assert flags - known == set()
+
+
+def test_every_entry_that_the_code_names_exists():
+    """Such as: EXPERIMENTS.md, "Which temperature?"."""
+    titles = {}
+    for name in ("EXPERIMENTS.md", "RESULTS.md"):
+        text = (ROOT / name).read_text(encoding="utf-8")
+        titles[name] = set(re.findall(r"^#+ (.+)$", text, re.MULTILINE))
+    named = []
+    for path in CODE:
+        code = re.sub(r"\s*\n\s*#?\s*", " ", path.read_text(encoding="utf-8"))
+        named += re.findall(r'(EXPERIMENTS\.md|RESULTS\.md),? (?:section )?"([^"]+)"', code)
+    assert len(named) > 10
+    assert [entry for entry in named if entry[1] not in titles[entry[0]]] == []
 
 
 @pytest.mark.parametrize("name", ["README.md", "README.zh.md"])

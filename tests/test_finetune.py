@@ -5,15 +5,17 @@ The runs here have random weights, so no test needs a training script.
 
 import csv
 import errno
+import math
 import shutil
 import warnings
 from contextlib import nullcontext
-from functools import partial
+from functools import partial, partialmethod
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import finetune
@@ -33,7 +35,7 @@ from minissl.evaluation import (
 from minissl.evaluation.classifier import Classifier, read_classifier
 from minissl.evaluation.columns import Column, LinearClassifier, standardize
 from minissl.evaluation.image_table import ImageOption, ImageTask
-from minissl.evaluation.text_table import TextTask
+from minissl.evaluation.text_table import TextOption, TextTask
 from minissl.optim import Muon
 from minissl.training import distributed, files, report
 from minissl.transformer import TextEncoder
@@ -125,10 +127,10 @@ def brief(monkeypatch):
     monkeypatch.setattr(ImageTask, "train_classifier", train_briefly)
     def two_options(self, n):
         return [ImageOption(0.0, 0.5), ImageOption(0.002, 0.5, freeze_norm=True)]
-    def few_epochs(self, n):
-        return [(0.0, 0), (0.02, 2)]
-    monkeypatch.setattr(TextTask, "scratch_options", few_epochs)
-    monkeypatch.setattr(TextTask, "fine_tuning_options", few_epochs)
+    def two_text_options(self, n):
+        return [TextOption(0.0, 0), TextOption(0.02, 2)]
+    monkeypatch.setattr(TextTask, "scratch_options", two_text_options)
+    monkeypatch.setattr(TextTask, "fine_tuning_options", two_text_options)
     monkeypatch.setattr(TextTask, "choice_draws", 1)
     monkeypatch.setattr(ImageTask, "scratch_options", two_options)
     monkeypatch.setattr(ImageTask, "fine_tuning_options", two_options)
@@ -178,6 +180,29 @@ def test_predict_labels_new_texts(run, run_script, brief, tmp_path):
     assert [line[0] for line in lines] == ["sea", "city"]
     assert [line[2] for line in lines] == ["the ship sails", "the tower opens"]
     assert "trained on 20 labels of" in printed and "classes city, sea" in printed
+
+
+def test_only_predictions_go_to_the_standard_output(
+        run, run_script, brief, tmp_path, monkeypatch, capsys):
+    assert run_script(finetune, run, *CPU, "--labels", 2, "--seeds", 1)[0] == 0
+    (tmp_path / "new.txt").write_text("the ship sails\nthe tower opens\n", encoding="utf-8")
+    command = ["finetune.py", run, *CPU, "--predict", tmp_path / "new.txt"]
+    monkeypatch.setattr("sys.argv", [str(part) for part in command])
+    finetune.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.count("\t") for line in lines] == [2, 2]
+
+
+def test_images_without_a_label_reach_the_table(tmp_path, run_script, brief):
+    rng = np.random.default_rng(0)
+    labels = np.arange(200) % 2
+    labels[:40] = -1
+    np.save(tmp_path / "a.npy", rng.integers(0, 255, (200, 8, 8)).astype(np.uint8))
+    np.save(tmp_path / "a.labels.npy", labels)
+    folder = make_image_run(tmp_path / "run", name=str(tmp_path / "a.npy"), limit=0)
+    code, printed = run_script(finetune, folder, *CPU, "--labels", 2, "--seeds", 1)
+    assert code == 0, printed
+    assert "without a label: 36 for self-training" in printed         # four are held out
 
 
 def test_the_probe_alone_leaves_the_table_as_it_is(run, run_script):
@@ -313,11 +338,66 @@ def test_chance_is_the_share_of_the_commonest_test_class(capsys):
     task = SimpleNamespace(labels=labels, train=np.arange(10), held_out=np.arange(10, 20),
                            test=np.arange(20, 28), classes=["a", "b"], probe=probe, choice_draws=1)
     settings = SimpleNamespace(labels=["2"], seeds=2, probe=True)
-    labels = []
-    rows, chance = finetune.measure_table(settings, task, lambda *of_row: labels.append(of_row[2]))
-    assert chance == 75 and labels == [4]
+    counts = []
+
+    def keep(measured, model, count):
+        counts.append(count)
+    rows, chance = finetune.measure_table(settings, task, keep)
+    assert chance == 75 and counts == [4]
     assert [row["test_accuracy"] for row in rows] == [75, 75]
     assert "the commonest class: 75.0 %" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("per_class, count", [(3, 2), (None, 1)])
+def test_choices_learn_from_training_examples_alone(per_class, count):
+    probe = SimpleNamespace(fit=lambda indices: f"a probe of {len(indices)}")
+    task = SimpleNamespace(labels=torch.tensor([0, 1] * 10), train=np.arange(12),
+                           held_out=np.arange(12, 16), probe=probe, choice_draws=2)
+    draws = finetune.draws_for_choices(task, per_class)
+    assert len(draws) == count
+    for indices, fitted in draws:
+        assert set(indices) <= set(task.train)
+        assert fitted == {"linear probe": f"a probe of {len(indices)}"}
+
+
+@pytest.mark.parametrize("row, seeds", [("2", [0, 1, 2]), ("all", [0, 1])])
+def test_a_row_is_fitted_with_the_chosen_option_and_its_seed(row, seeds, monkeypatch):
+    used = []
+
+    def fit(indices, option, seed, fitted):
+        used.append((option, seed))
+
+    def predict(model, indices):
+        return torch.zeros(len(indices))
+
+    def choose_second(column, options, task, draws):
+        return options[1]
+    column = Column(fit, predict, lambda n: ["first", "second"])
+    task = SimpleNamespace(labels=torch.tensor([0, 1] * 10), train=np.arange(10),
+                           held_out=np.arange(10, 14), test=np.arange(14, 20), choice_draws=1,
+                           probe=SimpleNamespace(fit=lambda indices: None))
+    monkeypatch.setattr(finetune, "choose", choose_second)
+    finetune.measure_row(SimpleNamespace(seeds=3), task, {"a column": column}, row)
+    assert used == [("second", seed) for seed in seeds]
+
+
+def test_default_rows_that_need_too_many_labels_are_left_out(capsys):
+    labels = torch.tensor([0] * 3 + [1] * 60)
+    task = SimpleNamespace(labels=labels, train=np.arange(63), classes=["a", "b"],
+                           default_labels=["2", "10", "100", "all"])
+    assert finetune.possible_rows(SimpleNamespace(labels=[]), task) == ["2", "all"]
+    printed = capsys.readouterr().out
+    assert "left out: 10 and 100 labels a class, because the smallest class, a" in printed
+
+
+@pytest.mark.parametrize("n", [20, 5000])
+def test_the_safe_option_of_few_labels_is_the_probe(n):
+    assert TextTask.fine_tuning_options(None, n)[0].rate == 0
+    options = ImageTask.fine_tuning_options(None, n)
+    assert options[0].rate == 0
+    assert all(option.freeze_norm for option in options)
+    for option in ImageTask.fine_tuning_options(None, 5001):
+        assert not option.freeze_norm
 
 
 def test_a_row_is_planned_for_all_its_labels(monkeypatch):
@@ -473,7 +553,7 @@ def test_messages_name_the_only_class(corpus, run, run_script, tmp_path):
     assert code == 2 and "only the class sea has examples both" in printed, printed
 
 
-def test_one_example_is_singular(run_script, run, capsys):
+def test_messages_say_1_example_and_1_label(run_script, run):
     labels = torch.tensor([0, 1, 1])
     task = SimpleNamespace(labels=labels, train=np.arange(3), classes=["a", "b"])
     with pytest.raises(UserError, match="a, has 1 example to train on; give at most 1"):
@@ -557,7 +637,7 @@ def test_other_content_under_the_same_name_stays_apart(run_script, tmp_path):
         code, printed = run_script(finetune, folder, *CPU, "--labels", row, "--seeds", 1,
                                    "--probe")
         assert code == 0, printed
-        labels = rng.permutation(labels)
+        labels = 1 - labels         # the same images and the same split
     assert "has changed, so 1 older result moved to a separate table" in printed
     old, new = report.conditions(folder / "probe.csv")
     assert old[0].startswith(f"{name} (other content, checksum ") and new[0] == name
@@ -578,7 +658,7 @@ def test_content_that_comes_back_finds_its_old_rows(tmp_path):
     assert measurements.read_measurements(path)[:2] == [old, new]
 
 
-def test_rows_without_a_checksum_stay_in_a_table_of_their_own(tmp_path):
+def test_rows_without_a_checksum_stay_in_a_separate_table(tmp_path):
     row = measurement()
     del row["checksum"]
     files.write_csv(tmp_path / "finetune.csv", [row])
@@ -631,7 +711,8 @@ HEAD = b"labels_a_class,method,seed,test_accuracy,seconds,data,limit,step,checks
 
 
 @pytest.mark.parametrize("content", [
-    b"", b"a,b\n1,2\n", b"\xff\xfe", b"x" * 200_000,
+    b"a,b\n1,2\n", b"\xff\xfe", b"x" * 200_000,
+    b"labels_a_class,method,data,limit,step\nten,pixels,a,0,1\n",
     HEAD + b'2,pixels,0,"100,0",1.0,a,0,90,1\n',
     HEAD + b"2,pixels,0,100%,1.0,a,0,90,1\n",
     HEAD + b"2,pixels,0,nan,1.0,a,0,90,1\n",
@@ -641,8 +722,7 @@ HEAD = b"labels_a_class,method,seed,test_accuracy,seconds,data,limit,step,checks
     HEAD + b"2,pixels,0,50.0,1.0,a,0,90,1,1\n",
 ])
 def test_a_damaged_csv_is_refused_before_measuring(content, run, run_script):
-    rows = b"labels_a_class,method,data,limit,step\nten,pixels,a,0,1\n"
-    (run / "finetune.csv").write_bytes(content or rows)
+    (run / "finetune.csv").write_bytes(content)
     code, printed = run_script(finetune, run, *CPU, "--labels", 2)
     assert code == 2 and "finetune.csv is damaged in line " in printed.splitlines()[-1]
     assert "draw 1" not in printed
@@ -692,7 +772,7 @@ def test_labels_that_came_after_the_pretraining_are_warned_of(run_script, tmp_pa
     assert WARNING in probe(labelled, "--data", tmp_path / "b.npy")
 
 
-def test_of_other_data_only_the_user_can_know(run, corpus, run_script, tmp_path):
+def test_other_data_gets_a_note_and_no_warning(run, corpus, run_script, tmp_path):
     shutil.copytree(corpus, tmp_path / "texts")
     (tmp_path / "texts" / "sea" / "0.txt").write_text("A new text.", encoding="utf-8")
     flags = [run, *CPU, "--labels", 5, "--seeds", 1, "--probe"]
@@ -795,10 +875,8 @@ def test_features_are_written_whole_or_not_at_all(run, run_script, tmp_path, mon
 @pytest.mark.parametrize("flags, sentence", [
     (["--labels", "1", "1000"], "--labels 1000: too many, because the smallest class"),
     (["--labels", "some"], "--labels some: must be a whole number above 0, or all"),
-    (["--labels", ""], "--labels"),
-    (["--predict", ""], "--predict"),
-    (["--features", ""], "--features"),
-    (["--data", ""], "--data"),
+    (["--seeds", "0"], "--seeds 0: must be at least 1"),
+    (["--limit", "-1"], "--limit -1: must be at least 0"),
     (["--predict", "not/there.txt"], "--predict not/there.txt: file not found"),
     (["--predict", "."], "--predict .: is a folder; give one .txt file, with a text on each line"),
     (["--predict", __file__], "their file must end in .txt; give one .txt file"),
@@ -812,7 +890,7 @@ def test_features_are_written_whole_or_not_at_all(run, run_script, tmp_path, mon
     (["--features", "not/there/b.npy"], "the folder not/there does not exist; create it"),
     (["--features", f"{__file__}/b.npy"], "is not a writable folder"),
     (["--features", "out.txt"], "must end in .npy"),
-    (["--data", "not/there"], "not/there"),
+    (["--data", "not/there"], "not/there: file not found"),
     (["--data", "cifar10"], "the run was trained on texts; give texts"),
 ])
 def test_a_mistake_is_one_sentence(flags, sentence, text_run, run_script):
@@ -829,7 +907,7 @@ def test_a_folder_cannot_hold_the_features(text_run, run_script, tmp_path):
     assert code == 2 and "this is a folder; give the name of a file" in printed.splitlines()[-1]
 
 
-def test_data_that_is_elsewhere_is_not_the_users_flag(run, run_script):
+def test_missing_data_of_the_run_is_not_blamed_on_a_flag(run, run_script):
     checkpoint = files.load_checkpoint(run)
     checkpoint["settings"].update(data="d/ok")
     files.write_checkpoint(run / "checkpoint.pt", checkpoint)
@@ -875,15 +953,27 @@ def test_predict_needs_a_classifier_of_this_step(run, run_script, brief, tmp_pat
     assert code == 2 and "has been trained further since" in printed.splitlines()[-1]
 
 
-@pytest.mark.parametrize("change", [dict(labels=None), dict(classes=["a", "b", "c"])])
-def test_a_classifier_of_other_classes_is_refused(change, run, run_script, brief, tmp_path):
+def forget_the_labels(saved):
+    del saved["labels"]
+
+
+def add_a_class(saved):
+    saved["classes"] = ["a", "b", "c"]
+
+
+@pytest.mark.parametrize("change, sentence", [
+    (forget_the_labels, "classifier.pt is damaged, it has no labels"),
+    (add_a_class, "does not fit the run; delete it"),
+])
+def test_a_classifier_that_does_not_fit_is_refused(
+        change, sentence, run, run_script, brief, tmp_path):
     (tmp_path / "new.txt").write_text("the ship sails\n", encoding="utf-8")
     assert run_script(finetune, run, *CPU, "--labels", 2, "--seeds", 1)[0] == 0
-    saved = read_classifier(run) | change
-    saved = {name: value for name, value in saved.items() if value is not None or name == "shape"}
+    saved = read_classifier(run)
+    change(saved)
     files.write_checkpoint(run / "classifier.pt", saved)
     code, printed = run_script(finetune, run, *CPU, "--predict", tmp_path / "new.txt")
-    assert code == 2 and "classifier.pt" in printed.splitlines()[-1], printed
+    assert code == 2 and sentence in printed.splitlines()[-1], printed
     assert "Traceback" not in printed
 
 
@@ -936,6 +1026,35 @@ def fit_columns(task, indices, option):
         chosen = option if name == "fine-tuned" else None
         fitted[name] = column.fit(indices, chosen, 0, fitted)
     return {name: (column, fitted[name]) for name, column in columns.items()}
+
+
+@pytest.mark.parametrize("name", ["from scratch", "fine-tuned"])
+def test_training_on_labels_fits_them(name, text_run):
+    task = text_task(text_run)
+    indices, column = task.train[::10], task.columns()[name]
+    fitted = {"linear probe": (torch.zeros(33, 2), 0.0)}            # it knows nothing
+    losses = []
+    for steps in (0, 30):
+        model = column.fit(indices, TextOption(0.02, steps), 0, fitted)
+        logits = task.logits(model, indices)
+        losses.append(float(F.cross_entropy(logits, task.labels[indices])))
+    assert losses[0] == pytest.approx(math.log(2))
+    assert losses[1] < 0.1, losses
+
+
+def test_the_rate_of_fine_tuning_texts_rises_and_falls(text_run, monkeypatch):
+    rates = {Muon: [], torch.optim.Adam: []}
+    for optimizer, seen in rates.items():
+        def record(self, seen=seen):
+            seen.append(self.param_groups[0]["lr"])
+        monkeypatch.setattr(optimizer, "step", record)
+    task = text_task(text_run)
+    indices = task.train[::10]
+    fitted = {"linear probe": task.probe.fit(indices)}
+    task.columns()["fine-tuned"].fit(indices, TextOption(0.01, 20), 0, fitted)
+    expected = [0.01 * min(1, (step + 1) / 2) * (1 - step / 20) for step in range(20)]
+    assert rates[Muon] == pytest.approx(expected)
+    assert rates[torch.optim.Adam] == pytest.approx([0.3 * rate for rate in expected])
 
 
 def test_from_scratch_texts_owe_nothing_to_pretraining(text_run):
@@ -1097,6 +1216,37 @@ def test_self_training_has_a_largest_number_of_images(image_runs, monkeypatch):
     assert len(task.train) == 120 and len(task.pool) == 100
 
 
+@pytest.mark.parametrize("name", ["from scratch", "fine-tuned"])
+def test_training_on_labels_of_images_fits_them(name, image_runs, monkeypatch):
+    shorter = partialmethod(ImageTask.train_classifier, images_seen=2000)
+    monkeypatch.setattr(ImageTask, "train_classifier", shorter)
+    task = image_task(image_runs / "simclr", two_classes(100, [120, 20, 60]))
+    indices = task.train
+    D = len(task.mean)
+    fitted = {"linear probe": (torch.zeros(D + 1, 2), 0.0)}         # it knows nothing
+    fit = task.fit_from_scratch if name == "from scratch" else task.fit_fine_tuned
+    before = fit(indices, ImageOption(0.0, 0.5), 0, fitted)
+    after = fit(indices, ImageOption(0.02, 0.5), 0, fitted)
+    losses = []
+    for model in (before, after):
+        with torch.no_grad():
+            logits = model(task.images[indices].float() / 255)
+        losses.append(float(F.cross_entropy(logits, task.labels[indices])))
+    assert losses[0] == pytest.approx(math.log(2), abs=1e-3)
+    assert losses[1] < 0.4, losses
+
+
+def test_untrained_features_owe_nothing_to_test_images(image_runs):
+    data = two_classes(100, [120, 20, 60])
+    task = image_task(image_runs / "simclr", data)
+    expected = task.untrained_features(task.train)[task.train]
+    changed = two_classes(100, [120, 20, 60])
+    changed.pixels[changed.rows[torch.from_numpy(changed.split == splits.TEST)]] = 99
+    other = image_task(image_runs / "simclr", changed)
+    found = other.untrained_features(other.train)[other.train]
+    torch.testing.assert_close(found, expected)
+
+
 def test_the_rate_of_fine_tuning_rises_and_falls(image_runs, monkeypatch):
     rates = {Muon: [], torch.optim.Adam: []}
     for optimizer, seen in rates.items():
@@ -1155,11 +1305,13 @@ def test_fine_tuning_images_at_rate_0_is_the_probe(precision, image_runs, brief)
 
 
 def test_the_head_is_float32_so_that_classes_do_not_tie():
-    body = SimpleNamespace(encode=lambda x: x.bfloat16())
+    class Rounded(nn.Module):
+        """Its features are its input in bfloat16."""
+
+        def encode(self, x):
+            return x.bfloat16()
     weights = torch.tensor([[1.0, 1.001], [0.0, 0.0]])              # 1 feature, 2 classes
-    classifier = Classifier(nn.Identity(), torch.zeros(1), torch.ones(1), weights)
-    classifier.body = None
-    object.__setattr__(classifier, "body", body)
+    classifier = Classifier(Rounded(), torch.zeros(1), torch.ones(1), weights)
     with torch.autocast("cpu", torch.bfloat16):
         logits = classifier(torch.ones(1, 1))
     assert logits.dtype == torch.float32 and logits.argmax(1) == 1
@@ -1269,18 +1421,28 @@ def test_images_of_another_size_are_not_labelled(image_run, run_script, tmp_path
         assert "trained on" in printed.splitlines()[-1] and "\t" not in printed
 
 
-def test_features_and_notes_of_new_images(image_runs, run_script, tmp_path, brief):
-    run = shutil.copytree(image_runs / "autoencoder", tmp_path / "run")
-    code, printed = run_script(finetune, run, *CPU, "--labels", 3, "--seeds", 1, "--limit", 100)
-    assert code == 0 and "pixel PCA" in printed, printed
+@pytest.fixture
+def autoencoder_run(image_runs, tmp_path):
+    return shutil.copytree(image_runs / "autoencoder", tmp_path / "run")
+
+
+def test_features_of_copies_are_written(autoencoder_run, run_script, tmp_path):
     save_test_images(tmp_path / "new.npy", slice(20))
     array = np.load(tmp_path / "new.npy")
     np.save(tmp_path / "twice.npy", np.concatenate([array, array]))
-    code, printed = run_script(finetune, run, *CPU, "--features", tmp_path / "out.npy",
-                               "--data", tmp_path / "twice.npy")
+    code, printed = run_script(finetune, autoencoder_run, *CPU, "--features",
+                               tmp_path / "out.npy", "--data", tmp_path / "twice.npy")
     found = np.load(tmp_path / "out.npy")
     assert code == 0 and found.shape == (40, 160), printed
-    np.testing.assert_allclose(load.load_encoder(run)(array), found[:20], atol=1e-4)
-    np.save(tmp_path / "one.npy", array[:1] // 128)
-    code, printed = run_script(finetune, run, *CPU, "--predict", tmp_path / "one.npy")
+    np.testing.assert_allclose(load.load_encoder(autoencoder_run)(array), found[:20], atol=1e-4)
+
+
+def test_an_autoencoder_has_pixel_pca_and_warns_of_dark_images(
+        autoencoder_run, run_script, tmp_path, brief):
+    code, printed = run_script(finetune, autoencoder_run, *CPU, "--labels", 3, "--seeds", 1,
+                               "--limit", 100)
+    assert code == 0 and "pixel PCA" in printed, printed
+    save_test_images(tmp_path / "new.npy", slice(1))
+    np.save(tmp_path / "one.npy", np.load(tmp_path / "new.npy") // 128)
+    code, printed = run_script(finetune, autoencoder_run, *CPU, "--predict", tmp_path / "one.npy")
     assert code == 0 and printed.count("\t") == 2 and "warning: " in printed, printed

@@ -138,7 +138,10 @@ def test_a_subset_can_be_of_labelled_images_alone():
 
 @pytest.fixture(scope="module")
 def cifar():
-    """File name -> (pixels (10000, 3072), labels (10000,)). Most of it is zeros, so the archive is small."""
+    """File name -> (pixels (10000, 3072), labels (10000,)).
+
+    Most pixels are 0, so the archive is small.
+    """
     draw = np.random.default_rng(0)
     batches = {}
     for name in images.CIFAR10_FILES:

@@ -1,5 +1,6 @@
 """N-grams: counted and weighted as in a loop, and chosen by the given labels alone."""
 
+import math
 from collections import Counter
 
 import numpy as np
@@ -8,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from conftest import sparse
 
-from minissl.data.texts import encode_texts
+from minissl.data.text_sources import load_texts
+from minissl.data.texts import Texts, encode_texts
 from minissl.evaluation import ngrams, probes
 from minissl.evaluation.ngrams import NGrams, naive_bayes_weights
 from minissl.tokenizer import train
@@ -70,7 +72,11 @@ def test_ngrams_are_counted_as_a_loop_does(chosen):
         assert row.tolist() == [found.count(ngram) for ngram in chosen]
 
 
-def test_the_most_frequent_ngrams_are_those_of_a_loop():
+def three_chunks(self, size):
+    return np.array_split(np.arange(len(self)), 3)
+
+
+def test_the_most_frequent_ngrams_are_those_of_a_loop(monkeypatch):
     strings = ["a bb a bb c", "a bb", "c c c", "bb a"] * 2 + ["d"]
     texts = encode_texts(strings, train(strings, 300))
     V = len(texts.tokenizer)
@@ -80,6 +86,8 @@ def test_the_most_frequent_ngrams_are_those_of_a_loop():
     expected = sorted(key for key, count in counter.items() if count >= 2)
     assert ngrams.frequent_ngrams(texts, 3, 1000).tolist() == expected
     assert len(expected) < len(counter)
+    monkeypatch.setattr(Texts, "chunks", three_chunks)
+    assert ngrams.frequent_ngrams(texts, 3, 1000).tolist() == expected
     least = sorted(counter.values())[-4]
     few = ngrams.frequent_ngrams(texts, 3, 4)
     assert len(few) == 4 and min(counter[key] for key in few.tolist()) == least
@@ -242,6 +250,34 @@ def test_the_weighting_with_the_least_held_out_loss_is_taken():
     assert fitted.loss == min(losses.values()) == losses[name]
     predictions = column.predict((name, fitted), np.arange(100, 200))
     assert probes.accuracy(predictions, labels[100:]) > 75
+
+
+@pytest.mark.parametrize("of_tf_idf, of_naive_bayes, chosen", [
+    (0.5, 0.4, "naive Bayes"), (0.4, 0.5, "tf-idf"), (math.nan, math.nan, "tf-idf"),
+])
+def test_the_lesser_loss_decides_and_without_one_it_is_tf_idf(
+        of_tf_idf, of_naive_bayes, chosen, monkeypatch):
+    """With one label a class nothing can be left out, so both losses are nan."""
+    losses = {0.0: of_naive_bayes, 1.0: of_tf_idf}
+
+    def cross_validate(x, labels, classes, strengths, weight_scale_of=None):
+        is_tf_idf = float(weight_scale_of is None)
+        return probes.CrossValidated(None, 1, losses[is_tf_idf])
+    monkeypatch.setattr(probes, "cross_validate", cross_validate)
+    labels = torch.arange(40) % 2
+    name, _ = column_of(word_counts(labels), labels).fit(np.arange(20))
+    assert name == chosen
+
+
+def test_tf_idf_has_no_triples(corpus, tmp_path):
+    texts = load_texts(str(corpus), tmp_path, 300)
+    everything = np.arange(len(texts))
+    rows = ngrams.make_ngrams(texts, everything).rows
+    keys = ngrams.frequent_ngrams(texts, 3, ngrams.MOST_NGRAMS)
+    is_triple = keys >= 300**2
+    assert is_triple.any()
+    assert rows["tf-idf"].columns == (~is_triple).sum()
+    assert rows["naive Bayes"].columns == len(keys)
 
 
 def test_with_many_classes_there_is_tf_idf_alone():

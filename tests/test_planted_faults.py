@@ -36,6 +36,20 @@ def test_a_fault_changes_what_the_code_means(fault):
         assert ast.dump(ast.parse(right)) != ast.dump(ast.parse(wrong))
 
 
+def names_of(source, context):
+    """The names that a source reads (ast.Load) or sets (ast.Store)."""
+    nodes = ast.walk(ast.parse(source))
+    return {node.id for node in nodes
+            if isinstance(node, ast.Name) and isinstance(node.ctx, context)}
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=NAMES)
+def test_a_fault_is_no_name_error(fault):
+    for right, wrong in planted(fault).values():
+        new_names = names_of(wrong, ast.Load) - names_of(right, ast.Load)
+        assert new_names <= names_of(wrong, ast.Store)
+
+
 @pytest.mark.parametrize("fault", FAULTS, ids=NAMES)
 def test_the_test_that_should_see_it_exists(fault):
     file, name = fault.test.split("::")

@@ -331,7 +331,10 @@ def too_large_an_array():
 
 @pytest.fixture
 def ended(monkeypatch, capsys):
-    """ended(main, settings class) -> (exit code, the last sentence)"""
+    """ended(main, settings class) -> (exit code, the last sentence)
+
+    run_script looks the flags up in the module of main, which is this file.
+    """
     def run(main, cls=None):
         module = sys.modules[__name__]
         if cls is None:
@@ -417,6 +420,11 @@ def test_a_full_disk_says_how_to_go_on(ended):
     assert said.endswith("then continue with --resume\n")
 
 
+class CompilerError(Exception):
+    """As torch.compile raises it."""
+    __module__ = "torch._dynamo.exc"
+
+
 @pytest.mark.parametrize("error, code, sentence", [
     (UserError("a sentence"), 2, "a sentence"),
     (FileNotFoundError(2, "No such file or directory", "x"), 1, "x: No such file"),
@@ -424,6 +432,7 @@ def test_a_full_disk_says_how_to_go_on(ended):
     (OSError("words alone"), 1, "words alone"),
     (KeyboardInterrupt(), 130, "interrupted"),
     (KeyboardInterrupt("stopped at step 3"), 130, "stopped at step 3"),
+    (CompilerError("no C++ compiler"), 1, "torch cannot compile this model (no C++ compiler)"),
 ])
 def test_exit_codes(error, code, sentence, ended):
     def main():

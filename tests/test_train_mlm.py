@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, assert_equal_states, log_of, read_log, story
+from conftest import TINY, assert_equal_states, log_of, read_log, stopped_at, story
 
 import train_mlm
 from minissl import UserError, transformer
@@ -24,7 +24,6 @@ from minissl.evaluation.previews import TextPreview
 from minissl.optim import Muon
 from minissl.tokenizer import MASK, PAD
 from minissl.training.files import load_checkpoint
-from minissl.training.run import Run
 
 
 # ---------------------------------------------------------------- the gradient of a step
@@ -265,17 +264,19 @@ def test_no_draw_of_a_run_is_used_twice(train, monkeypatch):
 
 
 def test_rates_rise_and_fall_once_in_each_stage(train, monkeypatch):
-    rates_of_muon, rates_of_adam = [], []
+    rates_of_muon, rates_of_adam, sizes = [], [], {}
 
     def record_muon(self):
         rates_of_muon.append([group["lr"] for group in self.param_groups])
+        sizes["Muon"] = [len(group["params"]) for group in self.param_groups]
 
     def record_adam(self):
         rates_of_adam.append([group["lr"] for group in self.param_groups])
+        sizes["Adam"] = [len(group["params"]) for group in self.param_groups]
 
     monkeypatch.setattr(Muon, "step", record_muon)
     monkeypatch.setattr(torch.optim.Adam, "step", record_adam)
-    train("run", "--steps", 240, "--embedding-steps", 40, "--evaluate-every", 240)
+    run, _ = train("run", "--steps", 240, "--embedding-steps", 40, "--evaluate-every", 240)
 
     for step in range(40):                           # of the embeddings, and of the heads
         rate = 0.02 * min((step + 1) / 20, 1 - step / 40)
@@ -284,6 +285,10 @@ def test_rates_rise_and_fall_once_in_each_stage(train, monkeypatch):
         rate = 0.02 * min((step + 1) / 100, (200 - step) / 100)
         assert rates_of_muon[40 + step] == pytest.approx([rate])     # of the blocks
         assert rates_of_adam[40 + step] == pytest.approx([0.05 * rate, 0.15 * rate])
+    # Two embeddings, five tensors of the output layers, four matrices of the block.
+    assert sizes == {"Adam": [2, 5], "Muon": [4]}
+    model, _ = load.load_run(run)
+    assert len(list(model.parameters())) == 2 + 5 + 4         # so nothing is left out
 
 
 def test_the_masked_loss_falls_below_the_entropy_of_words(corpus, train, tmp_path):
@@ -296,9 +301,25 @@ def test_the_masked_loss_falls_below_the_entropy_of_words(corpus, train, tmp_pat
     assert held_out < 0.6 * entropy, (held_out, entropy)
 
 
-@pytest.mark.parametrize("flag", ["--masked-weight", "--document-weight", "--layers"])
-def test_each_loss_and_the_embeddings_can_learn_alone(flag, train):
-    train("run", flag, 0)
+@pytest.mark.parametrize("flag, left", [
+    ("--masked-weight", {"document"}),
+    ("--document-weight", {"masked"}),
+    ("--layers", {"masked", "document"}),
+])
+def test_each_loss_and_the_embeddings_can_learn_alone(flag, left, train):
+    run, _ = train("run", flag, 0)
+    for name in ("masked", "document"):
+        losses = [float(row[name]) for row in read_log(run) if row[name]]
+        assert bool(losses) == (name in left)
+        if losses:
+            assert losses[-1] < losses[0]
+
+
+def test_without_the_document_loss_the_features_are_all_columns(train):
+    run, _ = train("run", "--document-weight", 0, "--width", 80, "--steps", 2)
+    assert load_checkpoint(run)["model_settings"]["document_columns"] == 80
+    run, _ = train("both", "--width", 80, "--steps", 2, "--embedding-steps", 1)
+    assert load_checkpoint(run)["model_settings"]["document_columns"] == 64
 
 
 def test_it_is_said_when_no_text_can_be_held_out(corpus, tmp_path, train):
@@ -328,18 +349,10 @@ def test_previews_do_not_change_what_is_learned(train, trained):
 
 @pytest.mark.parametrize("at", [20, 60])             # in the first stage, and in the second
 def test_a_resumed_run_ends_like_an_undisturbed_one(
-    at, corpus, tmp_path, run_script, trained, monkeypatch
+    at, corpus, tmp_path, run_script, trained
 ):
-    end_step = Run.end_step
-
-    def end_step_and_stop(self, step, losses, items):
-        if step + 1 == at:
-            self.stopping = True                     # as after Ctrl-C
-        end_step(self, step, losses, items)
-
     flags = ["--data", corpus, "--data-dir", tmp_path, *TINY, "--run", tmp_path / "run"]
-    with monkeypatch.context() as patch:
-        patch.setattr(Run, "end_step", end_step_and_stop)
+    with stopped_at(at - 1):
         code, printed = run_script(train_mlm, *flags)
     assert code == 130
     assert "--resume" in printed
@@ -387,13 +400,14 @@ def test_a_run_leaves_a_folder_with_all_that_is_promised(trained):
 
 def test_the_time_left_is_that_of_the_stage(train):
     # A step of the second stage takes several times as long: the first says nothing about it.
-    _, printed = train("run", "--steps", 40)
+    # Its last step, 25, has a preview, though --evaluate-every is 30.
+    _, printed = train("run", "--steps", 40, "--embedding-steps", 25)
     is_of_first_stage = {}
     for line in printed.splitlines():
         if line.startswith("step "):
             step = line.split()[1]
             is_of_first_stage[step] = line.endswith("min left in the first stage")
-    assert is_of_first_stage == {"1/40": True, "30/40": True, "40/40": False}
+    assert is_of_first_stage == {"1/40": True, "25/40": True, "30/40": False, "40/40": False}
 
 
 def preview_of(texts, folder):
@@ -526,12 +540,11 @@ def test_a_run_is_not_resumed_with_other_settings(flags, sentence, trained, run_
     assert (trained / "checkpoint.pt").read_bytes() == before
 
 
-def test_a_run_is_not_resumed_with_other_texts(trained, corpus, run_script):
+def test_a_run_is_not_resumed_with_other_texts(trained, corpus, run_script, tmp_path):
     before = (trained / "checkpoint.pt").read_bytes()
-    one_more = corpus / "sea" / "one_more.txt"
-    one_more.write_text("The tide turns.", encoding="utf-8")
-    code, printed = run_script(train_mlm, "--resume", "--run", trained)
-    one_more.unlink()
+    other = shutil.copytree(corpus, tmp_path / "texts")
+    (other / "sea" / "one_more.txt").write_text("The tide turns.", encoding="utf-8")
+    code, printed = run_script(train_mlm, "--resume", "--run", trained, "--data", other)
     assert code == 2
     assert "learned from" in printed and "give the same data" in printed
     assert (trained / "checkpoint.pt").read_bytes() == before
@@ -546,11 +559,3 @@ def test_a_folder_with_other_files_is_refused(tmp_path, corpus, run_script):
     assert "delete" not in printed
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
-
-def test_weights_that_are_not_finite_are_never_saved(tmp_path):
-    run = Run(SimpleNamespace(run=str(tmp_path), resume=False))
-    run.model = random_model()
-    run.model.token_bias.data[3] = float("nan")
-    with pytest.raises(UserError, match="not finite at step 7"):
-        run.save(7)
-    assert not list(tmp_path.iterdir())

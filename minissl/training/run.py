@@ -161,12 +161,6 @@ class Run:
                     f"{flag_name(name)} {value}: the run in {self.folder} was "
                     f"started with {old[name]}; resume with that, or start another run"
                 )
-        done = self.checkpoint["step"]
-        if self.settings.steps < done:
-            raise UserError(
-                f"--steps {self.settings.steps}: {self.folder} has already made {done} steps; "
-                f"give at least {done}"
-            )
 
     def _read_rows(self):
         """The rows of metrics.csv up to the checkpoint's step.
