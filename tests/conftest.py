@@ -138,6 +138,29 @@ def slope(function, array, place, step=1e-5):
     return (function(up) - function(down)) / (2 * step)
 
 
+def assert_residual_block(block, first, second, last_norm):
+    """Fail unless a new block of width 8 is the identity, and later adds its two convolutions.
+
+    first and second: its convolutions; last_norm: its last batch norm, whose scale starts at 0.
+    """
+    torch.manual_seed(0)
+    x = torch.rand(2, 8, 6, 6)
+
+    def normalized_over_the_batch(maps):
+        mean = maps.mean((0, 2, 3), keepdim=True)
+        variance = maps.var((0, 2, 3), correction=0, keepdim=True)
+        return (maps - mean) / (variance + 1e-5).sqrt()
+
+    assert torch.equal(block(x), x)
+    for layer in (first, second):
+        torch.testing.assert_close(layer(x), x)
+        torch.nn.init.normal_(layer.weight)
+    torch.nn.init.ones_(last_norm.weight)
+    hidden = normalized_over_the_batch(first(x)).relu()
+    added = normalized_over_the_batch(second(hidden))
+    torch.testing.assert_close(block(x), (x + added).relu(), atol=1e-4, rtol=1e-4)
+
+
 # ---------------------------------------------------------------- what a run leaves behind
 
 def read_log(folder):

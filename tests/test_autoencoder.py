@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import slope
+from conftest import assert_residual_block, slope
 
 from minissl import autoencoder
 from minissl.autoencoder import Autoencoder, autoencoder_loss, corrupt, normalize_patches
@@ -399,24 +399,10 @@ def test_features_are_the_means_of_strips_and_the_code(H, W):
     torch.testing.assert_close(model.encode(x), torch.cat(expected, 1))
 
 
-def normalized_over_the_batch(maps):
-    mean = maps.mean((0, 2, 3), keepdim=True)
-    variance = maps.var((0, 2, 3), correction=0, keepdim=True)
-    return (maps - mean) / (variance + 1e-5).sqrt()
-
-
 def test_a_residual_block_begins_as_the_identity_and_adds_two_convolutions():
-    torch.manual_seed(0)
-    block, x = autoencoder.ResidualBlock(8), torch.rand(2, 8, 6, 6)
-    assert torch.equal(block(x), x)
+    block = autoencoder.ResidualBlock(8)
     first, second, last_norm = block.layers[0][0], block.layers[1], block.layers[2]
-    for layer in (first, second):
-        torch.testing.assert_close(layer(x), x)
-        torch.nn.init.normal_(layer.weight)
-    torch.nn.init.ones_(last_norm.weight)                     # it starts at 0
-    hidden = normalized_over_the_batch(first(x)).relu()
-    added = normalized_over_the_batch(second(hidden))
-    torch.testing.assert_close(block(x), (x + added).relu(), atol=1e-4, rtol=1e-4)
+    assert_residual_block(block, first, second, last_norm)
 
 
 def test_whitening_penalty_and_loss_are_computed_in_float32():

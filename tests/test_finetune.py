@@ -136,6 +136,17 @@ def brief(monkeypatch):
     monkeypatch.setattr(ImageTask, "fine_tuning_options", two_options)
 
 
+@pytest.fixture
+def rates(monkeypatch):
+    """{optimizer: the learning rates of its steps}, of its first group. The steps do nothing."""
+    rates = {Muon: [], torch.optim.Adam: []}
+    for optimizer, seen in rates.items():
+        def record(self, seen=seen):
+            seen.append(self.param_groups[0]["lr"])
+        monkeypatch.setattr(optimizer, "step", record)
+    return rates
+
+
 def read_rows(path):
     with open(path, encoding="utf-8", newline="") as file:
         return list(csv.DictReader(file))
@@ -1042,12 +1053,7 @@ def test_training_on_labels_fits_them(name, text_run):
     assert losses[1] < 0.1, losses
 
 
-def test_the_rate_of_fine_tuning_texts_rises_and_falls(text_run, monkeypatch):
-    rates = {Muon: [], torch.optim.Adam: []}
-    for optimizer, seen in rates.items():
-        def record(self, seen=seen):
-            seen.append(self.param_groups[0]["lr"])
-        monkeypatch.setattr(optimizer, "step", record)
+def test_the_rate_of_fine_tuning_texts_rises_and_falls(text_run, rates):
     task = text_task(text_run)
     indices = task.train[::10]
     fitted = {"linear probe": task.probe.fit(indices)}
@@ -1247,12 +1253,7 @@ def test_untrained_features_owe_nothing_to_test_images(image_runs):
     torch.testing.assert_close(found, expected)
 
 
-def test_the_rate_of_fine_tuning_rises_and_falls(image_runs, monkeypatch):
-    rates = {Muon: [], torch.optim.Adam: []}
-    for optimizer, seen in rates.items():
-        def record(self, seen=seen):
-            seen.append(self.param_groups[0]["lr"])
-        monkeypatch.setattr(optimizer, "step", record)
+def test_the_rate_of_fine_tuning_rises_and_falls(image_runs, rates):
     task = image_task(image_runs / "simclr")
     indices = task.train[:32]
     fitted = {"linear probe": task.probe.fit(indices)}

@@ -325,20 +325,26 @@ def test_the_autoencoder_preview_measures_reconstructions(copied_data, tmp_path)
     assert (tmp_path / "reconstructions.png").exists() and (tmp_path / "walks.png").exists()
 
 
-def test_the_autoencoders_pictures_show_reconstructions_and_walks(
-    copied_data, tmp_path, monkeypatch
-):
+@pytest.fixture
+def pictures(monkeypatch):
+    """{name: rows} of the pictures of an AutoencoderPreview, which are not written."""
     pictures = {}
 
     def keep(self, name, rows):
         pictures[name] = rows
 
+    monkeypatch.setattr(AutoencoderPreview, "_write_picture", keep)
+    return pictures
+
+
+def test_the_autoencoders_pictures_show_reconstructions_and_walks(
+    copied_data, tmp_path, pictures
+):
     class Model(FakeModel):
         def decode(self, z):
             """Images in a single grey, the mean of the code."""
             return z.mean(1)[:, None, None, None].expand(-1, 1, 8, 8)
 
-    monkeypatch.setattr(AutoencoderPreview, "_write_picture", keep)
     make_autoencoder(copied_data, tmp_path, darken)(Model())
     x = copied_data.subset(HELD_OUT)[:].float() / 255
     original, corrupted, shown = pictures["reconstructions.png"]
@@ -367,16 +373,12 @@ def hide_the_left_half(images, step):
 
 
 @pytest.mark.parametrize("scale, expected", [(1.0, 0), (0.0, 1)])
-def test_normalized_patches_are_pasted_back(scale, expected, tmp_path, monkeypatch):
+def test_normalized_patches_are_pasted_back(scale, expected, tmp_path, pictures):
     """A model that knows the patches rebuilds the image; predicting 0 shows their means."""
     split = np.repeat(np.uint8([TRAIN, HELD_OUT]), 20)
     data = images_of(random_pixels(40, size=16), np.full(40, -1), split)
     x = data.subset(HELD_OUT)[:].float() / 255
     normalized, mean, _ = normalize_patches(x)
-    pictures = {}
-
-    def keep(self, name, rows):
-        pictures[name] = rows
 
     class Model(FakeModel):
         def __call__(self, corrupted):
@@ -384,7 +386,6 @@ def test_normalized_patches_are_pasted_back(scale, expected, tmp_path, monkeypat
             rebuilt[..., 8:] = 5                              # visible: it does not count
             return rebuilt, corrupted.mean(3).flatten(1)
 
-    monkeypatch.setattr(AutoencoderPreview, "_write_picture", keep)
     preview = make_autoencoder(data, tmp_path, hide_the_left_half, targets="normalized")
     row = preview(Model())
     assert preview.chance() == 1

@@ -248,8 +248,9 @@ def test_the_lines_of_a_very_large_file_are_joined(tmp_path, monkeypatch):
 def test_an_odd_file_gets_a_sentence_and_leaves_nothing(name, content, sentence, tmp_path):
     path = tmp_path / name
     path.write_bytes(content)
-    with pytest.raises(UserError, match=sentence):
+    with pytest.raises(UserError, match=sentence) as caught:
         load_texts(str(path), tmp_path / "data", 300)
+    assert "iconv" not in str(caught.value)     # it would turn UTF-16 into garbage
     assert not (tmp_path / "data").exists() or not list((tmp_path / "data" / "cache").iterdir())
 
 

@@ -558,4 +558,3 @@ def test_a_folder_with_other_files_is_refused(tmp_path, corpus, run_script):
     assert "holds other files, such as" in printed
     assert "delete" not in printed
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
-
