@@ -6,7 +6,7 @@ minissl/autoencoder.py explains the loss and the model.
     python train_ae.py                                        drawn shapes, a few minutes
     python train_ae.py --data cifar10 --run runs/ae-cifar     photographs
     python train_ae.py --masked 0.6 --run runs/ae-masked      with patches cut out
-    python train_ae.py --masked 0.6 --targets normalized --run runs/ae-hidden       only these
+    python train_ae.py --masked 0.6 --targets normalized --run runs/ae-hidden       these alone
     python train_ae.py --data my_images.npy --run runs/ae-mine
                                            your own: uint8 (N, H, W, C) or (N, H, W)
     python train_ae.py --steps 200 --run runs/ae-quick        on a slow laptop
@@ -90,7 +90,10 @@ class Settings:
 # ---------------------------------------------------------------- The loss
 
 def compute_loss(model, images, corrupted, hidden, settings):
-    """Rebuild the images, or their hidden patches, from what the encoder gets of them."""
+    """Rebuild the images, or their hidden patches, from what the encoder gets of them.
+
+    Returns the loss to minimize, and the losses for the log.
+    """
     rebuilt, codes = model(corrupted)                                     # (B, C, H, W), (B, D)
     codes = all_gather(codes)               # a covariance needs the codes of the whole batch
     target, counted = images, None                                        # all pixels count

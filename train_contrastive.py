@@ -72,8 +72,8 @@ class Settings:
 
     def __post_init__(self):
         is_drawn = self.data == "shapes"
-        usual = contrastive.VIEWS_OF_SHAPES if is_drawn else contrastive.VIEWS_OF_PHOTOGRAPHS
-        for name, value in usual.items():
+        defaults = contrastive.VIEWS_OF_SHAPES if is_drawn else contrastive.VIEWS_OF_PHOTOGRAPHS
+        for name, value in defaults.items():
             if getattr(self, name) < 0:
                 setattr(self, name, value)
         require_at_least(self, 1, "steps", "width", "evaluate_every")
@@ -96,14 +96,20 @@ class Settings:
 # ---------------------------------------------------------------- The loss
 
 def simclr_loss(model, views, settings):
-    """SimCLR: find the other views of an image among all views of all processes."""
+    """SimCLR: find the other views of an image among all views of all processes.
+
+    Returns the loss to minimize, and the losses for the log.
+    """
     projections = all_gather(model(views), dim=1)                         # (V, B, D)
     loss = contrastive.info_nce(projections, settings.temperature, settings.similarity)
     return loss, dict(loss=loss)
 
 
 def byol_loss(model, views, settings):
-    """BYOL: predict what the target network makes of the other views of the same image."""
+    """BYOL: predict what the target network makes of the other views of the same image.
+
+    Returns the loss to minimize, and the losses for the log.
+    """
     predictions, targets = model(views)                                   # (V, B, D) each
     loss = contrastive.byol_loss(predictions, targets)
     return loss, dict(loss=loss)
@@ -134,18 +140,20 @@ def main():
     size = contrastive.view_shape(H, W, settings.view_size)               # (h, w) of a view
 
     def random_numbers(count, purpose, step):
-        """Uniform numbers (count, V, 12). They decide how the views of each image look."""
-        draws = [generator(settings.seed, f"{purpose} {v}", step) for v in range(V)]
-        numbers = [torch.rand(count, 12, generator=draw) for draw in draws]
-        return torch.stack(numbers, dim=1)
+        """Uniform numbers (count, V, 11). They decide how the views of each image look.
+
+        The images are the first axis, so that each process can take its share.
+        """
+        draw = generator(settings.seed, purpose, step)
+        return torch.rand(count, V, 11, generator=draw)
 
     def make_views(images, numbers):
-        """Views (V, B, C, h, w) in [0, 1] of images (B, C, H, W) uint8; numbers (B, V, 12)."""
+        """Views (V, B, C, h, w) in [0, 1] of images (B, C, H, W) uint8; numbers (B, V, 11)."""
         numbers = numbers.to(images.device)
         changes = dict(crop=settings.crop, jitter=settings.jitter, hue=settings.hue,
                        grey=settings.grey, flip=not settings.no_flip)
         views = []
-        for of_view in numbers.unbind(1):                                 # (B, 12)
+        for of_view in numbers.unbind(1):                                 # (B, 11)
             views.append(contrastive.augment(images, size, of_view, **changes))
         return torch.stack(views)
 

@@ -159,13 +159,13 @@ def train_simclr(images, settings, machine):
     batches = Batches(len(images), settings.batch_size, settings.seed, "image order")
     for step in range(steps):
         batch = images[batches(step)].to(device)                          # (B, C, H, W)
+        draw = generator(settings.seed, "view", step)
+        numbers = torch.rand(len(batch), 2, 11, generator=draw).to(device)
+        size = contrastive.view_shape(*batch.shape[2:])
         views = []
-        for v in range(2):
-            draws = generator(settings.seed, f"view {v}", step)
-            numbers = torch.rand(len(batch), 12, generator=draws).to(device)
-            size = contrastive.view_shape(*batch.shape[2:])
+        for of_view in numbers.unbind(1):                                 # (B, 11)
             views.append(contrastive.augment(
-                batch, size, numbers, **contrastive.VIEWS_OF_SHAPES))
+                batch, size, of_view, **contrastive.VIEWS_OF_SHAPES))
         with autocast:
             projections = model(torch.stack(views))                       # (2, B, D)
         contrastive.info_nce(projections, temperature=0.15).backward()

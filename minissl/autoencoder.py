@@ -33,6 +33,8 @@ Differences from the papers:
   is the mean over the hidden pixels alone, as in He et al.
 - The squares of 2 × 2 pixels are whitened first, and the two kernels of each residual block
   begin as the identity. Jordan 2024, arXiv 2404.00498, has both for classification.
+- Batch norm learns its running statistics from the corrupted images, although the features are
+  read from whole ones. (The transformer of a masked autoencoder has no such statistics.)
 
 This file needs torch alone. Read next: train_ae.py.
 
@@ -124,9 +126,10 @@ def normalize_patches(x, patch=8):
         (x − μ) / σ         μ and σ² are the mean and the variance of the C · patch · patch
                             numbers of a square, σ² at least 1e-6
 
-    A decoder that always says 0 has the squared error 1, the variance of a square. A grey square
-    without a pattern becomes 0. One of another colour keeps its hue, because the mean is over the
-    channels as well. At the border of an image a square can be smaller.
+    A decoder that always says 0 has the squared error 1, the variance of a square. Only a grey
+    square without a pattern becomes 0, where this error is 0. One of another colour keeps its
+    hue, because the mean is over the channels as well. At the border of an image a square can be
+    smaller.
 
     x: (B, C, H, W) in [0, 1]. Returns the normalized images (B, C, H, W), and μ and σ of each
     pixel's square, (B, 1, H, W) both, so that x = normalized · σ + μ.
@@ -207,7 +210,7 @@ def choose_patches(shape, masked, patch, generator):
     count = round(masked * patches)
     count = min(max(count, 1), patches - 1)
     draw = torch.rand(B, patches, generator=generator)
-    rank = draw.argsort(1).argsort(1)
+    rank = draw.argsort(1).argsort(1)     # the place of each patch in a random order
     hidden = (rank < count).view(B, 1, rows, columns)
     return enlarge(hidden, patch)[..., :H, :W]
 
@@ -233,9 +236,11 @@ class ResidualBlock(nn.Module):
             nn.Conv2d(width, width, 3, padding=1, bias=False),
             nn.BatchNorm2d(width),
         )
-        nn.init.dirac_(self.layers[0][0].weight)              # at first they copy their input,
+        # At first both kernels copy their input. The scale of the last norm is 0, so at
+        # first the block adds nothing.
+        nn.init.dirac_(self.layers[0][0].weight)
         nn.init.dirac_(self.layers[1].weight)
-        nn.init.zeros_(self.layers[-1].weight)                # and the block adds nothing
+        nn.init.zeros_(self.layers[-1].weight)
 
     def forward(self, x):
         return F.relu(x + self.layers(x))
@@ -244,9 +249,9 @@ class ResidualBlock(nn.Module):
 def mean_of_strips(maps, strips):
     """The mean of each horizontal strip: maps (B, D, H, W) -> (B, strips · D).
 
-    The strips have equal heights. If H is not divisible by their number, a row on the border
-    belongs to both strips (as in F.adaptive_avg_pool2d, which MPS lacks for such sizes). With
-    fewer rows than strips, neighbouring strips are the same row.
+    If H is not divisible by the number of strips, the row at a border belongs to both strips (as in
+    F.adaptive_avg_pool2d, which MPS lacks for such sizes). With fewer rows than strips, a row
+    belongs to several.
     """
     H = maps.shape[2]
     means = []

@@ -28,8 +28,10 @@ encoder is at least ln(V − 1).
 projections of the other views. Those come from a second network, the target, which is a
 slow moving average of the first and receives no gradient. For views v ≠ w of an image,
 
-    L_{v,w} = ‖q_v/‖q_v‖ − z'_w/‖z'_w‖‖²       q = predictor(z),  z' from the target
+    L_{v,w} = 2 − 2 cos(q_v, t_w)              q = predictor(z),  t from the target
     target ← r · target + (1 − r) · (encoder and projection head)
+
+The loss is the squared distance of q_v and t_w, both scaled to length 1.
 
 Nothing in this loss forbids a collapse. The predictor and the target prevent it. After 300
 steps with two views and earlier settings, the projections use 44 of 128 directions with both
@@ -50,21 +52,24 @@ Differences from the papers, most of them for two CPU cores and images of 32 × 
   one pixel with 12 channels.
 - Views have three quarters of the image's height and width. This makes 1.8 times as many
   images a second. The probe reads whole images.
-- There is no blur, because at this size it would remove what there is to see.
+- A crop holds at least a fifth of the image (8 % in the papers). There is no blur, which at this
+  size would remove what there is to see, and no solarization.
 - The colours change by one affine map for each image, without clamping or rounding in between.
+  The hue turns around the grey axis of YIQ, not in HSV.
 - The squares of 2 × 2 pixels are whitened first, and the kernels begin as the identity (Jordan
   2024, arXiv 2404.00498; EXPERIMENTS.md, "Do whitened squares and identity kernels help?").
 - Muon replaces LARS (see optim.py).
 - A batch has four views of 128 images, not two views of 4,096. Four views of 128 are better than
   two of 256 (EXPERIMENTS.md, "Are four views of half as many images better?").
-- The hidden layer of the projection head has 2,048 columns at every width (the same entry), and
-  so has that of BYOL's predictor.
+- The hidden layer of the projection head has 2,048 columns at every width, and so has that of
+  BYOL's predictor. Projections have 128 columns, for BYOL as well (256 in its paper).
 - The features are read at three depths (see `SimCLR.encode`).
 - BYOL's projections end with a batch norm, as in SimSiam (Chen and He 2020, arXiv
   2011.10566, section 3). It adds three to four points after 300 steps, and hardly anything
   after ten minutes (EXPERIMENTS.md, "What else does BYOL need?").
-- BYOL's moving average begins at the rate 0.9, not 0.996, and the weight decay is 0.2
-  (EXPERIMENTS.md, "What does BYOL need with four views?").
+- BYOL's moving average begins at the rate 0.9, not 0.996 (EXPERIMENTS.md, "What does BYOL need
+  with four views?").
+- BYOL's weight decay is 0.2, Muon's.
 
 This file needs torch alone. Read next: train_contrastive.py.
 
@@ -86,12 +91,12 @@ from torch import nn
 
 # ---------------------------------------------------------------- losses
 
-def info_nce(projections, temperature=0.5, similarity="cosine"):
+def info_nce(projections, temperature, similarity="cosine"):
     """InfoNCE: the mean over anchors and positives of −log softmax over all other views.
 
     Arguments: projections (V, B, D) with V ≥ 2 and B ≥ 2, of any float type (the logarithm
-    is computed in float32 or better); temperature τ > 0 (train_contrastive.py takes 0.15);
-    similarity, "cosine" or "dot".
+    is computed in float32 or better); temperature τ > 0; similarity, "cosine" or "dot", the dot
+    product of the projections as they are.
     Returns a scalar: ln(VB − 1) if all projections are the same, and at least ln(V − 1). With
     two views and the cosine it is NT-Xent, equation 1 of SimCLR.
     Raises ValueError for arguments outside of these.
@@ -104,7 +109,7 @@ def info_nce(projections, temperature=0.5, similarity="cosine"):
     if similarity not in ("cosine", "dot"):
         raise ValueError(f"similarity must be cosine or dot, but is {similarity!r}")
 
-    z = projections.flatten(0, 1)                             # (VB, D), view by view
+    z = projections.flatten(0, 1)         # (VB, D): row v · B + b is view v of image b
     if z.dtype != torch.float64:
         z = z.float()
     if similarity == "cosine":
@@ -114,15 +119,16 @@ def info_nce(projections, temperature=0.5, similarity="cosine"):
 
     # The denominator: all views but the anchor itself. An entry of −∞ adds nothing to the
     # sum, and nothing to the gradient.
-    # The trap: subtracting exp(s_ii) as a constant gives the right value. With the dot
-    # product it gives the wrong gradient, because s_ii grows with the length of z_i.
+    # A common shortcut is exp(s).sum(1) − exp(s_ii), with exp(s_ii) as a constant. It has the
+    # right value. With the dot product its gradient is wrong, because s_ii grows with the
+    # length of z_i.
     itself = torch.eye(V * B, dtype=torch.bool, device=z.device)
     log_total = s.masked_fill(itself, float("-inf")).logsumexp(1)        # (VB,)
-    log_total = log_total.view(V, 1, B)                       # of the anchor (view v, image b)
+    log_total = log_total.view(V, 1, B)   # at [v, 0, b], of the anchor: view v of image b
 
     # The numerator: s between view v and view w of the same image b, at [v, w, b].
     same_image = s.view(V, B, V, B).diagonal(dim1=1, dim2=3)  # (V, V, B)
-    is_positive = ~torch.eye(V, dtype=torch.bool, device=z.device)       # v ≠ w
+    is_positive = ~torch.eye(V, dtype=torch.bool, device=z.device)       # (V, V): v ≠ w
     return (log_total - same_image)[is_positive].mean()
 
 
@@ -136,9 +142,9 @@ def chance_level(V, B):
 
 
 def byol_loss(predictions, targets):
-    """The mean of ‖q_v/‖q_v‖ − z_w/‖z_w‖‖² over images and all pairs of different views v, w.
+    """The mean of 2 − 2 cos(q_v, t_w) over images and all pairs of different views v, w.
 
-    Arguments: predictions q, from each view, and targets z, of each view, both (V, B, D) with
+    Arguments: predictions q, from each view, and targets t, of each view, both (V, B, D) with
     V ≥ 2. No gradient reaches the targets.
     Returns a scalar from 0 to 4: 2 for unrelated vectors.
     Raises ValueError for a single view.
@@ -147,10 +153,10 @@ def byol_loss(predictions, targets):
     V = len(predictions)
     if V < 2:
         raise ValueError(f"byol_loss needs at least 2 views, but got {V}")
-    q, z = predictions, targets.detach()
+    q, t = predictions, targets.detach()
     if q.dtype != torch.float64:
-        q, z = q.float(), z.float()
-    cosine = F.cosine_similarity(q[:, None], z[None], dim=-1)            # (V, V, B)
+        q, t = q.float(), t.float()
+    cosine = F.cosine_similarity(q[:, None], t[None], dim=-1)            # (V, V, B)
     is_other = ~torch.eye(V, dtype=torch.bool, device=q.device)          # v ≠ w
     return (2 - 2 * cosine)[is_other].mean()
 
@@ -194,9 +200,11 @@ def effective_rank(z):
     """How many directions the rows of z (B, D) use: exp(entropy of the singular values).
 
     The rows are centred, and the singular values divided by their sum. A collapsed BYOL has a
-    low loss, so the loss alone looks good; this number shows the collapse. It is at most D and
-    at most B − 1, so with few rows a low number means nothing. Roy and Vetterli 2007, "The
-    Effective Rank: A Measure of Effective Dimensionality".
+    low loss, so the loss alone looks good. This number shows a collapse onto a few directions.
+    It does not show one onto a single point, because it ignores the size of the spread; then
+    `uniformity` is near 0. It is at most D and at most B − 1, so with few rows a low number
+    means nothing. Roy and Vetterli 2007, "The Effective Rank: A Measure of Effective
+    Dimensionality".
     """
     z = z.float()
     values = torch.linalg.svdvals(z - z.mean(0))
@@ -209,7 +217,8 @@ def effective_rank(z):
 # The views decide what the encoder learns to ignore, so they must suit the data. A small
 # crop of a drawn shape holds no shape, and with the weak colour changes that suit
 # photographs, an encoder recognises two views of a drawing by their colours. Its loss falls
-# all the same (EXPERIMENTS.md, "Images"). The names are those of `augment`.
+# all the same (EXPERIMENTS.md, "What does an encoder recognise in shapes?"). The names are
+# those of `augment`.
 VIEWS_OF_PHOTOGRAPHS = dict(crop=0.2, jitter=0.4, hue=0.1, grey=0.2)
 VIEWS_OF_SHAPES = dict(crop=0.5, jitter=0.8, hue=0.5, grey=0.4)
 
@@ -229,7 +238,7 @@ def view_shape(H, W, height=0):
     return h, w
 
 
-def augment(images, size, numbers, crop=0.2, jitter=0.4, hue=0.1, grey=0.2, flip=True):
+def augment(images, size, numbers, crop, jitter, hue, grey, flip=True):
     """A distorted view of each image: a random crop, perhaps mirrored, in other colours.
 
     Every image has its own draw.
@@ -237,8 +246,7 @@ def augment(images, size, numbers, crop=0.2, jitter=0.4, hue=0.1, grey=0.2, flip
     Arguments:
         images: (B, C, H, W) uint8, or float from 0 to 255; C is 1 or 3
         size: (h, w) of the views
-        numbers: (B, 12) uniform in [0, 1). They decide everything. (The last is not used.
-            Without it, all draws of older runs would change.)
+        numbers: (B, 11) uniform in [0, 1). They decide everything.
         crop: the smallest share of the image's area in a view
         jitter: the strength of the changes of brightness, contrast and saturation
         hue: the largest change of hue, in turns
@@ -275,6 +283,9 @@ def crop_and_flip(images, size, numbers, crop, flip):
     if flip:
         mirror = torch.where(for_mirror < 0.5, -1.0, 1.0)
     zero = torch.zeros_like(x)
+    # The point (u, v) of the view, both in [−1, 1], is read at this point of the image:
+    #     [± width    0     x]
+    #     [   0     height  y]  (u, v, 1)
     theta = torch.stack([width * mirror, zero, x, zero, height, y], dim=1).view(-1, 2, 3)
     B, C = images.shape[:2]
     grid = F.affine_grid(theta, [B, C, *size], align_corners=False)      # (B, h, w, 2)
@@ -290,7 +301,7 @@ def sample_inside(x, grid):
     """
     H, W = x.shape[2:]
     last = torch.tensor([1 - 1 / W, 1 - 1 / H], device=x.device)         # centre of the last pixel
-    grid = torch.minimum(torch.maximum(grid, -last), last)
+    grid = grid.clamp(-last, last)
     return F.grid_sample(x, grid, padding_mode="zeros", align_corners=False)
 
 
@@ -314,10 +325,10 @@ def recolour(x, numbers, jitter, hue, grey):
 
     b, c and the saturation lie in 1 ± jitter, and the turn in ± hue.
 
-    Arguments: x (B, C, h, w) in [0, 1]; numbers (B, 7) in [0, 1).
+    Arguments: x (B, C, h, w) in [0, 1]; numbers (B, 6) in [0, 1).
     Returns the same shape, clamped to [0, 1].
     """
-    for_change, for_b, for_c, for_saturation, for_turn, for_grey, _ = numbers.unbind(1)
+    for_change, for_b, for_c, for_saturation, for_turn, for_grey = numbers.unbind(1)
     is_changed = for_change < 0.8                                        # (B,)
     strength = torch.where(is_changed, jitter, 0.0)
     brightness = 1 + strength * (2 * for_b - 1)
@@ -530,11 +541,6 @@ class BYOL(SimCLR):
         self.predictor = dense_head(columns, columns)
         self.target = copy.deepcopy(nn.Sequential(self.encoder, self.projection_head))
         self.target.requires_grad_(False)
-        for module in self.target.modules():
-            if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)):
-                # It normalizes by the batch, but its running statistics follow the
-                # moving average alone.
-                module.momentum = 0.0
 
     def forward(self, views):
         """Views (V, B, C, h, w) -> predictions and targets for `byol_loss`, both (V, B, D).
@@ -555,15 +561,12 @@ class BYOL(SimCLR):
     def update_target(self, rate):
         """target ← rate · target + (1 − rate) · (encoder and projection head).
 
-        Parameters and running statistics move alike. Counters are copied.
+        Only the parameters move. The target is used in training alone, where batch norm
+        takes its statistics from the batch.
         """
         online = nn.Sequential(self.encoder, self.projection_head)
-        values = online.state_dict().values()
-        for old, new in zip(self.target.state_dict().values(), values):
-            if old.is_floating_point():
-                old.lerp_(new, 1 - rate)
-            else:
-                old.copy_(new)
+        for old, new in zip(self.target.parameters(), online.parameters(), strict=True):
+            old.lerp_(new, 1 - rate)
 
 
 def target_rate(step, steps, start):

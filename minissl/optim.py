@@ -10,6 +10,9 @@ layers of the text encoder, and the vectors of the image models.
                         https://kellerjordan.github.io/posts/muon
     Kingma and Ba 2014, "Adam", arXiv 1412.6980
 
+Differences from Jordan's post: the first convolution and the last layers of an image model learn
+by Muon as well, and there may be weight decay.
+
 This file needs torch alone. (torch 2.9 and later have a Muon of their own; it
 refuses convolution kernels, and minissl also runs on older versions.)
 """
@@ -66,9 +69,11 @@ def orthogonalize(matrix, precision=torch.float32):
     """Approximately P Qᵀ for matrix = P S Qᵀ, of the same shape and dtype.
 
     Five steps of a Newton-Schulz iteration. Its polynomial a x + b x³ + c x⁵ moves the
-    singular values above about 0.002 of the norm to between 0.68 and 1.2, without
+    singular values above about 0.002 of the Frobenius norm to between 0.68 and 1.2, without
     computing any of them. Smaller ones grow, but do not get there.
     """
+    # Jordan chose these so that small singular values grow fast (by 3.4 a step) and the others
+    # stay near 1. They do not converge to 1.
     a, b, c = 3.4445, -4.7750, 2.0315
     X = matrix.to(precision)
     tall = X.shape[0] > X.shape[1]
@@ -76,9 +81,9 @@ def orthogonalize(matrix, precision=torch.float32):
         X = X.T
     X = X / (X.norm() + 1e-7)                                 # all singular values ≤ 1
     for _ in range(5):
-        A = X @ X.T
-        B = torch.addmm(A, A, A, beta=b, alpha=c)             # b A + c A²
-        X = torch.addmm(X, B, X, beta=a)                      # a X + B X
+        XXt = X @ X.T
+        factor = torch.addmm(XXt, XXt, XXt, beta=b, alpha=c)  # b XXᵀ + c (XXᵀ)²
+        X = torch.addmm(X, factor, X, beta=a)                 # a X + factor X
     if tall:
         X = X.T
     return X.to(matrix.dtype)
@@ -87,16 +92,17 @@ def orthogonalize(matrix, precision=torch.float32):
 def muon_and_adam(model, lr, weight_decay=0.0, precision=torch.float32):
     """The two optimizers of an image model: [Muon, Adam].
 
-    Muon trains matrices and kernels at the rate lr. Adam trains vectors (batch norm's
-    scales and shifts, biases) and single numbers at a tenth of it.
+    Muon trains matrices and kernels at the rate lr, with the weight decay. Adam trains vectors
+    (batch norm's scales and shifts, biases) and single numbers at a tenth of lr, without.
+    `step_optimizers` sets both rates anew at each step.
     """
     trained = [p for p in model.parameters() if p.requires_grad]
     matrices = [p for p in trained if p.ndim > 1]
     vectors = [p for p in trained if p.ndim <= 1]
-    fused = trained[0].device.type != "mps"                   # one kernel for all tensors
+    fused = trained[0].device.type != "mps"   # one kernel for all tensors; older MPS has none
     return [
         Muon(matrices, lr, weight_decay=weight_decay, precision=precision),
-        torch.optim.Adam([dict(params=vectors, lr_scale=0.1)], fused=fused),
+        torch.optim.Adam([dict(params=vectors, lr=0.1 * lr, lr_scale=0.1)], fused=fused),
     ]
 
 

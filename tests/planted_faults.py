@@ -479,8 +479,8 @@ FAULTS = [
         test="test_train_images.py::test_no_draw_of_a_run_is_used_twice",
         edits=[Edit(
             "train_contrastive.py", "main.random_numbers",
-            right='generator(settings.seed, f"{purpose} {v}", step)',
-            wrong="generator(settings.seed, purpose, step)",
+            right="torch.rand(count, V, 11, generator=draw)",
+            wrong="torch.rand(count, 1, 11, generator=draw).expand(count, V, 11)",
         )],
     ),
     Fault(
@@ -495,8 +495,8 @@ FAULTS = [
         test="test_train_images.py::test_the_step_of_simclr_is_its_formula",
         edits=[Edit(
             "train_contrastive.py", "main.random_numbers",
-            right="torch.rand(count, 12, generator=draw)",
-            wrong="torch.rand(1, 12, generator=draw).expand(count, 12)",
+            right="torch.rand(count, V, 11, generator=draw)",
+            wrong="torch.rand(1, V, 11, generator=draw).expand(count, V, 11)",
         )],
     ),
 

@@ -244,7 +244,8 @@ def test_the_contrastive_step(flags, record_steps):
 def test_views_of_grey_images():
     images = torch.zeros(4, 1, 16, 16, dtype=torch.uint8)
     with Recorder() as recorder:
-        contrastive.augment(images, (12, 12), torch.rand(4, 12, generator=torch.Generator()))
+        numbers = torch.rand(4, 11, generator=torch.Generator())
+        contrastive.augment(images, (12, 12), numbers, **contrastive.VIEWS_OF_PHOTOGRAPHS)
     assert_allowed(recorder)
 
 
@@ -343,7 +344,7 @@ def test_a_device_without_autocast_is_never_asked_for_it(monkeypatch):
     monkeypatch.setattr(torch.amp.autocast_mode, "is_autocast_available", lambda device: False)
     for name in ("autocast", "is_autocast_enabled", "get_autocast_dtype"):
         monkeypatch.setattr(torch, name, refuse)
-    contrastive.info_nce(torch.randn(2, 4, 8))
+    contrastive.info_nce(torch.randn(2, 4, 8), 0.5)
     x, z = torch.rand(4, 3, 8, 8), torch.randn(4, 5)
     autoencoder.autoencoder_loss(x, x, z, beta=0.1, regularizer="decorrelated")
     model = text_encoder()

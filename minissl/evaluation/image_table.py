@@ -223,7 +223,7 @@ class ImageTask(Task):
         batches = Batches(n, size, seed, "fine-tuning order")
         for step in range(steps):
             batch = indices[batches(step).numpy()]
-            numbers = torch.rand(size, 12, generator=generator(seed, "fine-tuning views", step))
+            numbers = torch.rand(size, 11, generator=generator(seed, "fine-tuning views", step))
             x = contrastive.augment(
                 self.images[batch].to(self.device), self.images.shape[2:],
                 numbers.to(self.device), crop, jitter=0.2, hue=0.05, grey=0.0, flip=self.flip)

@@ -190,10 +190,12 @@ class AutoencoderPreview:
     def chance(self):
         """The squared error of an autoencoder that always shows the mean image.
 
-        The mean of a normalized patch is 0 and its variance is 1, so there it is 1.
+        With normalized patches it is that of one that always says 0: 1, or a little less if some
+        patches are flat.
         """
         if self.normalized:
-            return 1.0
+            targets, _, _ = autoencoder.normalize_patches(self.images)
+            return float(targets.square().mean())
         return float((self.images - self.images.mean(0)).square().mean())
 
     @torch.no_grad()

@@ -129,8 +129,9 @@ def our_steps(options, model, images, autocast, optimizers, augmenting):
         batch = images[step * B:(step + 1) * B]
         views = []
         for _ in range(2):
-            numbers = torch.rand(B, 12)
-            views.append(contrastive.augment(batch, view, numbers, jitter=0.4, hue=0.1, grey=0.2))
+            numbers = torch.rand(B, 11)
+            views.append(contrastive.augment(
+                batch, view, numbers, **contrastive.VIEWS_OF_PHOTOGRAPHS))
         views = torch.stack(views)                            # (2, B, C, h, w)
         augmenting.append(time.perf_counter() - begin)
         with autocast:
