@@ -11,18 +11,21 @@
 "Labels a class" says how many labelled examples of each class a row may use. They are drawn
 several times, and all columns get the same draws. Where a column tries several learning rates or
 crops, it chooses on held-out examples. Penalties are chosen by cross-validation among the drawn
-labels. All other settings are fixed in the code. No choice reads a label of the test set. These
-labels are for the accuracies, for the share of the commonest class, and to leave out a class
-without a test example.
+labels. All other settings are fixed in the code. This script chooses nothing by a label of the test
+set. It reads those labels for the accuracies, for the share of the commonest class, and to leave
+out a class without a test example. (Three constants were set when test accuracies had been seen:
+RESULTS.md, "How to read the tables".)
 
 Without --labels the rows are 10, 100, 500 and all for texts, and 10, 50, 500 and all for images.
 The row "all" uses the labels of all training and held-out examples, so it needs no draw. Instead,
-a column whose training is random is trained twice, with two orders of the examples (with --seeds 1
-once). Each row is kept as soon as it is finished.
+a column whose training is random is trained twice, with two seeds (with --seeds 1 once). The seed
+decides the order of the examples, the crops or windows, and the first weights of "from scratch".
+Each row is kept as soon as it is finished.
 
     n-grams       texts: logistic regression on n-grams, without any pretraining: tokens and
                   pairs weighted by tf-idf. With up to five classes, tokens, pairs and triples with
-                  naive Bayes weights are also tried, and cross-validation chooses.
+                  naive Bayes weights are also tried, and cross-validation chooses. Texts
+                  without labels say which n-grams are frequent, and nothing else.
     pixels        images: logistic regression on pixels, without any pretraining
     pixel PCA     images, after train_ae.py: the same on as many principal components as the code
                   of the autoencoder has numbers
@@ -275,14 +278,61 @@ def keep_complete_classes(data, name, most=0):
 
 # ---------------------------------------------------------------- 3. the table
 
-def draws_for_choices(task, per_class):
-    """A few draws of labels for `choose`: (indices, {"linear probe": its model}) of each."""
-    draws = []
-    for seed in range(1 if per_class is None else task.choice_draws):
-        drawn = probes.draw_labels(task.labels[task.train], per_class, 1000 + seed)
-        indices = task.train[drawn]
-        draws.append((indices, {"linear probe": task.probe.fit(indices)}))
-    return draws
+def draw_labels(task, labels_a_class, seed):
+    """The indices of the examples whose labels may be used: so many of each class, or "all".
+
+    They are drawn from the training examples. "all" takes all of these.
+    """
+    per_class = None if labels_a_class == "all" else int(labels_a_class)
+    drawn = probes.draw_labels(task.labels[task.train], per_class, seed)
+    return task.train[drawn]
+
+
+def label_sets(task, labels_a_class, seeds):
+    """For each repetition of a row, the indices of the examples whose labels it may use.
+
+    The row "all" also takes the held-out examples, which nothing else needs any more. It takes
+    the same examples twice, for two trainings, or once with --seeds 1.
+    """
+    if labels_a_class == "all":
+        everything = np.concatenate([task.train, task.held_out])
+        return [everything] * min(seeds, 2)
+    return [draw_labels(task, labels_a_class, seed) for seed in range(seeds)]
+
+
+def fit(column, option, indices, seed, fitted):
+    """The model of a column, from these labels. fitted: {name: model} of columns to its left."""
+    needed = {name: fitted[name] for name in column.needs}
+    return column.fit(indices, option, seed, needed)
+
+
+def choose_options(task, columns, labels_a_class, n, title):
+    """{name of a column: its option}, for a row of n labels. Prints what was chosen.
+
+    A column with several options tries each on a few draws of labels from the training examples
+    (other draws than those of the table) and is compared on the held-out ones.
+    """
+    options = {name: column.options(n) for name, column in columns.items()}
+    to_choose = [name for name in columns if len(options[name]) > 1]
+    needed = [needed for name in to_choose for needed in columns[name].needs]
+    draws = []                                  # [(indices, {name: model of a needed column})]
+    if to_choose:
+        for seed in range(1 if labels_a_class == "all" else task.choice_draws):
+            indices = draw_labels(task, labels_a_class, 1000 + seed)
+            fitted = {}
+            for name in dict.fromkeys(needed):
+                fitted[name] = fit(columns[name], None, indices, seed, fitted)
+            draws.append((indices, fitted))
+    chosen = {}
+    for name, column in columns.items():
+        chosen[name] = options[name][0]
+        if name in to_choose:
+            progress(f"{title}, {name}: choosing on held-out examples")
+            chosen[name] = choose(column, options[name], task, draws)
+            print(f"  {name}: chose {chosen[name]}", flush=True)
+        elif chosen[name] is not None:
+            print(f"  {name}: {chosen[name]}", flush=True)
+    return chosen
 
 
 def choose(column, options, task, draws):
@@ -308,14 +358,14 @@ def held_out_scores(column, task, option, draws):
     """The share of the draws after which each held-out example is classified right, (H,)."""
     right = 0
     for seed, (indices, fitted) in enumerate(draws):
-        model = column.fit(indices, option, seed, fitted)
+        model = fit(column, option, indices, seed, fitted)
         predictions = column.predict(model, task.held_out)
         right = right + (predictions == task.labels[task.held_out]).double()
     return right / len(draws)
 
 
 def measure_row(settings, task, columns, labels_a_class):
-    """One row of the table: (measurements, the model of the last draw, its number of labels).
+    """One row of the table: (measurements, the model of the last repetition, number of labels).
 
     The model is that of the column "fine-tuned", or None if there is no such column. For the
     measurements see evaluation/measurements.py; `add_measurements` adds data, limit, step and
@@ -323,28 +373,22 @@ def measure_row(settings, task, columns, labels_a_class):
     """
     title = "1 label a class" if labels_a_class == "1" else f"{labels_a_class} labels a class"
     print(title, flush=True)
-    per_class = None if labels_a_class == "all" else int(labels_a_class)
-    drawable, draws, repeat = task.train, settings.seeds, "draw"
-    if per_class is None:       # the held-out examples are for choices, and for "all" at the end
-        drawable = np.concatenate([task.train, task.held_out])
-        draws, repeat = min(draws, 2), "training"
-    drawn = []
-    for seed in range(draws):
-        drawn.append(drawable[probes.draw_labels(task.labels[drawable], per_class, seed)])
-
-    chosen = choose_options(task, columns, per_class, len(drawn[0]), title)
+    sets = label_sets(task, labels_a_class, settings.seeds)
+    n = len(sets[0])
+    chosen = choose_options(task, columns, labels_a_class, n, title)
+    repetition = "training" if labels_a_class == "all" else "draw"
     measurements = []
-    for seed, indices in enumerate(drawn):
-        has_new_labels = seed == 0 or per_class is not None
-        if has_new_labels:
+    for seed, indices in enumerate(sets):
+        is_second_training = labels_a_class == "all" and seed > 0
+        if not is_second_training:              # new labels
             fitted = {}
         shown = []
         for name, column in columns.items():
-            if not (has_new_labels or column.is_random):
-                continue                        # its model is the one of the first time
-            progress(f"{title}, {repeat} {seed + 1}: {name}")
+            if is_second_training and not column.is_random:
+                continue                        # it would be the same model again
+            progress(f"{title}, {repetition} {seed + 1}: {name}")
             begin = time.perf_counter()
-            fitted[name] = column.fit(indices, chosen[name], seed, fitted)
+            fitted[name] = fit(column, chosen[name], indices, seed, fitted)
             seconds = time.perf_counter() - begin
             predictions = column.predict(fitted[name], task.test)
             accuracy = probes.accuracy(predictions, task.labels[task.test])
@@ -353,34 +397,16 @@ def measure_row(settings, task, columns, labels_a_class):
                 labels_a_class=labels_a_class, method=name, seed=seed,
                 test_accuracy=round(accuracy, 2), seconds=round(seconds, 1)))
         if shown:
-            print(f"  {repeat} {seed + 1}: {', '.join(shown)}", flush=True)
-    return measurements, fitted.get("fine-tuned"), len(indices)
-
-
-def choose_options(task, columns, per_class, n, title):
-    """{name of a column: its option}, for a row of n labels. Prints what was chosen."""
-    options = {name: column.options(n) for name, column in columns.items()}
-    draws = []
-    if any(len(of_column) > 1 for of_column in options.values()):
-        draws = draws_for_choices(task, per_class)
-    chosen = {}
-    for name, column in columns.items():
-        chosen[name] = options[name][0]
-        if len(options[name]) > 1:
-            progress(f"{title}, {name}: choosing on held-out examples")
-            chosen[name] = choose(column, options[name], task, draws)
-            print(f"  {name}: chose {chosen[name]}", flush=True)
-        elif chosen[name] is not None:
-            print(f"  {name}: {chosen[name]}", flush=True)
-    return chosen
+            print(f"  {repetition} {seed + 1}: {', '.join(shown)}", flush=True)
+    return measurements, fitted.get("fine-tuned"), n
 
 
 def measure_table(settings, task, keep=None):
     """All rows: (measurements, chance).
 
     keep(*what `measure_row` returns), if given, is called after each row, so that no crash loses
-    a finished row. chance: the share of the commonest class in the test set, in percent. Ctrl-C
-    ends the table after the last complete row.
+    a finished row. chance: the share of the commonest class in the test set, in percent. After
+    Ctrl-C it prints the table of the complete rows, and raises KeyboardInterrupt.
     """
     chance = 100 * float(torch.bincount(task.labels[task.test]).max()) / len(task.test)
     print(f"the table has {len(task.classes)} classes: {list_names(task.classes)}")
@@ -402,8 +428,8 @@ def measure_table(settings, task, keep=None):
             if not measurements:
                 raise KeyboardInterrupt("interrupted before the first row was complete: nothing "
                                         "was written") from None
-            print("stopped: the rows before this one are kept", flush=True)
-            break
+            print_table(measurements, chance)
+            raise KeyboardInterrupt("interrupted: the rows before this one are kept") from None
         measurements += measured
         if keep:
             keep(measured, model, labels)
@@ -594,8 +620,6 @@ def print_predictions(logits, saved, names):
 # ---------------------------------------------------------------- 6. from the command line
 
 def main():
-    # A process of torchrun speaks only if it is the first. This script is always alone.
-    distributed.LOCAL_RANK = 0
     settings = read_settings(Settings, __doc__)
     if distributed.WORLD_SIZE > 1:
         raise UserError(f"this script is one process, but WORLD_SIZE is {distributed.WORLD_SIZE}: "

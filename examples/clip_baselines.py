@@ -196,8 +196,9 @@ def probe(encode, known, test, draws, machine):
         of_all, of_new = [], []
         for draw in range(draws):
             drawn = probes.draw_labels(labels, per_class, draw)
-            weights, _ = probes.probe(x_known[drawn], labels[drawn], classes, PROBE_STRENGTHS)
-            answers = probes.linear_logits(x_test, weights).argmax(1).numpy()
+            model = probes.cross_validate(
+                x_known[drawn], labels[drawn], classes, PROBE_STRENGTHS)
+            answers = probes.linear_logits(x_test, model.weights).argmax(1).numpy()
             is_right = answers == test.images.labels
             of_all.append(100 * is_right.mean())
             of_new.append(100 * is_right[test.is_new].mean())

@@ -142,8 +142,8 @@ def probe_accuracy(features, labels, drawn, test):
     """
     x, _, _ = standardize(features, np.arange(len(features)))
     classes = int(labels.max()) + 1
-    weights, _ = probes.probe(x[drawn], labels[drawn], classes, PROBE_STRENGTHS)
-    answers = probes.linear_logits(x[test], weights).argmax(1)
+    model = probes.cross_validate(x[drawn], labels[drawn], classes, PROBE_STRENGTHS)
+    answers = probes.linear_logits(x[test], model.weights).argmax(1)
     return probes.accuracy(answers, labels[test])
 
 

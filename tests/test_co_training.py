@@ -70,7 +70,7 @@ def test_the_student_learns_from_labels_and_guesses(weighting, monkeypatch):
         seen.update(rows=rows.to_dense(), targets=targets, strength=strength, **options)
         return regress(rows, targets, classes, strength, **options)
     probe_model = column.probe.fit(DRAW)
-    weights, _ = probe_model
+    weights = probe_model.weights
     monkeypatch.setattr(probes, "logistic_regression", watched)
     column.fit(DRAW, probe_model, None)
 
@@ -110,8 +110,8 @@ def test_no_label_beyond_the_draw_is_read():
             labels = column.probe.labels.clone()
             labels[others] = labels[others].flip(0)
             column.probe.labels = column.n_grams.labels = labels
-        weights, (_, student) = fit(column, DRAW)
-        models.append((weights, student))
+        model = fit(column, DRAW)
+        models.append((model.probe.weights, model.student.weights))
     for one, other in zip(*models):
         assert torch.equal(one, other)
 
@@ -120,17 +120,15 @@ def test_with_many_labels_the_student_is_the_baseline(monkeypatch):
     column = co_training_of()
     monkeypatch.setattr(co_training, "MANY_LABELS", 50)
     every = np.arange(200)
-    expected_name, fitted = column.n_grams.fit(every)
-    _, (name, student) = fit(column, every, (expected_name, fitted))
-    assert name == expected_name and torch.equal(student, fitted.weights)
+    expected = column.n_grams.fit(every)
+    assert fit(column, every, expected).student is expected
 
 
 def test_without_other_texts_the_student_is_the_baseline():
     column = co_training_of()
     column.pool = every = np.arange(200)
-    expected_name, fitted = column.n_grams.fit(every)
-    _, (name, student) = fit(column, every, (expected_name, fitted))
-    assert name == expected_name and torch.equal(student, fitted.weights)
+    expected = column.n_grams.fit(every)
+    assert fit(column, every, expected).student is expected
 
 
 def test_logits_are_measured_in_their_standard_deviation():

@@ -23,7 +23,7 @@ from minissl import UserError
 from minissl.data.batches import Batches, WholeTexts
 from minissl.data.texts import encode_texts
 from minissl.tokenizer import train as train_tokenizer
-from minissl.training import distributed, machine
+from minissl.training import distributed, machine, settings
 from minissl.training.files import load_checkpoint
 from minissl.training.run import Run
 
@@ -290,17 +290,16 @@ def test_the_first_process_goes_before_the_others(rank, expected, monkeypatch):
 
 
 @pytest.mark.parametrize("local_rank", [0, 1])
-def test_the_first_process_of_each_machine_says_what_is_wrong(
-    local_rank, run_script, tmp_path, monkeypatch
-):
+def test_the_first_process_of_each_machine_says_what_is_wrong(local_rank, monkeypatch, capsys):
     # On two machines the file may exist on one of them only.
     monkeypatch.setattr(distributed, "RANK", 2)
+    monkeypatch.setattr(distributed, "WORLD_SIZE", 4)
     monkeypatch.setattr(distributed, "LOCAL_RANK", local_rank)
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")         # torchrun's default
-    flags = ["--data", tmp_path / "a.npy", "--run", tmp_path / "run", "--device", "cpu"]
-    code, printed = run_script(train_ae, *flags)
-    assert code == 2
-    assert ("a.npy" in printed) == (local_rank == 0), printed
+    with pytest.raises(SystemExit) as end:
+        settings.end_script(2, "a.npy: file not found", once=True)
+    assert end.value.code == 2
+    assert ("a.npy" in capsys.readouterr().err) == (local_rank == 0)
 
 
 def test_a_left_over_LOCAL_RANK_does_not_silence(run_script, tmp_path, monkeypatch):
@@ -310,6 +309,8 @@ def test_a_left_over_LOCAL_RANK_does_not_silence(run_script, tmp_path, monkeypat
     code, printed = run_script(train_ae, *flags)
     assert code == 2
     assert "a.npy" in printed
+    monkeypatch.setattr(distributed, "WORLD_SIZE", 2)
+    assert not distributed.is_silent()                        # nothing has started another
     monkeypatch.setattr(distributed.dist, "is_initialized", lambda: True)
     assert distributed.is_silent()
 

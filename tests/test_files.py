@@ -414,3 +414,9 @@ def test_a_checkpoint_with_other_content_is_a_sentence(error):
     with pytest.raises(UserError, match="runs.x.checkpoint.pt does not hold what it should"):
         with files.checkpoint_errors(Path("runs/x")):
             raise error
+
+
+def test_too_little_memory_is_not_blamed_on_the_checkpoint():
+    with pytest.raises(RuntimeError, match="can't allocate memory"):
+        with files.checkpoint_errors(Path("runs/x")):
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory")

@@ -35,6 +35,7 @@ from minissl.evaluation import (
 from minissl.evaluation.classifier import Classifier, read_classifier
 from minissl.evaluation.columns import Column, LinearClassifier, standardize
 from minissl.evaluation.image_table import ImageOption, ImageTask
+from minissl.evaluation.probes import LinearModel
 from minissl.evaluation.text_table import TextOption, TextTask
 from minissl.optim import Muon
 from minissl.training import distributed, files, report
@@ -114,14 +115,18 @@ def image_run(image_runs, tmp_path):
 @pytest.fixture
 def brief(monkeypatch):
     """Few options and a few steps are enough to see what depends on what."""
-    probe, train = probes.probe, ImageTask.train_classifier
+    train = ImageTask.train_classifier
+    fit_probe = LinearClassifier.fit
 
-    def probe_briefly(x, labels, classes, strengths):
-        return probe(x, labels, classes, strengths[1::3])
+    def fit_briefly(self, indices):
+        every, self.strengths = self.strengths, self.strengths[1::3]
+        model = fit_probe(self, indices)
+        self.strengths = every
+        return model
 
     def train_briefly(*arguments, **options):
         return train(*arguments, **options, images_seen=64)
-    monkeypatch.setattr(probes, "probe", probe_briefly)
+    monkeypatch.setattr(LinearClassifier, "fit", fit_briefly)
     for name in ("TF_IDF_STRENGTHS", "NAIVE_BAYES_STRENGTHS"):
         monkeypatch.setattr(ngrams, name, getattr(ngrams, name)[1::3])
     monkeypatch.setattr(ImageTask, "train_classifier", train_briefly)
@@ -242,7 +247,8 @@ def test_ctrl_c_keeps_the_finished_rows(run, run_script, brief, monkeypatch):
     assert not (run / "finetune.csv").exists()
     stop = "5"
     code, printed = run_script(finetune, run, *flags)
-    assert code == 0 and "stopped: the rows before" in printed
+    assert code == 130 and "interrupted: the rows before this one are kept" in printed
+    assert "in brackets: seconds to fit one draw" in printed      # above the table of this row
     assert {row["labels_a_class"] for row in read_rows(run / "finetune.csv")} == {"2"}
     assert (run / "classifier.pt").exists()
 
@@ -293,7 +299,7 @@ def test_all_means_all_but_the_test_set(run, run_script, monkeypatch):
 
 
 def fit_option(indices, option, seed, fitted):
-    """The model of a column for tests: its option."""
+    """The model of a column in these tests: its option."""
     return option
 
 
@@ -359,16 +365,35 @@ def test_chance_is_the_share_of_the_commonest_test_class(capsys):
     assert "the commonest class: 75.0 %" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("per_class, count", [(3, 2), (None, 1)])
-def test_choices_learn_from_training_examples_alone(per_class, count):
-    probe = SimpleNamespace(fit=lambda indices: f"a probe of {len(indices)}")
+@pytest.mark.parametrize("row, count", [("3", 2), ("all", 1)])
+def test_choices_learn_from_training_examples_alone(row, count, monkeypatch):
+    """From other draws than those of the table, and with no more than the needed columns."""
+    seen = []
+
+    def fit_probe(indices, option, seed, fitted):
+        return f"a probe of {indices.tolist()}"
+
+    def fit(indices, option, seed, fitted):
+        raise AssertionError("no choice needs this column")
+
+    def note(column, options, task, draws):
+        seen.extend(draws)
+        return options[0]
+    monkeypatch.setattr(finetune, "choose", note)
     task = SimpleNamespace(labels=torch.tensor([0, 1] * 10), train=np.arange(12),
-                           held_out=np.arange(12, 16), probe=probe, choice_draws=2)
-    draws = finetune.draws_for_choices(task, per_class)
-    assert len(draws) == count
-    for indices, fitted in draws:
+                           held_out=np.arange(12, 16), choice_draws=2)
+    columns = {
+        "unneeded": Column(fit, None),
+        "probe": Column(fit_probe, None),
+        "chosen": Column(fit, None, needs=("probe",), options=lambda n: [1, 2]),
+    }
+    finetune.choose_options(task, columns, row, 6, "a row")
+    assert len(seen) == count
+    for seed, (indices, fitted) in enumerate(seen):
         assert set(indices) <= set(task.train)
-        assert fitted == {"linear probe": f"a probe of {len(indices)}"}
+        assert fitted == {"probe": f"a probe of {indices.tolist()}"}
+        if row != "all":
+            assert set(indices) == set(finetune.draw_labels(task, row, 1000 + seed))
 
 
 @pytest.mark.parametrize("row, seeds", [("2", [0, 1, 2]), ("all", [0, 1])])
@@ -383,10 +408,9 @@ def test_a_row_is_fitted_with_the_chosen_option_and_its_seed(row, seeds, monkeyp
 
     def choose_second(column, options, task, draws):
         return options[1]
-    column = Column(fit, predict, lambda n: ["first", "second"])
+    column = Column(fit, predict, options=lambda n: ["first", "second"])
     task = SimpleNamespace(labels=torch.tensor([0, 1] * 10), train=np.arange(10),
-                           held_out=np.arange(10, 14), test=np.arange(14, 20), choice_draws=1,
-                           probe=SimpleNamespace(fit=lambda indices: None))
+                           held_out=np.arange(10, 14), test=np.arange(14, 20), choice_draws=1)
     monkeypatch.setattr(finetune, "choose", choose_second)
     finetune.measure_row(SimpleNamespace(seeds=3), task, {"a column": column}, row)
     assert used == [("second", seed) for seed in seeds]
@@ -422,14 +446,14 @@ def test_a_row_is_planned_for_all_its_labels(monkeypatch):
         return torch.zeros(len(indices))
     task = SimpleNamespace(labels=torch.tensor([0, 1] * 14), train=np.arange(10),
                            held_out=np.arange(10, 20), test=np.arange(20, 28))
-    columns = dict(any=Column(fit_option, predict, options))
+    columns = dict(any=Column(fit_option, predict, options=options))
     settings = SimpleNamespace(seeds=2)
     for row in ("3", "all"):
         finetune.measure_row(settings, task, columns, row)
     assert planned == [6, 20]       # "all" includes the held-out examples
 
 
-def test_a_column_sees_the_models_of_the_columns_before():
+def test_a_column_sees_the_models_of_the_columns_that_it_needs():
     seen = []
 
     def fit(indices, option, seed, fitted):
@@ -440,10 +464,12 @@ def test_a_column_sees_the_models_of_the_columns_before():
         return torch.zeros(len(indices))
     task = SimpleNamespace(labels=torch.tensor([0, 1] * 14), train=np.arange(10),
                            held_out=np.arange(10, 20), test=np.arange(20, 28))
-    columns = dict(first=Column(fit, predict), second=Column(fit, predict))
+    columns = dict(first=Column(fit, predict), second=Column(fit, predict),
+                   third=Column(fit, predict, needs=("first",)))
     finetune.measure_row(SimpleNamespace(seeds=3), task, columns, "2")
-    for first, second in zip(seen[::2], seen[1::2], strict=True):
-        assert first[1] == {} and second == (first[0], dict(first=first[0]))
+    for first, second, third in zip(seen[::3], seen[1::3], seen[2::3], strict=True):
+        assert first[1] == second[1] == {}
+        assert third == (first[0], dict(first=first[0]))
     assert len({indices for indices, _ in seen}) == 3
 
 
@@ -1043,7 +1069,7 @@ def fit_columns(task, indices, option):
 def test_training_on_labels_fits_them(name, text_run):
     task = text_task(text_run)
     indices, column = task.train[::10], task.columns()[name]
-    fitted = {"linear probe": (torch.zeros(33, 2), 0.0)}            # it knows nothing
+    fitted = {"linear probe": LinearModel(torch.zeros(33, 2), 0.0)}         # it knows nothing
     losses = []
     for steps in (0, 30):
         model = column.fit(indices, TextOption(0.02, steps), 0, fitted)
@@ -1070,7 +1096,8 @@ def test_from_scratch_texts_owe_nothing_to_pretraining(text_run):
     fitted = []
     for change in (None, randomise):
         task = text_task(text_run, change)
-        model = task.columns()["from scratch"].fit(task.train[::5], (0.03, 2), 0, {})
+        option = TextOption(0.03, 2)
+        model = task.columns()["from scratch"].fit(task.train[::5], option, 0, {})
         fitted.append(model.state_dict())
     assert equal(*fitted)
 
@@ -1079,11 +1106,11 @@ def test_fine_tuning_texts_at_rate_0_is_the_probe(text_run):
     task = text_task(text_run)
     indices = task.train[::10]
     probe_model = task.probe.fit(indices)
-    model = task.columns()["fine-tuned"].fit(indices, (0.0, 2), 0, {"linear probe": probe_model})
+    fitted = {"linear probe": probe_model}
+    model = task.columns()["fine-tuned"].fit(indices, TextOption(0.0, 2), 0, fitted)
     with torch.no_grad():
         logits = model(task.texts.select(task.test))
-    weights, _ = probe_model
-    expected = probes.linear_logits(task.probe.x[task.test], weights)
+    expected = probes.linear_logits(task.probe.x[task.test], probe_model.weights)
     assert expected.abs().max() > 0.1
     torch.testing.assert_close(logits, expected, atol=1e-3, rtol=1e-3)
     torch.testing.assert_close(task.logits(model, task.test), expected)
@@ -1091,7 +1118,7 @@ def test_fine_tuning_texts_at_rate_0_is_the_probe(text_run):
 
 def test_each_text_is_read_once_for_two_columns(text_run, brief):
     task = text_task(text_run)
-    columns = fit_columns(task, task.train[::10], (0.02, 2))
+    columns = fit_columns(task, task.train[::10], TextOption(0.02, 2))
     tuned, model = columns["fine-tuned"]
     together, models = columns["all together"]
     read = []
@@ -1106,11 +1133,11 @@ def test_each_text_is_read_once_for_two_columns(text_run, brief):
 @pytest.mark.parametrize("rate", [0.0, 0.02])
 def test_all_together_is_the_sum_of_three_standardized_answers(rate, text_run, brief):
     task = text_task(text_run)
-    columns = fit_columns(task, task.train[::10], (rate, 2))
+    columns = fit_columns(task, task.train[::10], TextOption(rate, 2))
     _, tuned = columns["fine-tuned"]
     together, models = columns["all together"]
-    self_trained, pair = columns["self-trained"]
-    weights, (weighting, student) = pair
+    self_trained, co_trained = columns["self-trained"]
+    weights, (weighting, student) = co_trained.probe.weights, co_trained.student
 
     def standardized(logits):
         logits = logits - logits.mean(1, keepdims=True)
@@ -1124,7 +1151,7 @@ def test_all_together_is_the_sum_of_three_standardized_answers(rate, text_run, b
     np.testing.assert_allclose(found, expected[task.test], atol=1e-3)
     if rate == 0:
         assert torch.equal(together.predict(models, task.test),
-                           self_trained.predict(pair, task.test))
+                           self_trained.predict(co_trained, task.test))
 
 
 def test_few_held_out_texts_are_joined_by_training_texts(text_run, monkeypatch):
@@ -1229,7 +1256,7 @@ def test_training_on_labels_of_images_fits_them(name, image_runs, monkeypatch):
     task = image_task(image_runs / "simclr", two_classes(100, [120, 20, 60]))
     indices = task.train
     D = len(task.mean)
-    fitted = {"linear probe": (torch.zeros(D + 1, 2), 0.0)}         # it knows nothing
+    fitted = {"linear probe": LinearModel(torch.zeros(D + 1, 2), 0.0)}      # it knows nothing
     fit = task.fit_from_scratch if name == "from scratch" else task.fit_fine_tuned
     before = fit(indices, ImageOption(0.0, 0.5), 0, fitted)
     after = fit(indices, ImageOption(0.02, 0.5), 0, fitted)

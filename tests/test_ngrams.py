@@ -233,22 +233,23 @@ def test_the_column_reads_no_label_beyond_the_draw():
     for seen in (labels, garbage):
         column = NGrams(counts, counts.columns, seen, 2, np.arange(100))
         models.append(column.fit(drawn))
-    (name, fitted), (other, other_fitted) = models
-    assert name == other and torch.equal(fitted.weights, other_fitted.weights)
+    one, other = models
+    assert one.weighting == other.weighting and torch.equal(one.weights, other.weights)
 
 
 def test_the_weighting_with_the_least_held_out_loss_is_taken():
     labels = torch.arange(200) % 2
     column = column_of(word_counts(labels), labels)
-    name, fitted = column.fit(np.arange(100))
-    losses = {}
-    losses["tf-idf"] = probes.cross_validate(
-        column.rows["tf-idf"][range(100)], labels[:100], 2, ngrams.TF_IDF_STRENGTHS).loss
-    losses["naive Bayes"] = probes.cross_validate(
+    model = column.fit(np.arange(100))
+    fitted = {}
+    fitted["tf-idf"] = probes.cross_validate(
+        column.rows["tf-idf"][range(100)], labels[:100], 2, ngrams.TF_IDF_STRENGTHS)
+    fitted["naive Bayes"] = probes.cross_validate(
         column.rows["naive Bayes"][range(100)], labels[:100], 2, ngrams.NAIVE_BAYES_STRENGTHS,
-        lambda x, y: naive_bayes_weights(x, y, 2)).loss
-    assert fitted.loss == min(losses.values()) == losses[name]
-    predictions = column.predict((name, fitted), np.arange(100, 200))
+        lambda x, y: naive_bayes_weights(x, y, 2))
+    assert model.weighting == min(fitted, key=lambda name: fitted[name].loss)
+    assert torch.equal(model.weights, fitted[model.weighting].weights)
+    predictions = column.predict(model, np.arange(100, 200))
     assert probes.accuracy(predictions, labels[100:]) > 75
 
 
@@ -262,11 +263,10 @@ def test_the_lesser_loss_decides_and_without_one_it_is_tf_idf(
 
     def cross_validate(x, labels, classes, strengths, weight_scale_of=None):
         is_tf_idf = float(weight_scale_of is None)
-        return probes.CrossValidated(None, 1, losses[is_tf_idf])
+        return probes.LinearModel(None, 1, losses[is_tf_idf])
     monkeypatch.setattr(probes, "cross_validate", cross_validate)
     labels = torch.arange(40) % 2
-    name, _ = column_of(word_counts(labels), labels).fit(np.arange(20))
-    assert name == chosen
+    assert column_of(word_counts(labels), labels).fit(np.arange(20)).weighting == chosen
 
 
 def test_tf_idf_has_no_triples(corpus, tmp_path):

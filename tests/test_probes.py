@@ -138,9 +138,9 @@ def test_the_minimum_is_found_for_sparse_rows():
 def test_the_probe_is_fitted_on_all_its_labels(examples, columns):
     torch.manual_seed(0)
     x, labels = torch.randn(examples, columns), np.arange(examples) % 2
-    weights, strength = probes.probe(x, labels, 2, (1, 0.1))
-    expected = probes.logistic_regression(x, labels, 2, strength)
-    torch.testing.assert_close(weights, expected, atol=1e-3, rtol=1e-3)
+    model = probes.cross_validate(x, labels, 2, (1, 0.1))
+    expected = probes.logistic_regression(x, labels, 2, model.strength)
+    torch.testing.assert_close(model.weights, expected, atol=1e-3, rtol=1e-3)
 
 
 def test_an_example_of_a_class_that_was_not_fitted_does_not_count():
@@ -157,8 +157,9 @@ def test_noise_gets_a_strong_penalty_and_signal_a_weak_one():
     labels = np.arange(60) % 2
     noise, signal = torch.randn(60, 40), torch.randn(60, 40)
     signal[:, 0] += 8 * torch.from_numpy(labels)
-    assert probes.probe(noise, labels, 2, PROBE_STRENGTHS)[1] == max(PROBE_STRENGTHS)
-    assert probes.probe(signal, labels, 2, PROBE_STRENGTHS)[1] < 0.3
+    of_noise = probes.cross_validate(noise, labels, 2, PROBE_STRENGTHS).strength
+    of_signal = probes.cross_validate(signal, labels, 2, PROBE_STRENGTHS).strength
+    assert of_noise == max(PROBE_STRENGTHS) and of_signal < 0.3
 
 
 def test_each_class_is_spread_evenly_over_the_folds():

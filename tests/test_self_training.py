@@ -35,8 +35,8 @@ def fit_both(columns, indices):
 
 def self_trained_weights(x, labels, pool, drawn):
     """The weights (D + 1, C) of the second probe, from the labels `drawn`."""
-    _, (weights, _) = fit_both(columns_of(x, labels, pool), drawn)
-    return weights
+    _, model = fit_both(columns_of(x, labels, pool), drawn)
+    return model.weights
 
 
 def test_neighbours_are_those_of_a_loop():
@@ -74,7 +74,7 @@ def test_the_second_probe_learns_from_sharpened_guesses_and_labels(monkeypatch):
     monkeypatch.setattr(self_training, "NEIGHBOUR_AXES", 7)
     pool, drawn = np.arange(90), np.append(np.arange(0, 30, 5), 100)      # one outside of the pool
     probe, second = columns_of(x, labels, pool)
-    weights, strength = probe.fit(drawn)
+    first = probe.fit(drawn)
     asked = []
 
     def note(x, targets, classes, strength, start, tolerance):
@@ -82,12 +82,12 @@ def test_the_second_probe_learns_from_sharpened_guesses_and_labels(monkeypatch):
         return start
 
     monkeypatch.setattr(self_training.probes, "logistic_regression", note)
-    second.fit(drawn, (weights, strength))
+    second.fit(drawn, first)
     features, targets, strength_of_second = asked[0]
 
     axes = second.axes                                                    # all 20, so only turned
     assert axes.shape == (20, 20)
-    p = (x[pool] @ weights[:-1] + weights[-1]).softmax(1)
+    p = (x[pool] @ first.weights[:-1] + first.weights[-1]).softmax(1)
     for n in drawn[:-1]:
         p[n] = F.one_hot(labels[n], 3).float()
     on_axes = x[pool] @ axes[:, :7]
@@ -98,7 +98,7 @@ def test_the_second_probe_learns_from_sharpened_guesses_and_labels(monkeypatch):
     expected = probes.weighted_targets(guesses, F.one_hot(labels[drawn], 3).float())
     torch.testing.assert_close(targets, expected, atol=1e-4, rtol=1e-3)
     torch.testing.assert_close(features, x[np.append(others, drawn)] @ axes)
-    assert strength_of_second == pytest.approx(strength * 7 / (84 + 7))
+    assert strength_of_second == pytest.approx(first.strength * 7 / (84 + 7))
 
 
 def test_weights_of_classes_stand_for_repeated_examples():
@@ -146,8 +146,8 @@ def test_labels_beyond_the_draw_are_never_read():
     garbage[drawn] = labels[drawn]
     expected = self_trained_weights(x, labels, np.arange(120), drawn)
     probe = LinearClassifier(x, garbage, 3)
-    _, (found, _) = fit_both((probe, SelfTraining(probe, np.arange(120))), drawn)
-    assert torch.equal(found, expected)
+    _, found = fit_both((probe, SelfTraining(probe, np.arange(120))), drawn)
+    assert torch.equal(found.weights, expected)
 
 
 def test_examples_outside_of_the_pool_are_never_read():
@@ -164,7 +164,7 @@ def test_without_other_images_it_is_the_probe():
     x, labels = clusters([20, 20])
     everything = np.arange(40)
     probe_model, model = fit_both(columns_of(x, labels, everything), everything)
-    assert torch.equal(model[0], probe_model[0])
+    assert torch.equal(model.weights, probe_model.weights)
 
 
 def test_with_many_labels_it_is_the_probe(monkeypatch):
@@ -173,7 +173,7 @@ def test_with_many_labels_it_is_the_probe(monkeypatch):
     for most, same in ((19, True), (20, False)):
         monkeypatch.setattr(self_training, "MOST_LABELS", most)
         probe_model, model = fit_both(columns, np.arange(20))
-        assert torch.equal(model[0], probe_model[0]) == same
+        assert torch.equal(model.weights, probe_model.weights) == same
 
 
 def test_a_few_other_images_change_little():

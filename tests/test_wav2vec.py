@@ -399,7 +399,7 @@ def test_self_training_reads_no_test_recording_and_no_other_label():
     weights = []
     for _ in range(2):
         probe, self_training = baselines.probe_and_self_training(x, made)
-        weights.append(self_training.fit(fit, probe.fit(fit))[0])
+        weights.append(self_training.fit(fit, probe.fit(fit)).weights)
         hidden = np.setdiff1d(np.arange(len(made)), fit)
         made.labels[hidden] = 0
         x[made.split == TEST] += 100

@@ -16,11 +16,9 @@ each text was subtracted. (With fewer than 100 held-out texts, some training tex
 them. Where a classifier has learned from some of these texts, as in the row "all", σ is a
 little too large.)
 
-The student sees something else than its teacher, so it makes other mistakes. In every
-measurement the mean accuracy of the sum was above that of the teacher, and in most of
-them above that of the student. A student that reads the document vector itself gained
-less from 100 labels a class on, and on docstrings: EXPERIMENTS.md, "What should
-self-training on texts learn from its guesses?".
+The student sees something else than its teacher, so it makes other mistakes. What the sum
+gains over each of the two, and over a student that reads the document vector itself, is in
+EXPERIMENTS.md, "What should self-training on texts learn from its guesses?".
 
 This is one round of co-training (Blum and Mitchell 1998, "Combining labeled and
 unlabeled data with co-training"), with soft labels for all texts instead of hard ones
@@ -32,16 +30,25 @@ from the labels alone. Then the sum shows what pretraining adds to n-grams.
 Read next: image_table.py.
 """
 
+from typing import NamedTuple
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 
 from minissl.evaluation import probes
 from minissl.evaluation.columns import MANY_LABELS
-from minissl.evaluation.ngrams import naive_bayes_weights
+from minissl.evaluation.ngrams import NGramModel, naive_bayes_weights
+from minissl.evaluation.probes import LinearModel
 
 
 STRENGTHS = {"tf-idf": 1e-4, "naive Bayes": 0.01}       # of the student's penalty
+
+
+class CoTrained(NamedTuple):
+    """The two models whose logits are added."""
+    probe: LinearModel          # on the document vectors
+    student: NGramModel
 
 
 class CoTraining:
@@ -62,27 +69,25 @@ class CoTraining:
         self.reference = reference
 
     def fit(self, indices, probe_model, ngram_model):
-        """(the probe's weights, the student). There is nothing random in it.
+        """A CoTrained. There is nothing random in it.
 
         probe_model, ngram_model: what `probe` and `n_grams` have fitted to the same labels.
         """
-        weights, _ = probe_model
-        return weights, self.fit_student(indices, weights, ngram_model)
+        return CoTrained(probe_model, self.fit_student(indices, probe_model, ngram_model))
 
-    def fit_student(self, indices, weights, ngram_model):
-        """(the name of its weighting, its weights (D + 1, C)), from labels and guesses.
+    def fit_student(self, indices, probe_model, ngram_model):
+        """An NGramModel, from labels and from the guesses of the probe.
 
-        weights (d + 1, C): of the probe that guesses. With many labels, or without any
-        other text, the student is ngram_model, which has learned from the labels alone.
+        With many labels, or without any other text, it is ngram_model, which has learned from
+        the labels alone.
         """
         C = self.probe.classes
         others = np.setdiff1d(self.pool, indices)                         # (U,)
         if len(indices) > MANY_LABELS or len(others) == 0:
-            weighting, cross_validated = ngram_model
-            return weighting, cross_validated.weights
+            return ngram_model
 
-        logits = probes.linear_logits(self.probe.x[others], weights)      # (U, C)
-        p = logits.softmax(1)
+        logits = probes.linear_logits(self.probe.x[others], probe_model.weights)
+        p = logits.softmax(1)                                             # (U, C)
         guesses = p**2 / (p**2).sum(1, keepdim=True)
         one_hot = F.one_hot(self.probe.labels[indices], C).float()
         targets = probes.weighted_targets(guesses, one_hot)               # (U + n, C)
@@ -94,26 +99,24 @@ class CoTraining:
         if weighting == "naive Bayes":
             # Here each text counts once. Larger weights for the labels were not tried.
             scale = naive_bayes_weights(rows, torch.cat([guesses, one_hot]), C)
-        student_weights = probes.logistic_regression(
+        weights = probes.logistic_regression(
             rows, targets, C, STRENGTHS[weighting], tolerance=1e-4, weight_scale=scale)
-        return weighting, student_weights
+        return NGramModel(weighting, weights)
 
-    def probe_logits(self, weights, indices):
-        """a / σ(a) of these texts, (n, C). Every row has the mean 0."""
-        logits = probes.linear_logits(self.probe.x[indices], weights)
-        return in_units(logits, probes.linear_logits(self.probe.x[self.reference], weights))
+    def probe_logits(self, model, indices):
+        """a / σ(a) of these texts, (n, C), for a CoTrained. Every row has the mean 0."""
+        weights, x = model.probe.weights, self.probe.x
+        logits = probes.linear_logits(x[indices], weights)
+        return in_units(logits, probes.linear_logits(x[self.reference], weights))
 
-    def student_logits(self, student, indices):
-        """b / σ(b) of these texts, (n, C). Every row has the mean 0."""
-        weighting, weights = student
-        rows = self.n_grams.rows[weighting]
-        logits = probes.linear_logits(rows[indices], weights)
-        return in_units(logits, probes.linear_logits(rows[self.reference], weights))
+    def student_logits(self, model, indices):
+        """b / σ(b) of these texts, (n, C), for a CoTrained. Every row has the mean 0."""
+        logits = self.n_grams.logits(model.student, indices)
+        return in_units(logits, self.n_grams.logits(model.student, self.reference))
 
     def predict(self, model, indices):
-        weights, student = model
-        own = self.probe_logits(weights, indices)
-        return (own + self.student_logits(student, indices)).argmax(1)
+        logits = self.probe_logits(model, indices) + self.student_logits(model, indices)
+        return logits.argmax(1)
 
 
 def in_units(logits, reference):

@@ -20,7 +20,7 @@ from minissl.evaluation import probes
 
 
 MOST_POOL = 50_000      # examples whose classes self-training guesses, labelled ones included
-MANY_LABELS = 5000      # with more labels in all, other settings are used
+MANY_LABELS = 5000      # more in all are many: then fine-tuning has other settings, for example
 
 
 def no_options(n):
@@ -34,12 +34,12 @@ class Column:
 
     fit(indices, option, seed, fitted) returns a model that has learned from the labels of these
     examples alone. A model is whatever `predict` of the same column takes. fitted: {name: model}
-    of the columns to the left, for the same labels. (While options are compared it holds the
-    linear probe alone, so a column with several options may use nothing else.)
+    of the columns that it needs, which have learned from the same labels.
     predict(model, indices) returns the classes of these examples, (n,) int64.
     """
     fit: Callable
     predict: Callable
+    needs: tuple = ()               # the names of columns to its left, on which it builds
     options: Callable = no_options  # n labels -> options; one is chosen on held-out examples
     prefers_first: bool = False     # the first option is the safe one, see `choose` in finetune.py
     is_random: bool = True          # whether another seed gives another model
@@ -104,26 +104,29 @@ class LinearClassifier:
         self.strengths = strengths
 
     def fit(self, indices):
-        """(weights (D + 1, C), strength). There is nothing random in it."""
-        return probes.probe(
+        """A LinearModel. There is nothing random in it."""
+        return probes.cross_validate(
             self.x[indices], self.labels[indices], self.classes, self.strengths)
 
     def predict(self, model, indices):
-        weights, _ = model
         predictions = []
-        for part in np.array_split(indices, parts_of(len(indices), len(weights))):
-            logits = probes.linear_logits(self.x[part], weights)
+        for part in np.array_split(indices, parts_of(len(indices), len(model.weights))):
+            logits = probes.linear_logits(self.x[part], model.weights)
             predictions.append(logits.argmax(1))
         return torch.cat(predictions)
 
 
-def parts_of(n, columns):
-    """Into how many parts to cut n rows of so many columns.
+def rows_at_once(columns):
+    """How many rows of so many columns to compute with at once.
 
-    A part has at most 10,000 rows, and at most 128 MB of float32.
+    At most 10,000, and at most 128 MB of float32, but at least one.
     """
-    rows = min(10_000, max(1, 2**25 // columns))
-    return max(1, -(-n // rows))
+    return min(10_000, max(1, 2**25 // columns))
+
+
+def parts_of(n, columns):
+    """Into how many parts to cut n rows of so many columns; see `rows_at_once`."""
+    return max(1, -(-n // rows_at_once(columns)))
 
 
 def standardize(x, rows):

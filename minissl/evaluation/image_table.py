@@ -26,11 +26,12 @@ from minissl.evaluation.columns import (
     Task,
     parts_of,
     plain_column,
+    rows_at_once,
     standardize,
 )
 from minissl.evaluation.features import image_features, images_a_batch
 from minissl.evaluation.self_training import SelfTraining
-from minissl.optim import muon_and_adam, step_optimizers
+from minissl.optim import lr_schedule, muon_and_adam, step_optimizers
 from minissl.training.files import progress
 from minissl.training.machine import move_to_device
 
@@ -63,6 +64,11 @@ class ImageOption(NamedTuple):
     batch_size: int = 64
     freeze_norm: bool = False   # whether batch norm keeps its means and variances
 
+    def __str__(self):
+        if self.rate == 0:
+            return "rate 0, so it stays the linear probe"
+        return f"rate {self.rate:g}, crops from {self.crop:g} of the image"
+
 
 class ImageTask(Task):
     """Classification of images.
@@ -86,6 +92,7 @@ class ImageTask(Task):
         self.code = code
         self.images = data.to(self.device)
         self.set_features(self.features(self.model))
+        self.self_training = SelfTraining(self.probe, self.pool)
 
     def features(self, model):
         """The features of all images by this model, (N, D), not standardized."""
@@ -97,10 +104,11 @@ class ImageTask(Task):
         """{name: column}, in the order of the table."""
         C = len(self.classes)
         values = self.images[:1].numel()
-        most = min(10_000, max(100, 2**25 // values))           # at most 128 MB, or 100 images
+        most = max(100, rows_at_once(values))
         sample = self.train[evenly_spaced(len(self.train), most)]
         pixels = flat_pixels(self.images, sample)
         mean = pixels.mean(0)
+        # Of 255. A pixel that is nearly constant is not magnified.
         std = pixels.std(0, correction=0).clamp(min=1)
 
         def column_of_probe(x, strengths=PROBE_STRENGTHS):
@@ -112,19 +120,22 @@ class ImageTask(Task):
             columns["pixel PCA"] = column_of_probe(self.principal_components(pixels, mean))
         columns["untrained"] = column_of_probe(self.untrained_features(sample))
         columns["from scratch"] = Column(
-            self.fit_from_scratch, self.predict, self.scratch_options)
+            self.fit_from_scratch, self.predict, options=self.scratch_options)
         columns["linear probe"] = plain_column(self.probe)
-        columns["self-trained"] = self.self_trained_column()
+        columns["self-trained"] = Column(
+            self.fit_self_trained,
+            self.self_training.predict,
+            needs=("linear probe",),
+            is_random=False,
+        )
         columns["fine-tuned"] = Column(
-            self.fit_fine_tuned, self.predict, self.fine_tuning_options, prefers_first=True)
+            self.fit_fine_tuned,
+            self.predict,
+            needs=("linear probe",),
+            options=self.fine_tuning_options,
+            prefers_first=True,
+        )
         return columns
-
-    def self_trained_column(self):
-        self_training = SelfTraining(self.probe, self.pool)
-
-        def fit(indices, option, seed, fitted):
-            return self_training.fit(indices, fitted["linear probe"])
-        return Column(fit, self_training.predict, is_random=False)
 
     def principal_components(self, pixels, mean):
         """The linear relative of an autoencoder's code: standardized scores (N, D).
@@ -197,9 +208,15 @@ class ImageTask(Task):
         classifier = Classifier(body, torch.zeros(D), scale, torch.zeros(D + 1, C))
         return self.train_classifier(classifier, indices, option, seed, smoothing=0.1)
 
+    def fit_self_trained(self, indices, option, seed, fitted):
+        return self.self_training.fit(indices, fitted["linear probe"])
+
     def fit_fine_tuned(self, indices, option, seed, fitted):
-        """A Classifier around the pretrained model that starts as the linear probe."""
-        weights, _ = fitted["linear probe"]
+        """A Classifier around the pretrained model that starts as the linear probe.
+
+        The probe's penalty ends here: crops are there instead. Keeping it was not measured.
+        """
+        weights = fitted["linear probe"].weights
         classifier = Classifier(deepcopy(self.model), self.mean, self.std, weights)
         return self.train_classifier(classifier, indices, option, seed, smoothing=0.0)
 
@@ -232,8 +249,7 @@ class ImageTask(Task):
                 logits = model(x)                                         # (B, C)
             loss = F.cross_entropy(logits, labels, label_smoothing=smoothing)
             loss.backward()
-            warmup = min(1, 10 * (step + 1) / steps)
-            step_optimizers(optimizers, rate * warmup * (1 - step / steps))
+            step_optimizers(optimizers, rate * lr_schedule(step, steps, 0.1 * steps, decay=1))
             if step % 10 == 0:
                 progress(f"training on {n:,} labels, rate {rate}: step {step:,} of {steps:,}")
         return model.eval()

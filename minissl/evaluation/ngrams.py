@@ -1,9 +1,12 @@
-"""N-grams: how far labelled texts alone carry, without any pretraining.
+"""N-grams: how far the labels carry without any pretraining.
+
+Texts without labels only say which n-grams are frequent.
 
 An n-gram is a sequence of n neighbouring tokens. Which n-grams a text contains says a lot about
 its class, and a logistic regression on them is what a good engineer tries first. Two ways to
 weigh them are common, and `NGrams` takes the one with the smaller cross-validated loss among the
-labels that it is given:
+labels that it is given. (This choice is not always right: on reviews it costs 1.3 points at 10
+labels a class. EXPERIMENTS.md, "How strong are n-grams without pretraining?".)
 
     tf-idf         (1 + ln count) · idf of tokens and pairs, and each text is scaled to length 1.
                    (Triples gained nothing with up to 500 labels a class: EXPERIMENTS.md, "How
@@ -22,6 +25,7 @@ Read next: columns.py.
 """
 
 from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -33,7 +37,9 @@ from minissl.evaluation.probes import SparseRows
 
 
 LONGEST = 3                     # tokens in an n-gram
-MOST_CLASSES = 5                # for naive Bayes; measured with 2 and 23 classes alone
+# For naive Bayes; measured with 2 and 23 classes alone. (Set when test accuracies had been seen:
+# RESULTS.md, "How to read the tables".)
+MOST_CLASSES = 5
 MOST_NGRAMS = 1_000_000
 MOST_WEIGHTS = 20_000_000       # n-grams times classes; the search holds about 25 copies of them
 TF_IDF_STRENGTHS = (1e-2, 1e-3, 1e-4, 1e-5, 1e-6, 1e-7)
@@ -149,6 +155,12 @@ def make_ngrams(texts, counted):
     return NGrams(counts, pairs_end, torch.from_numpy(texts.labels), C, counted)
 
 
+class NGramModel(NamedTuple):
+    """A logistic regression on n-grams."""
+    weighting: str              # "tf-idf" or "naive Bayes"
+    weights: torch.Tensor       # (D + 1, C)
+
+
 class NGrams:
     """The classifier of the column "n-grams".
 
@@ -168,7 +180,7 @@ class NGrams:
                 counts.indices, counts.offsets, ones, counts.columns)
 
     def fit(self, indices):
-        """(the name of the weighting, CrossValidated): the one with the least cross-validated loss.
+        """An NGramModel with the weighting that has the least cross-validated loss.
 
         With one label a class nothing can be held out, and it is tf-idf.
         """
@@ -176,14 +188,17 @@ class NGrams:
         tf_idf_fit = probes.cross_validate(
             self.rows["tf-idf"][indices], labels, classes, TF_IDF_STRENGTHS)
         if "naive Bayes" not in self.rows:
-            return "tf-idf", tf_idf_fit
+            return NGramModel("tf-idf", tf_idf_fit.weights)
         bayes_fit = probes.cross_validate(
             self.rows["naive Bayes"][indices], labels, classes, NAIVE_BAYES_STRENGTHS,
             partial(naive_bayes_weights, classes=classes))
         if bayes_fit.loss < tf_idf_fit.loss:
-            return "naive Bayes", bayes_fit
-        return "tf-idf", tf_idf_fit
+            return NGramModel("naive Bayes", bayes_fit.weights)
+        return NGramModel("tf-idf", tf_idf_fit.weights)
+
+    def logits(self, model, indices):
+        """The logits (n, C) of an NGramModel for these texts."""
+        return probes.linear_logits(self.rows[model.weighting][indices], model.weights)
 
     def predict(self, model, indices):
-        name, fitted = model
-        return probes.linear_logits(self.rows[name][indices], fitted.weights).argmax(1)
+        return self.logits(model, indices).argmax(1)

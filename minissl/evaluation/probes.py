@@ -9,6 +9,7 @@ Three rules make an evaluation honest, and this file keeps them:
 Read next: ngrams.py, the baseline of texts, and then columns.py, the columns of finetune.py.
 """
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -258,32 +259,27 @@ def linear_logits(x, weights):
     return x @ weights[:-1] + weights[-1]
 
 
-def probe(x, labels, classes, strengths):
-    """Logistic regression whose strength is chosen by cross-validation among these labels.
-
-    x (N, D) dense or SparseRows; labels (N,) int64; strengths from strong to weak.
-    Returns (weights (D + 1, C), the chosen strength).
-    """
-    fitted = cross_validate(x, labels, classes, strengths)
-    return fitted.weights, fitted.strength
-
-
 @dataclass
-class CrossValidated:
-    """A logistic regression, and how well models of the same kind judge unseen examples."""
-    weights: torch.Tensor       # (D + 1, C), fitted on all the labels
-    strength: float             # the one with the least loss
-    loss: float                 # the mean loss over the folds left out, nan if there were none
+class LinearModel:
+    """A fitted logistic regression."""
+    weights: torch.Tensor       # (D + 1, C), the last row is the bias
+    strength: float             # of its penalty
+    # What models of the same kind lose on average on unseen examples: those of the folds left
+    # out. nan if there were none.
+    loss: float = math.nan
+
+
+ONE_FOLD_ABOVE = 5000
 
 
 def cross_validate(x, labels, classes, strengths, weight_scale_of=None):
     """Logistic regression whose strength is chosen by five-fold cross-validation.
 
-    The choice uses these labels alone and takes the strength with the least loss. Above 5,000
-    labels one of the five folds decides, because there the choice is not close.
+    The choice uses these labels alone and takes the strength with the least loss. Above
+    ONE_FOLD_ABOVE labels one of the five folds decides: 1,000 examples are enough for it.
     x (N, D) dense or SparseRows; labels (N,) int64; strengths from strong to weak; weight_scale_of,
     for SparseRows: a function from (x, labels) of the examples that are fitted to the weight_scale
-    of `logistic_regression`. Returns CrossValidated.
+    of `logistic_regression`. Returns a LinearModel.
     """
     labels = np.asarray(labels)
     is_sparse = isinstance(x, SparseRows)
@@ -296,7 +292,7 @@ def cross_validate(x, labels, classes, strengths, weight_scale_of=None):
     losses = np.zeros(len(strengths))
     nearby = [None] * len(strengths)            # where the final fit starts
     held_out = 0
-    for f in range(5 if len(labels) <= 5000 else 1):
+    for f in range(5 if len(labels) <= ONE_FOLD_ABOVE else 1):
         inside = np.flatnonzero(fold != f)
         outside = np.flatnonzero(fold == f)
         # An example whose class is not inside says nothing about the strength. With one label a
@@ -323,8 +319,8 @@ def cross_validate(x, labels, classes, strengths, weight_scale_of=None):
                                   weight_scale=scale)
     if not is_sparse:
         weights = torch.cat([axes @ weights[:-1], weights[-1:]])
-    loss = losses[best] / held_out if held_out else float("nan")
-    return CrossValidated(weights, strengths[best], loss)
+    loss = losses[best] / held_out if held_out else math.nan
+    return LinearModel(weights, strengths[best], loss)
 
 
 def assign_folds(labels, classes, folds):

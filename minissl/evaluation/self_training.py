@@ -21,6 +21,8 @@ helps a little where the classes are equal, and costs more than it can win where
 Read next: measurements.py.
 """
 
+from functools import cached_property
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -31,7 +33,9 @@ from minissl.evaluation import probes
 AXES = 256              # principal axes on which the second probe is fitted
 NEIGHBOUR_AXES = 128    # of them, where neighbours are searched
 NEIGHBOURS = 10
-MOST_LABELS = 2000      # with more labels the guesses do harm, so this is the plain probe
+# With more labels the guesses do harm, so this is the plain probe. (Set when test accuracies
+# had been seen: RESULTS.md, "How to read the tables".)
+MOST_LABELS = 2000
 
 
 def nearest_neighbours(x, k, rows=2000):
@@ -72,54 +76,63 @@ class SelfTraining:
     def __init__(self, probe, pool):
         self.probe = probe
         self.pool = pool
-        x = probe.x[pool]                                                 # (M, D)
-        # `principal_axes` has them from the smallest variance to the largest.
-        self.axes = probes.principal_axes(x)[:, -AXES:].flip(1)           # (D, A)
-        self.x = x @ self.axes                                            # (M, A)
-        self.neighbours = None
 
-    def find_neighbours(self):
-        """Cosines and indices (M, k) of the neighbours, searched once for all draws.
+    # The next three are computed when they are first needed, once for all draws. A table with
+    # many labels in each row needs none of them.
+
+    @cached_property
+    def axes(self):
+        """The principal axes of the pool's features, (D, A), from the largest variance on."""
+        # `principal_axes` has them from the smallest variance to the largest.
+        return probes.principal_axes(self.probe.x[self.pool])[:, -AXES:].flip(1)
+
+    @cached_property
+    def x(self):
+        """The pool's features on these axes, (M, A)."""
+        return self.probe.x[self.pool] @ self.axes
+
+    @cached_property
+    def neighbours(self):
+        """Cosines and indices (M, k) of the nearest neighbours.
 
         Each axis is divided by the square root of its standard deviation, so that the few axes
         of the largest variance do not decide alone.
         """
-        if self.neighbours is None:
-            x = self.x[:, :NEIGHBOUR_AXES]
-            x = x / x.square().mean(0).clamp(min=1e-6) ** 0.25
-            self.neighbours = nearest_neighbours(x, min(NEIGHBOURS, len(x) - 1))
-        return self.neighbours
+        x = self.x[:, :NEIGHBOUR_AXES]
+        x = x / x.square().mean(0).clamp(min=1e-6) ** 0.25
+        return nearest_neighbours(x, min(NEIGHBOURS, len(x) - 1))
 
     def fit(self, indices, probe_model):
-        """(weights (D + 1, C), strength) from the labels of these examples alone.
+        """A LinearModel, from the labels of these examples alone.
 
         probe_model: what `probe` has fitted to the same labels. It is also the result if the
         pool has no other image, or if there are more than MOST_LABELS labels. The probe minimizes
         Σ loss + n · strength/2 ‖W‖². The second fit keeps this penalty, but it averages over
         more examples, so its strength is smaller. Nothing is random.
         """
-        weights, strength = probe_model
         is_labelled = np.isin(self.pool, indices)                         # (M,)
         others = torch.from_numpy(np.flatnonzero(~is_labelled))           # (U,) of the M
         n = len(indices)
         if len(others) == 0 or n > MOST_LABELS:
-            return weights, strength
+            return probe_model
         labels, C = self.probe.labels, self.probe.classes
         one_hot = F.one_hot(labels[indices], C).float()                   # (n, C)
         labelled = self.pool[is_labelled]       # those of `indices` that are in the pool
 
+        weights = probe_model.weights                                     # (D + 1, C)
         on_axes = torch.cat([self.axes.T @ weights[:-1], weights[-1:]])   # (A + 1, C)
         p = probes.linear_logits(self.x, on_axes).softmax(1)              # (M, C)
         p[torch.from_numpy(is_labelled)] = F.one_hot(labels[labelled], C).float()
-        q = spread(p, *self.find_neighbours()) ** 4
+        q = spread(p, *self.neighbours) ** 4
         soft_labels = (q / q.sum(1, keepdim=True))[others]                # (U, C)
 
         targets = probes.weighted_targets(soft_labels, one_hot)
         x = torch.cat([self.x[others], self.probe.x[indices] @ self.axes])
-        strength = strength * n / len(targets)
+        strength = probe_model.strength * n / len(targets)
         second = probes.logistic_regression(
             x, targets, C, strength, on_axes, tolerance=1e-4)             # (A + 1, C)
-        return torch.cat([self.axes @ second[:-1], second[-1:]]), strength
+        weights = torch.cat([self.axes @ second[:-1], second[-1:]])
+        return probes.LinearModel(weights, strength)
 
     def predict(self, model, indices):
         return self.probe.predict(model, indices)

@@ -7,6 +7,7 @@ the test.
 Read next: co_training.py, the column "self-trained".
 """
 
+import math
 from copy import deepcopy
 from typing import NamedTuple
 
@@ -63,10 +64,27 @@ class WholeTextEncoder(nn.Module):
         return transformer.norm(vectors)
 
 
+class TextClassifier(Classifier):
+    """A Classifier of the N texts of a table. Two columns ask for its answers, so it keeps them.
+
+    Arguments: those of Classifier; N.
+    """
+
+    def __init__(self, body, mean, std, weights, N):
+        super().__init__(body, mean, std, weights)
+        C = weights.shape[1]
+        self.answers = torch.full((N, C), math.nan)             # logits; nan where unknown
+
+
 class TextOption(NamedTuple):
-    """How a Classifier of texts is trained."""
+    """How a TextClassifier is trained."""
     rate: float             # the peak learning rate of Muon
     steps: int
+
+    def __str__(self):
+        if self.rate == 0:
+            return "rate 0, so it stays the linear probe"
+        return f"rate {self.rate:g}, {self.steps} steps"
 
 
 class TextTask(Task):
@@ -90,7 +108,6 @@ class TextTask(Task):
             more = self.train[evenly_spaced(len(self.train), FEWEST_REFERENCES)]
             self.reference = np.concatenate([self.held_out, more])
         self.set_features(text_features(self.model, texts, self.autocast, self.device, progress))
-        self.last_logits = None, None   # a classifier, and what it said about the texts, (N, C)
         self.co_training = None         # the classifier of "self-trained", made by `columns`
 
     def columns(self):
@@ -102,13 +119,24 @@ class TextTask(Task):
         self.co_training = CoTraining(self.probe, n_grams, self.pool, self.reference)
         return {
             "n-grams": plain_column(n_grams),
-            "from scratch": Column(self.fit_from_scratch, self.predict, self.scratch_options),
+            "from scratch": Column(
+                self.fit_from_scratch, self.predict, options=self.scratch_options),
             "linear probe": plain_column(self.probe),
             "self-trained": Column(
-                self.fit_self_trained, self.co_training.predict, is_random=False),
+                self.fit_self_trained,
+                self.co_training.predict,
+                needs=("n-grams", "linear probe"),
+                is_random=False,
+            ),
             "fine-tuned": Column(
-                self.fit_fine_tuned, self.predict, self.fine_tuning_options, prefers_first=True),
-            "all together": Column(self.fit_together, self.predict_together),
+                self.fit_fine_tuned,
+                self.predict,
+                needs=("linear probe",),
+                options=self.fine_tuning_options,
+                prefers_first=True,
+            ),
+            "all together": Column(
+                self.fit_together, self.predict_together, needs=("self-trained", "fine-tuned")),
         }
 
     # The settings below come from EXPERIMENTS.md, "What does a transformer from scratch need?"
@@ -137,7 +165,7 @@ class TextTask(Task):
         return self.co_training.fit(indices, fitted["linear probe"], fitted["n-grams"])
 
     def fit_from_scratch(self, indices, option, seed, fitted):
-        """A Classifier around an untrained encoder, trained on these texts.
+        """A TextClassifier around an untrained encoder, trained on these texts.
 
         Its features are standardized over up to 1,000 of them, because those of an untrained
         encoder are nearly the same for all texts (EXPERIMENTS.md, "What does a transformer from
@@ -149,29 +177,27 @@ class TextTask(Task):
         with torch.no_grad():
             features = body.encode(self.texts.select(sample))
         _, mean, std = standardize(features, np.arange(len(sample)))
-        classifier = Classifier(body, mean, std, torch.zeros(d + 1, C))
+        classifier = TextClassifier(body, mean, std, torch.zeros(d + 1, C), len(self.texts))
         return self.train_classifier(
             classifier, indices, option, seed, strength=0, embedding_scale=0.15)
 
     def fit_fine_tuned(self, indices, option, seed, fitted):
-        """A Classifier around the pretrained encoder that starts as the linear probe."""
-        weights, strength = fitted["linear probe"]
+        """A TextClassifier around the pretrained encoder that starts as the linear probe."""
+        probe = fitted["linear probe"]
         body = WholeTextEncoder(deepcopy(self.model), self.autocast, self.device)
-        classifier = Classifier(body, self.mean, self.std, weights)
+        classifier = TextClassifier(body, self.mean, self.std, probe.weights, len(self.texts))
         self.train_classifier(
-            classifier, indices, option, seed, strength, embedding_scale=0.3)
-        rate, _ = option
-        if rate == 0:       # then it says what the probe says, and need not read any text again
-            self.last_logits = classifier, probes.linear_logits(self.probe.x, weights)
+            classifier, indices, option, seed, probe.strength, embedding_scale=0.3)
+        if option.rate == 0:    # then it says what the probe says, and need not read any text
+            classifier.answers = probes.linear_logits(self.probe.x, probe.weights)
         return classifier
 
     def fit_together(self, indices, option, seed, fitted):
-        """(the probe's weights, the student of co-training, the fine-tuned Classifier)"""
-        weights, student = fitted["self-trained"]
-        return weights, student, fitted["fine-tuned"]
+        """(the CoTrained of "self-trained", the TextClassifier of "fine-tuned")"""
+        return fitted["self-trained"], fitted["fine-tuned"]
 
     def train_classifier(self, model, indices, option, seed, strength, embedding_scale):
-        """Train the whole Classifier on the texts `indices`.
+        """Train the whole TextClassifier on the texts `indices`.
 
         option: a TextOption; strength: the L2 penalty of the linear layer, as in the probe;
         embedding_scale: the embeddings and the linear layer learn at this share of the rate of
@@ -213,18 +239,12 @@ class TextTask(Task):
 
     @torch.no_grad()
     def logits(self, classifier, indices):
-        """What a Classifier says about these texts, (n, C).
-
-        The answers of the last classifier are kept, because two columns ask for them.
-        """
-        last, known = self.last_logits                          # known: (N, C), nan where unknown
-        if last is not classifier:
-            known = torch.full((len(self.texts), len(self.classes)), float("nan"))
-            self.last_logits = classifier, known
-        unknown = indices[known[indices].isnan().any(1).numpy()]
+        """What a TextClassifier says about these texts, (n, C)."""
+        is_unknown = classifier.answers[indices].isnan().any(1)           # (n,)
+        unknown = indices[is_unknown.numpy()]
         if len(unknown):
-            known[unknown] = classifier(self.texts.select(unknown))
-        return known[indices]
+            classifier.answers[unknown] = classifier(self.texts.select(unknown))
+        return classifier.answers[indices]
 
     def predict(self, model, indices):
         return self.logits(model, indices).argmax(1)
@@ -242,13 +262,13 @@ class TextTask(Task):
         answer orders the classes as the column "self-trained" does. (EXPERIMENTS.md, "What do
         n-grams add to the document vector?")
         """
-        weights, student, classifier = model
+        co_trained, classifier = model
 
         def logits_of_both(indices):
             """Probe and fine-tuned encoder, (n, C)."""
             tuned = self.logits(classifier, indices)
             tuned = in_units(tuned, self.logits(classifier, self.reference))
-            return self.co_training.probe_logits(weights, indices) + tuned
+            return self.co_training.probe_logits(co_trained, indices) + tuned
 
         both = in_units(logits_of_both(indices), logits_of_both(self.reference))
-        return both + self.co_training.student_logits(student, indices)
+        return both + self.co_training.student_logits(co_trained, indices)

@@ -108,7 +108,7 @@ def is_silent():
 
     A number that is left over in LOCAL_RANK does not mean that there is another process.
     """
-    has_others = dist.is_initialized() or is_under_torchrun()
+    has_others = WORLD_SIZE > 1 and (dist.is_initialized() or is_under_torchrun())
     return LOCAL_RANK > 0 and has_others
 
 

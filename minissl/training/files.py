@@ -34,6 +34,7 @@ import numpy as np
 import torch
 
 from minissl import UserError
+from minissl.training.errors import is_out_of_memory
 
 
 try:
@@ -403,14 +404,20 @@ def read_checkpoint(path, format, remedy, if_damaged=None):
 
 @contextlib.contextmanager
 def checkpoint_errors(folder):
-    """Around code that takes a checkpoint apart: errors in its content become UserError."""
+    """Around code that takes a checkpoint apart: errors in its content become UserError.
+
+    A lack of memory says nothing about the content.
+    """
     try:
         yield
     except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        if is_out_of_memory(error):
+            raise
         path = Path(folder) / "checkpoint.pt"
         raise UserError(
             f"{path} does not hold what it should ({_shortened(error)}): it was changed, "
-            f"or another version of minissl wrote it; start another run"
+            f"or another version of minissl wrote it; restore it from a copy, or train "
+            f"another run"
         ) from None
 
 

@@ -276,6 +276,10 @@ class Run:
             print(f"\nstopping after this step; {again} to stop at once", file=sys.stderr)
             signal.signal(number, signal.SIG_DFL)
 
+    def _restore_handlers(self):
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+
     # ---------------------------------------------------------------- after each step
 
     def end_step(self, step, losses, items):
@@ -286,8 +290,16 @@ class Run:
 
         Arguments: step, from 0; losses, {name: scalar tensor}; items, how many images or
         tokens this process took, a number or a scalar tensor.
-        Raises KeyboardInterrupt after a signal, once everything is saved.
+        Raises KeyboardInterrupt after a signal, once everything is saved. Whatever it raises,
+        Ctrl-C is then again what it was before `begin`.
         """
+        try:
+            self._end_step(step, losses, items)
+        except BaseException:
+            self._restore_handlers()
+            raise
+
+    def _end_step(self, step, losses, items):
         stopping = self._count(losses, items)
         done = step + 1
         last = done == self.settings.steps
@@ -411,8 +423,7 @@ class Run:
 
         measure: the command that makes the table, without the name of the folder, or None.
         """
-        for number, handler in self.handlers.items():
-            signal.signal(number, handler)
+        self._restore_handlers()
         folder = shlex.quote(str(self.folder))
         page = self.folder / "report.html"
         if distributed.RANK == 0:

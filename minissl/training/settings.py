@@ -22,6 +22,7 @@ from pathlib import Path
 
 from minissl import UserError
 from minissl.training import distributed
+from minissl.training.errors import is_compiler_error, is_out_of_memory
 from minissl.training.files import checkpoint_errors, load_checkpoint
 
 
@@ -287,31 +288,6 @@ def how_to_go_on(error, main):
         return ""
     then = "continue with --resume" if has_flag(main, "resume") else "start again"
     return f"; the disk is full: free some space, then {then}"
-
-
-OUT_OF_MEMORY = [
-    "out of memory",                        # CUDA, MPS
-    "can't allocate memory",                # the CPU on Linux and macOS
-    "not enough memory",                    # the CPU on Windows
-    "storage size calculation overflowed",  # more than any machine has: torch
-    "overflow when unpacking long",         # torch
-    "larger than the maximum possible size",          # NumPy
-    "int too large to convert",             # Python, for all three
-    "int too big to convert",
-    "cannot fit 'int' into an index-sized integer",
-]
-
-
-def is_out_of_memory(error):
-    if isinstance(error, MemoryError):
-        return True
-    message = str(error).lower()
-    return any(part in message for part in OUT_OF_MEMORY)
-
-
-def is_compiler_error(error):
-    """Whether torch.compile has failed, for example because there is no C++ compiler."""
-    return type(error).__module__.startswith(("torch._dynamo", "torch._inductor"))
 
 
 def has_flag(main, field_name):
