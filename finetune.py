@@ -441,9 +441,8 @@ def keep_classifier(run, model, conditions):
         old = None
     reason = None
     if old is not None and old["step"] == conditions["step"]:
-        same_data = load.is_same_source(old["data"], conditions["data"])
-        if "checksum" in old:
-            same_data = same_data and old["checksum"] == conditions["checksum"]
+        same_name = load.is_same_source(old["data"], conditions["data"])
+        same_data = same_name and old["checksum"] == conditions["checksum"]
         if conditions["limit"] and not old["limit"]:
             reason = "this table is a trial with --limit"
         elif same_data and old["labels"] > conditions["labels"]:

@@ -32,7 +32,7 @@ from minissl.evaluation import (
     probes,
     text_table,
 )
-from minissl.evaluation.classifier import Classifier, read_classifier
+from minissl.evaluation.classifier import Classifier, read_classifier, write_classifier
 from minissl.evaluation.columns import Column, LinearClassifier, standardize
 from minissl.evaluation.image_table import ImageOption, ImageTask
 from minissl.evaluation.text_table import TextOption, TextTask
@@ -716,6 +716,14 @@ def test_a_trial_replaces_a_trial(tmp_path):
     finetune.keep_classifier(tmp_path, nn.Linear(1, 1), CONDITIONS | dict(limit=12))
     finetune.keep_classifier(tmp_path, nn.Linear(1, 1), CONDITIONS | dict(limit=40, labels=101))
     assert read_classifier(tmp_path)["limit"] == 40
+
+
+def test_a_classifier_without_a_checksum_is_replaced(tmp_path):
+    old = CONDITIONS | dict(labels=200)
+    del old["checksum"]
+    write_classifier(tmp_path, nn.Linear(1, 1), old)
+    finetune.keep_classifier(tmp_path, nn.Linear(1, 1), CONDITIONS)
+    assert read_classifier(tmp_path)["labels"] == 100
 
 
 HEAD = b"labels_a_class,method,seed,test_accuracy,seconds,data,limit,step,checksum\n"
