@@ -40,10 +40,10 @@ once). Each row is kept as soon as it is finished.
     all together  texts: the sum of probe and fine-tuned encoder, plus the n-grams of
                   "self-trained". With rate 0 this is "self-trained".
 
-The table goes into finetune.csv and onto the page report.html of the run's folder. New rows
-replace old rows that were measured with the same labels, data, limit, pretraining steps and
---no-flip. All other rows stay. If the content of the data has changed (of much data, that of a
-sample), its old rows stay in a separate table.
+The table goes into finetune.csv (with --probe into probe.csv) and onto the page report.html of
+the run's folder. New rows replace old rows of the same labels, data, limit and pretraining steps,
+if images were mirrored in both or in neither. All other rows stay. If the content of the data has
+changed (of much data, that of a sample), its old rows stay in a separate table.
 
 The fine-tuned model of the row with the most labels goes into classifier.pt, for --predict,
 without n-grams. If classifier.pt already holds a model of more labels of the same data, that one
@@ -485,24 +485,22 @@ def make_table(settings, model, checkpoint, machine):
     else:
         flip = is_mirrored(settings, checkpoint)
         task = ImageTask(data, model, machine, new_model, flip, trained.get("code"))
-    # The measurements know a condition by the data's name, so this flag is a part of the name.
-    name_in_table = f"{name} --no-flip" if settings.no_flip else name
-    source = dict(data=name_in_table, limit=settings.limit, step=checkpoint["step"],
+    source = dict(data=name, limit=settings.limit, step=checkpoint["step"],
                   checksum=checksum(data))
+    mirrored = {True: "yes", False: "no", None: ""}[flip]
     shape = None if is_text else list(data.shape[1:])
 
     def keep(measurements, classifier, labels):
         """Write what a finished row has given."""
-        changed = add_measurements(path, measurements, source)
-        if changed:
+        rows, outdated = add_measurements(path, measurements, source | dict(mirrored=mirrored))
+        if outdated:
             print(f"{path}: the content of {name} has changed, so "
-                  f"{count_of(changed, 'older result')} moved to a separate table")
+                  f"{count_of(outdated, 'older result')} moved to a separate table")
         if not settings.probe:
-            conditions = dict(
-                source, data=name, classes=data.classes, shape=shape, labels=labels, flip=flip)
+            conditions = dict(source, classes=data.classes, shape=shape, labels=labels, flip=flip)
             keep_classifier(folder, classifier, conditions)
             if not (settings.limit and has_whole):
-                figure = report.label_figure(path, xmlns="http://www.w3.org/2000/svg")
+                figure = report.label_figure(rows, xmlns="http://www.w3.org/2000/svg")
                 write_atomically(folder / "finetune.svg", figure.encode())
         report.write_page(folder)
 
