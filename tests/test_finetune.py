@@ -226,6 +226,9 @@ def test_the_probe_alone_leaves_the_table_as_it_is(run, run_script):
         assert (run / name).read_text(encoding="utf-8") == "as it was"
     found = [(row["labels_a_class"], row["method"]) for row in read_rows(run / "probe.csv")]
     assert found == [("2", "linear probe")] * 2 + [("5", "linear probe")] * 2
+    page = (run / "report.html").read_text(encoding="utf-8")
+    section = page.partition("<h2>Linear probe</h2>")[2]
+    assert "over 2 draws of labels" in section and "<td>5</td>" in section
 
 
 def test_ctrl_c_keeps_the_finished_rows(run, run_script, brief, monkeypatch):
@@ -670,6 +673,9 @@ def test_other_content_under_the_same_name_stays_apart(run_script, tmp_path):
     assert "has changed, so 1 older result moved to a separate table" in printed
     old, new = by_condition(read_rows(folder / "probe.csv"))
     assert old.data == new.data == name and old.checksum != new.checksum
+    page = (folder / "report.html").read_text(encoding="utf-8")
+    assert page.count(f"{name} of other content (checksum {old.checksum})") == 1
+    assert page.count("of other content") == 1
 
 
 def test_content_that_comes_back_finds_its_old_rows(tmp_path):
@@ -1386,6 +1392,8 @@ def test_a_run_without_mirroring_has_one_table(image_run, run_script):
         assert code == 0, printed
     row, = read_rows(image_run / "probe.csv")
     assert row["mirrored"] == "no"
+    page = (image_run / "report.html").read_text(encoding="utf-8")
+    assert "shapes, without mirror images, after 90 steps" in page
 
 
 def test_written_features_are_mirrored_unless_forbidden(image_run, run_script, tmp_path):

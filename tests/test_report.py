@@ -295,9 +295,39 @@ def test_the_page_names_the_run_and_its_results(page):
     assert "cannot be read" not in shown
 
 
-def test_the_page_names_a_damaged_file(page):
-    shown = page({"metrics.csv": "step,seconds,loss\n1,1,x\n"})
-    assert shown.count("cannot be read") == 1 and "metrics.csv cannot be read" in shown
+WHOLE = measurement("10", "pixels", 50)
+WITHOUT_MIRRORED = {name: value for name, value in WHOLE.items() if name != "mirrored"}
+
+
+@pytest.mark.parametrize("name, content", [
+    ("config.json", "{"),
+    ("config.json", "[" * 100_000),
+    ("metrics.csv", "step,seconds,loss\n1,1,x\n"),
+    ("metrics.csv", f"step,loss\n-1{'0' * 400},1\n1,2\n"),
+    ("sentences.json", "3"),
+    ("finetune.csv", [WITHOUT_MIRRORED]),
+    ("finetune.csv", [WHOLE | dict(step="x")]),
+    ("finetune.csv", [WHOLE | dict(test_accuracy="inf")]),
+    ("finetune.csv", [WHOLE | dict(test_accuracy="nan")]),
+    ("finetune.csv", [WHOLE | dict(test_accuracy=-1e300)]),
+    ("finetune.csv", "labels_a_class\n10\n"),
+    ("probe.csv", [WHOLE | dict(test_accuracy="")]),
+])
+def test_the_page_says_what_to_do_with_a_damaged_file(name, content, page, tmp_path):
+    report.write_png(tmp_path / "map.png", random_image(64, 64))
+    shown = page({name: content})
+    sentence = (
+        f"<p>{name} cannot be read: it is damaged, or another version of minissl wrote it. "
+        f"Correct it, or move it away.</p>"
+    )
+    assert shown.count("cannot be read") == shown.count(sentence) == 1
+    assert "<h2>Map of the features</h2>" in shown            # the other sections are there
+
+
+def test_the_page_names_a_file_that_it_may_not_read(page, tmp_path):
+    (tmp_path / "metrics.csv").mkdir()
+    shown = page()
+    assert "metrics.csv cannot be read (Is a directory): make it readable, or move it" in shown
 
 
 START = "Test accuracy in %, mean ± standard deviation over"
@@ -341,10 +371,18 @@ def test_the_row_all_counts_trainings_and_no_draws(page):
     all_alone = [measurement("all", "pixels", 40)]
     all_alone += [measurement("all", "fine-tuned", 60)] * 2
     draws = [measurement("10", method, 20) for method in ("pixels", "fine-tuned")] * 5
-    first, = sentences_above_tables(page({"finetune.csv": draws + all_alone}))
-    second, = sentences_above_tables(page({"finetune.csv": all_alone}))
+    first, second = sentences_above_tables(page({
+        "finetune.csv": draws + all_alone, "probe.csv": all_alone,
+    }))
     assert f'{START} 5 draws of labels (row "all": over 1 to 2 trainings): x,' in first
     assert f"{START} 1 to 2 trainings with all labels: x," in second
+
+
+def test_the_linear_probe_has_a_section(page):
+    shown = page({"probe.csv": [measurement("10", "linear probe", 61)]})
+    assert "<h2>Results</h2>" not in shown
+    section = shown.partition("<h2>Linear probe</h2>")[2]
+    assert "<td>10</td><td>61.0</td>" in section and "linear probe 61.0" in section
 
 
 def test_a_column_that_is_often_empty_has_a_curve(page):
@@ -360,12 +398,13 @@ def test_the_page_needs_nothing_but_itself(page, tmp_path):
         "config.json": json.dumps(CONFIG),
         "metrics.csv": "step,loss\n1,2\n2,1\n",
         "finetune.csv": [measurement("10", "pixels", 20)],
+        "probe.csv": [measurement("10", "linear probe", 20)],
         "sentences.json": json.dumps([["a [MASK]", [" b"], [" c"]]]),
     })
     assert "cannot be read" not in shown
     titles = re.findall("<h2>(.*?)</h2>", shown)
     assert titles == [
-        "Results", "Masked words, filled in",
+        "Results", "Linear probe", "Masked words, filled in",
         *(title for title, _ in report.PICTURES.values()), "Learning curves",
     ]
     text = re.sub('base64,[^"]*', "", shown)

@@ -323,6 +323,9 @@ def label_figure(rows, width=640, height=300, **attributes):
 
 # ---------------------------------------------------------------- the page
 
+# For each file of measurements its title.
+RESULTS = {"finetune.csv": "Results", "probe.csv": "Linear probe"}
+
 # For each picture of the folder its title and its caption, in the order of the page.
 PICTURES = {
     "views.png": (
@@ -413,12 +416,13 @@ PAGE = """<!doctype html>
 def write_page(folder):
     """Write folder/report.html from the files in the folder.
 
-    A file that does not exist is left out. A file that cannot be read is named.
+    A file that does not exist is left out. For a file that cannot be read, the page says
+    what to do.
     """
     folder = Path(folder)
     sections = [
         ("config.json", origin),
-        ("finetune.csv", results),
+        *((name, results) for name in RESULTS),
         ("sentences.json", sentences),
         *((name, picture) for name in PICTURES),
         ("metrics.csv", curves),
@@ -431,11 +435,19 @@ def write_page(folder):
             continue
         try:
             body.append(section(path))
+        except OSError as error:
+            body.append(
+                f"<p>{name} cannot be read ({error.strerror}): make it readable, or move it "
+                f"away.</p>"
+            )
         except (
-            OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError,
-            csv.Error,
+            ValueError, TypeError, LookupError, AttributeError, RecursionError,
+            ArithmeticError, csv.Error,
         ):
-            body.append(f"<p>{name} cannot be read.</p>")
+            body.append(
+                f"<p>{name} cannot be read: it is damaged, or another version of minissl "
+                f"wrote it. Correct it, or move it away.</p>"
+            )
     page = PAGE.format(title=title, style=STYLE, body="\n".join(body))
     write_atomically(folder / "report.html", page.encode("utf-8", "replace"))
 
@@ -456,9 +468,9 @@ def origin(path):
 
 
 def results(path):
-    """finetune.csv: a table and a figure for each condition."""
+    """finetune.csv or probe.csv: a table and a figure for each condition."""
     rows_of = by_condition(read_csv(path))
-    parts = ["<h2>Results</h2>"]
+    parts = [f"<h2>{RESULTS[path.name]}</h2>"]
     for condition, rows in rows_of.items():
         head, *lines = table_of(rows, mean_and_spread_of)
         table = [table_row("th", head)]
