@@ -43,10 +43,10 @@ Each row is kept as soon as it is finished.
     all together  texts: the sum of probe and fine-tuned encoder, plus the n-grams of
                   "self-trained". With rate 0 this is "self-trained".
 
-The table goes into finetune.csv and onto the page report.html of the run's folder. New rows
-replace old rows that were measured with the same labels, data, limit, pretraining steps and
---no-flip. All other rows stay. If the content of the data has changed (of much data, that of a
-sample), its old rows stay in a separate table.
+The table goes into finetune.csv (with --probe into probe.csv) and onto the page report.html of
+the run's folder. New rows replace old rows of the same labels, data, limit and pretraining steps,
+if images were mirrored in both or in neither. All other rows stay. If the content of the data has
+changed (of much data, that of a sample), its old rows stay in a separate table.
 
 The fine-tuned model of the row with the most labels goes into classifier.pt, for --predict,
 without n-grams. If classifier.pt already holds a model of more labels of the same data, that one
@@ -368,8 +368,7 @@ def measure_row(settings, task, columns, labels_a_class):
     """One row of the table: (measurements, the model of the last repetition, number of labels).
 
     The model is that of the column "fine-tuned", or None if there is no such column. For the
-    measurements see evaluation/measurements.py; `add_measurements` adds data, limit, step and
-    checksum.
+    measurements see evaluation/measurements.py; `add_measurements` adds the condition.
     """
     title = "1 label a class" if labels_a_class == "1" else f"{labels_a_class} labels a class"
     print(title, flush=True)
@@ -467,9 +466,8 @@ def keep_classifier(run, model, conditions):
         old = None
     reason = None
     if old is not None and old["step"] == conditions["step"]:
-        same_data = load.is_same_source(old["data"], conditions["data"])
-        if "checksum" in old:
-            same_data = same_data and old["checksum"] == conditions["checksum"]
+        same_name = load.is_same_source(old["data"], conditions["data"])
+        same_data = same_name and old["checksum"] == conditions["checksum"]
         if conditions["limit"] and not old["limit"]:
             reason = "this table is a trial with --limit"
         elif same_data and old["labels"] > conditions["labels"]:
@@ -512,24 +510,22 @@ def make_table(settings, model, checkpoint, machine):
     else:
         flip = is_mirrored(settings, checkpoint)
         task = ImageTask(data, model, machine, new_model, flip, trained.get("code"))
-    # The measurements know a condition by the data's name, so this flag is a part of the name.
-    name_in_table = f"{name} --no-flip" if settings.no_flip else name
-    source = dict(data=name_in_table, limit=settings.limit, step=checkpoint["step"],
+    source = dict(data=name, limit=settings.limit, step=checkpoint["step"],
                   checksum=checksum(data))
+    mirrored = {True: "yes", False: "no", None: ""}[flip]
     shape = None if is_text else list(data.shape[1:])
 
     def keep(measurements, classifier, labels):
         """Write what a finished row has given."""
-        changed = add_measurements(path, measurements, source)
-        if changed:
+        rows, outdated = add_measurements(path, measurements, source | dict(mirrored=mirrored))
+        if outdated:
             print(f"{path}: the content of {name} has changed, so "
-                  f"{count_of(changed, 'older result')} moved to a separate table")
+                  f"{count_of(outdated, 'older result')} moved to a separate table")
         if not settings.probe:
-            conditions = dict(
-                source, data=name, classes=data.classes, shape=shape, labels=labels, flip=flip)
+            conditions = dict(source, classes=data.classes, shape=shape, labels=labels, flip=flip)
             keep_classifier(folder, classifier, conditions)
             if not (settings.limit and has_whole):
-                figure = report.label_figure(path, xmlns="http://www.w3.org/2000/svg")
+                figure = report.label_figure(rows, xmlns="http://www.w3.org/2000/svg")
                 write_atomically(folder / "finetune.svg", figure.encode())
         report.write_page(folder)
 

@@ -22,9 +22,9 @@ from minissl.evaluation import probes
 from minissl.evaluation.columns import PROBE_STRENGTHS, standardize
 from minissl.evaluation.features import image_features
 from minissl.optim import lr_schedule, muon_and_adam, step_optimizers
+from minissl.training.accuracies import mean_and_spread
 from minissl.training.files import progress
 from minissl.training.machine import move_to_device
-from minissl.training.report import mean_and_spread
 
 
 POOL = 1000                 # pairs among which retrieval searches

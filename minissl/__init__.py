@@ -42,6 +42,7 @@ What the scripts need, in three folders:
         run.py           the folder of a run: log, checkpoints, resuming
         distributed.py   several processes
         files.py         downloads, archives, writing files safely
+        accuracies.py    what finetune.py measured, grouped and averaged
         errors.py        too little memory, in all its words
         report.py        the page of a run, and its pictures
 

@@ -32,13 +32,14 @@ from minissl.evaluation import (
     probes,
     text_table,
 )
-from minissl.evaluation.classifier import Classifier, read_classifier
+from minissl.evaluation.classifier import Classifier, read_classifier, write_classifier
 from minissl.evaluation.columns import Column, LinearClassifier, standardize
 from minissl.evaluation.image_table import ImageOption, ImageTask
 from minissl.evaluation.probes import LinearModel
 from minissl.evaluation.text_table import TextOption, TextTask
 from minissl.optim import Muon
 from minissl.training import distributed, files, report
+from minissl.training.accuracies import by_condition
 from minissl.transformer import TextEncoder
 
 
@@ -173,8 +174,8 @@ def test_the_table_goes_into_csv_and_page(run, run_script, brief):
     assert {(row["labels_a_class"], row["method"]) for row in rows} == {
         (labels, method) for labels in ("10", "all") for method in methods}
     assert list(rows[0]) == ["labels_a_class", "method", "seed", "test_accuracy", "seconds",
-                             "data", "limit", "step", "checksum"]
-    assert {(row["limit"], row["step"]) for row in rows} == {("0", "90")}
+                             "data", "limit", "step", "checksum", "mirrored"]
+    assert {(row["limit"], row["step"], row["mirrored"]) for row in rows} == {("0", "90", "")}
     accuracies = [float(row["test_accuracy"]) for row in rows if row["method"] == "linear probe"]
     assert np.mean(accuracies) > 90     # the topics share almost no noun
     assert "fine-tuned" in (run / "report.html").read_text(encoding="utf-8")
@@ -230,6 +231,9 @@ def test_the_probe_alone_leaves_the_table_as_it_is(run, run_script):
         assert (run / name).read_text(encoding="utf-8") == "as it was"
     found = [(row["labels_a_class"], row["method"]) for row in read_rows(run / "probe.csv")]
     assert found == [("2", "linear probe")] * 2 + [("5", "linear probe")] * 2
+    page = (run / "report.html").read_text(encoding="utf-8")
+    section = page.partition("<h2>Linear probe</h2>")[2]
+    assert "over 2 draws of labels" in section and "<td>5</td>" in section
 
 
 def test_ctrl_c_keeps_the_finished_rows(run, run_script, brief, monkeypatch):
@@ -606,15 +610,17 @@ def test_many_class_names_are_shortened():
 
 # ---------------------------------------------------------------- a trial beside a result
 
-def measurement(labels="10", method="pixels", accuracy=50.0, data="a.npy", limit=0, step=90,
-                checksum="1"):
+CONDITION = dict(data="a.npy", limit=0, step=90, checksum="1", mirrored="yes")
+
+
+def measurement(labels="10", method="pixels", accuracy=50.0, **changed):
     return dict(labels_a_class=labels, method=method, seed=0, test_accuracy=accuracy, seconds=1.0,
-                data=data, limit=limit, step=step, checksum=checksum)
+                **CONDITION | changed)
 
 
 @pytest.mark.parametrize("change", [
     dict(labels="50"), dict(method="fine-tuned"), dict(data="b.npy"), dict(limit=12),
-    dict(step=100), dict(checksum="2")])
+    dict(step=100), dict(checksum="2"), dict(mirrored="no")])
 def test_rows_of_other_measurements_stay(change, tmp_path):
     path = tmp_path / "finetune.csv"
     files.write_csv(path, [measurement(), measurement(**change)])
@@ -651,15 +657,30 @@ def test_the_figure_of_a_trial_shows_all_its_rows(run, run_script, brief):
     flags = [*CPU, "--labels", 5, 10, "--seeds", 1, "--limit", 40]
     code, printed = run_script(finetune, run, *flags)
     assert code == 0, printed
-    figure = report.label_figure(run / "finetune.csv", xmlns="http://www.w3.org/2000/svg")
+    rows = read_rows(run / "finetune.csv")
+    figure = report.label_figure(rows, xmlns="http://www.w3.org/2000/svg")
     assert (run / "finetune.svg").read_text(encoding="utf-8") == figure
+    assert ">5<" in figure and ">10<" in figure
 
 
-def test_one_path_in_two_spellings_is_one_source():
-    old = [measurement(data=name, limit="0") for name in ("./d/a.npy", "d/../d/a.npy", "b.npy")]
-    source = dict(data="d/a.npy", limit=0, checksum="1")
-    assert measurements.rename_other_data(old, source) == 0
-    assert [row["data"] for row in old] == ["d/a.npy", "d/a.npy", "b.npy"]
+def test_the_figure_shows_the_newest_condition_alone(run, run_script, brief):
+    other = measurement("7", "pixels", data="other.npy")
+    files.write_csv(run / "finetune.csv", [other])
+    code, printed = run_script(finetune, run, *CPU, "--labels", 2, "--seeds", 1)
+    assert code == 0, printed
+    figure = (run / "finetune.svg").read_text(encoding="utf-8")
+    assert "pixels" not in figure and "fine-tuned" in figure
+    assert "other.npy" in (run / "report.html").read_text(encoding="utf-8")
+
+
+def test_one_path_in_two_spellings_is_one_source(tmp_path):
+    path = tmp_path / "finetune.csv"
+    for labels, name in (("1", "./d/a.npy"), ("2", "b.npy"), ("3", "d/../d/a.npy")):
+        shared = CONDITION | dict(data=name)
+        _, outdated = measurements.add_measurements(path, [measurement(labels)], shared)
+        assert outdated == 0
+    names = [(row["labels_a_class"], row["data"]) for row in read_rows(path)]
+    assert names == [("2", "b.npy"), ("1", "d/../d/a.npy"), ("3", "d/../d/a.npy")]
     assert load.is_same_source("imdb", "imdb") and not load.is_same_source("imdb", "./imdb")
 
 
@@ -676,32 +697,40 @@ def test_other_content_under_the_same_name_stays_apart(run_script, tmp_path):
         assert code == 0, printed
         labels = 1 - labels         # the same images and the same split
     assert "has changed, so 1 older result moved to a separate table" in printed
-    old, new = report.conditions(folder / "probe.csv")
-    assert old[0].startswith(f"{name} (other content, checksum ") and new[0] == name
+    old, new = by_condition(read_rows(folder / "probe.csv"))
+    assert old.data == new.data == name and old.checksum != new.checksum
+    page = (folder / "report.html").read_text(encoding="utf-8")
+    assert page.count(f"{name} of other content (checksum {old.checksum})") == 1
+    assert page.count("of other content") == 1
 
 
 def test_content_that_comes_back_finds_its_old_rows(tmp_path):
     path = tmp_path / "finetune.csv"
-    for accuracy, checksum in ((50, "a"), (60, "b"), (51, "a")):
-        row = measurement(accuracy=accuracy)
-        source = dict(data="a.npy", limit=0, step=1, checksum=checksum)
-        measurements.add_measurements(path, [row], source)
-    old, new = measurements.read_measurements(path)
-    assert (old["test_accuracy"], new["test_accuracy"]) == ("60", "51")
-    assert old["data"] == "a.npy (other content, checksum b)" and new["data"] == "a.npy"
+    for labels, accuracy, checksum, expected in (
+            ("10", 50, "a", 0), ("10", 60, "b", 1), ("20", 61, "b", 0), ("10", 51, "a", 2)):
+        shared = CONDITION | dict(checksum=checksum)
+        rows, outdated = measurements.add_measurements(
+            path, [measurement(labels, accuracy=accuracy)], shared)
+        assert outdated == expected
+        assert {row["checksum"] for row in rows} == {checksum}
+    before = measurements.read_measurements(path)
+    assert [row["test_accuracy"] for row in before] == ["60", "61", "51"]
     # What another --limit has measured says nothing about the content.
-    source = dict(data="a.npy", limit=7, step=1, checksum="c")
-    assert measurements.add_measurements(path, [measurement()], source) == 0
-    assert measurements.read_measurements(path)[:2] == [old, new]
+    shared = CONDITION | dict(checksum="c", limit=7)
+    assert measurements.add_measurements(path, [measurement()], shared)[1] == 0
+    assert measurements.read_measurements(path)[:3] == before
 
 
-def test_rows_without_a_checksum_stay_in_a_separate_table(tmp_path):
+def test_a_csv_of_another_version_is_refused_and_named(run, run_script):
     row = measurement()
-    del row["checksum"]
-    files.write_csv(tmp_path / "finetune.csv", [row])
-    old = measurements.read_measurements(tmp_path / "finetune.csv")
-    assert measurements.rename_other_data(old, dict(data="a.npy", limit=0, checksum="1")) == 1
-    assert old[0]["data"] == "a.npy (other content, checksum unknown)"
+    del row["mirrored"]
+    files.write_csv(run / "probe.csv", [row])
+    before = (run / "probe.csv").read_bytes()
+    code, printed = run_script(finetune, run, *CPU, "--labels", 2, "--probe")
+    assert code == 2 and "draw 1" not in printed
+    sentence = printed.splitlines()[-1]
+    assert "probe.csv has no column mirrored" in sentence and "move it away" in sentence
+    assert (run / "probe.csv").read_bytes() == before
 
 
 def test_rows_that_came_while_measuring_are_kept(run, run_script, monkeypatch):
@@ -744,19 +773,29 @@ def test_a_trial_replaces_a_trial(tmp_path):
     assert read_classifier(tmp_path)["limit"] == 40
 
 
-HEAD = b"labels_a_class,method,seed,test_accuracy,seconds,data,limit,step,checksum\n"
+def test_a_classifier_without_a_checksum_is_replaced(tmp_path):
+    old = CONDITIONS | dict(labels=200)
+    del old["checksum"]
+    write_classifier(tmp_path, nn.Linear(1, 1), old)
+    finetune.keep_classifier(tmp_path, nn.Linear(1, 1), CONDITIONS)
+    assert read_classifier(tmp_path)["labels"] == 100
+
+
+HEAD = b"labels_a_class,method,seed,test_accuracy,seconds,data,limit,step,checksum,mirrored\n"
 
 
 @pytest.mark.parametrize("content", [
-    b"a,b\n1,2\n", b"\xff\xfe", b"x" * 200_000,
-    b"labels_a_class,method,data,limit,step\nten,pixels,a,0,1\n",
-    HEAD + b'2,pixels,0,"100,0",1.0,a,0,90,1\n',
-    HEAD + b"2,pixels,0,100%,1.0,a,0,90,1\n",
-    HEAD + b"2,pixels,0,nan,1.0,a,0,90,1\n",
-    HEAD + b"2,pixels,0,50.0,1 s,a,0,90,1\n",
-    HEAD + b"2,pixels,0.0,50.0,1.0,a,0,90,1\n",
-    HEAD + b"2,pixels,0,50.0,1.0,a,0,90\n",
-    HEAD + b"2,pixels,0,50.0,1.0,a,0,90,1,1\n",
+    b"\xff\xfe", b"x" * 200_000,
+    HEAD + b"ten,pixels,0,50.0,1.0,a,0,90,1,yes\n",
+    HEAD + b'2,pixels,0,"100,0",1.0,a,0,90,1,yes\n',
+    HEAD + b"2,pixels,0,100%,1.0,a,0,90,1,yes\n",
+    HEAD + b"2,pixels,0,nan,1.0,a,0,90,1,yes\n",
+    HEAD + b"2,pixels,0,500,1.0,a,0,90,1,yes\n",
+    HEAD + b"2,pixels,0,50.0,1 s,a,0,90,1,yes\n",
+    HEAD + b"2,pixels,0,50.0,nan,a,0,90,1,yes\n",
+    HEAD + b"2,pixels,0.0,50.0,1.0,a,0,90,1,yes\n",
+    HEAD + b"2,pixels,0,50.0,1.0,a,0,90,1\n",
+    HEAD + b"2,pixels,0,50.0,1.0,a,0,90,1,yes,1\n",
 ])
 def test_a_damaged_csv_is_refused_before_measuring(content, run, run_script):
     (run / "finetune.csv").write_bytes(content)
@@ -1364,9 +1403,24 @@ def test_images_are_not_mirrored_where_that_is_forbidden(
                                    "--limit", 100, *flags)
         assert code == 0 and flips == expected, printed
         assert read_classifier(image_run)["flip"] == (not flags)
-    assert report.conditions(image_run / "finetune.csv") == [
-        ("shapes", "100", "90"), ("shapes --no-flip", "100", "90"),
+    conditions = by_condition(read_rows(image_run / "finetune.csv"))
+    assert [(each.data, each.limit, each.mirrored) for each in conditions] == [
+        ("shapes", "100", "yes"), ("shapes", "100", "no"),
     ]
+
+
+def test_a_run_without_mirroring_has_one_table(image_run, run_script):
+    checkpoint = files.load_checkpoint(image_run)
+    checkpoint["settings"]["no_flip"] = True
+    files.write_checkpoint(image_run / "checkpoint.pt", checkpoint)
+    for flags in ([], ["--no-flip"]):
+        code, printed = run_script(finetune, image_run, *CPU, "--labels", 3, "--seeds", 1,
+                                   "--limit", 100, "--probe", *flags)
+        assert code == 0, printed
+    row, = read_rows(image_run / "probe.csv")
+    assert row["mirrored"] == "no"
+    page = (image_run / "report.html").read_text(encoding="utf-8")
+    assert "shapes, without mirror images, after 90 steps" in page
 
 
 def test_written_features_are_mirrored_unless_forbidden(image_run, run_script, tmp_path):

@@ -1,5 +1,6 @@
 """Pictures, curves, the table and the page: what they show, by reading them back."""
 
+import html
 import json
 import re
 import struct
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from minissl.training import report
+from minissl.training import accuracies, files, report
 
 
 # ---------------------------------------------------------------- PNG pictures
@@ -137,23 +138,22 @@ def test_a_curve_of_one_point_can_be_drawn():
 
 # ---------------------------------------------------------------- the table
 
-HEAD = "labels_a_class,method,seed,test_accuracy,seconds,data"
+CONDITION = dict(data="x", limit=0, step=30, checksum="1", mirrored="yes")
 
 
-@pytest.fixture
-def table(tmp_path):
-    """table(lines, head) -> the path of a finetune.csv with these lines"""
-    def write(lines, head=HEAD):
-        path = tmp_path / "finetune.csv"
-        path.write_text("\n".join([head, *lines]) + "\n", encoding="utf-8")
-        return path
-    return write
+def measurement(labels, method, accuracy, **changed):
+    return dict(labels_a_class=labels, method=method, seed=0, test_accuracy=accuracy, seconds=1,
+                **CONDITION | changed)
 
 
-def test_the_table_shows_mean_and_sample_deviation(table):
-    path = table(["10,pixels,0,20,1,x", "10,pixels,1,30,1,x", "all,pixels,0,40,1,x"])
-    assert report.label_table(path) == [
-        ["labels a class", "pixels"], ["10", "25.0 ± 7.1"], ["all", "40.0"],
+def test_the_table_shows_mean_and_sample_deviation():
+    rows = [
+        measurement("10", "pixels", 20), measurement("10", "pixels", 30),
+        measurement("all", "pixels", 40), measurement("all", "fine-tuned", 60),
+    ]
+    assert accuracies.table_of(rows, accuracies.mean_and_spread_of) == [
+        ["labels a class", "pixels", "fine-tuned"],
+        ["10", "25.0 ± 7.1", ""], ["all", "40.0", "60.0"],
     ]
 
 
@@ -161,12 +161,13 @@ def heights_of_circles(figure):
     return [float(y) for y in re.findall(r'<circle cx="[\d.]+" cy="([\d.]+)"', figure)]
 
 
-def test_the_figure_is_as_high_as_the_accuracy(table):
-    path = table([
-        "10,pixels,0,20,1,x", "10,pixels,1,30,1,x", "10,fine-tuned,0,50,1,x",
-        "all,pixels,0,40,1,x", "all,fine-tuned,0,60,1,x",
-    ])
-    figure = report.label_figure(path, height=300)
+def test_the_figure_is_as_high_as_the_accuracy():
+    rows = [
+        measurement("10", "pixels", 20), measurement("10", "pixels", 30),
+        measurement("10", "fine-tuned", 50),
+        measurement("all", "pixels", 40), measurement("all", "fine-tuned", 60),
+    ]
+    figure = report.label_figure(rows, height=300)
     tuned_10, tuned_all, pixels_10, pixels_all = heights_of_circles(figure)
     ten_points = tuned_10 - tuned_all         # fine-tuned comes first: it ends higher
     assert ten_points > 10
@@ -176,12 +177,13 @@ def test_the_figure_is_as_high_as_the_accuracy(table):
         assert name in figure
 
 
-def test_a_bar_reaches_one_deviation_up_and_down(table):
-    path = table([
-        "10,pixels,0,20,1,x", "10,pixels,1,30,1,x", "10,fine-tuned,0,50,1,x",
-        "all,pixels,0,60,1,x", "all,fine-tuned,0,60,1,x",
-    ])
-    figure = report.label_figure(path)
+def test_a_bar_reaches_one_deviation_up_and_down():
+    rows = [
+        measurement("10", "pixels", 20), measurement("10", "pixels", 30),
+        measurement("10", "fine-tuned", 50),
+        measurement("all", "pixels", 60), measurement("all", "fine-tuned", 60),
+    ]
+    figure = report.label_figure(rows)
     vertical = r'<line x1="([\d.]+)" x2="\1" y1="([\d.]+)" y2="([\d.]+)"'
     _, low, high = map(float, re.findall(vertical, figure)[0])
     pixels, _, tuned, _ = heights_of_circles(figure)      # 25 ± 7.1 at 10 labels, and 50
@@ -191,35 +193,39 @@ def test_a_bar_reaches_one_deviation_up_and_down(table):
     assert len(names) == 2 and names[1] - names[0] >= 12  # no name covers another
 
 
-def test_no_accuracy_is_above_100(table):
-    path = table(["10,pixels,0,100,1,x", "10,pixels,1,95,1,x"])
-    figure = report.label_figure(path)                    # 97.5 ± 3.5
+def test_no_accuracy_is_above_100():
+    rows = [measurement("10", "pixels", 100), measurement("10", "pixels", 95)]
+    figure = report.label_figure(rows)                    # 97.5 ± 3.5
     assert ">100<" in figure and ">90<" in figure and ">110<" not in figure
     ends = [float(y) for y in re.findall(r'y2="([-\d.]+)"', figure)]
     assert min(ends) == 20                                # the line of 100 %
 
 
-FULL_HEAD = HEAD + ",limit,step"
+def test_the_figure_has_no_point_for_an_empty_cell():
+    rows = [
+        measurement("10", "pixels", 20), measurement("all", "pixels", 40),
+        measurement("all", "fine-tuned", 60),
+    ]
+    assert len(heights_of_circles(report.label_figure(rows))) == 3
+
+
 SEVERAL = [
-    "10,pixels,0,20,1,x,0,30", "10,pixels,1,30,1,x,0,30", "all,pixels,0,40,1,x,0,30",
-    "all,fine-tuned,0,60,1,x,0,30",
-    "1,pixels,0,90,1,x,12,30", "10,pixels,0,80,1,<y>,,30", "10,pixels,0,70,1,x,0,1500",
+    measurement("10", "pixels", 20), measurement("10", "pixels", 30),
+    measurement("all", "pixels", 40), measurement("all", "fine-tuned", 60),
+    measurement("1", "pixels", 90, limit=12),
+    measurement("10", "pixels", 80, data="<y>", mirrored=""),
+    measurement("10", "pixels", 70, step=1500),
+    measurement("10", "pixels", 50, mirrored="no"),
 ]
 
 
-def test_rows_of_different_conditions_are_not_mixed(table):
-    path = table(SEVERAL, FULL_HEAD)
-    assert report.conditions(path) == [
-        ("x", "", "30"), ("x", "12", "30"), ("<y>", "", "30"), ("x", "", "1500"),
+def test_rows_of_different_conditions_are_not_mixed():
+    groups = accuracies.by_condition(SEVERAL)
+    assert list(groups) == [
+        ("x", "0", "30", "1", "yes"), ("x", "12", "30", "1", "yes"), ("<y>", "0", "30", "1", ""),
+        ("x", "0", "1500", "1", "yes"), ("x", "0", "30", "1", "no"),
     ]
-    assert report.label_table(path, ("x", "", "30")) == [
-        ["labels a class", "pixels", "fine-tuned"],
-        ["10", "25.0 ± 7.1", ""], ["all", "40.0", "60.0"],
-    ]
-    assert report.label_table(path, ("x", "12", "30"))[1] == ["1", "90.0"]
-    assert report.label_table(path)[1] == ["10", "70.0"]        # those of the last row
-    figure = report.label_figure(path, ("x", "", "30"))
-    assert len(heights_of_circles(figure)) == 3           # the empty cell has no point
+    assert [len(rows) for rows in groups.values()] == [4, 1, 1, 1, 1]
 
 
 # ---------------------------------------------------------------- the page
@@ -231,10 +237,16 @@ CONFIG = dict(
 
 @pytest.fixture
 def page(tmp_path):
-    """page({name: content}) -> report.html of a folder with these files"""
+    """page({name: content}) -> report.html of a folder with these files
+
+    A content is a text, or the rows of a .csv.
+    """
     def make(contents=()):
         for name, content in dict(contents).items():
-            (tmp_path / name).write_text(content, encoding="utf-8")
+            if isinstance(content, list):
+                files.write_csv(tmp_path / name, content)
+            else:
+                (tmp_path / name).write_text(content, encoding="utf-8")
         report.write_page(tmp_path)
         return (tmp_path / "report.html").read_text(encoding="utf-8")
     return make
@@ -256,39 +268,121 @@ def test_html_in_names_and_settings_is_not_obeyed(page):
     config = dict(CONFIG, command="<q>", settings=dict(data="<i>"))
     shown = page({
         "config.json": json.dumps(config),
-        "finetune.csv": f"{FULL_HEAD}\n10,<u>,0,20,1,<s>,<q>,30\n",
+        "finetune.csv": [
+            measurement("<i>", "<u>", 20, data="<s>", limit="<q>", checksum="<u>"),
+            measurement("10", "pixels", 20, data="<s>", limit="<q>"),
+        ],
         "metrics.csv": "step,<q>\n1,2\n",
     })
+    assert "(checksum &lt;u&gt;)" in shown
     assert "cannot be read" not in shown
     assert not re.search("<[iusq]>", shown)
 
 
-def test_the_page_names_the_run_and_damaged_files(page):
+def test_the_page_names_the_run_and_its_results(page):
     shown = page({
         "config.json": json.dumps(CONFIG),
-        "finetune.csv": f"{HEAD},step\n10,pixels,0,20,1,<x>,30\nall,pixels,0,40,1,<x>,30\n",
-        "metrics.csv": "step,seconds,loss\n1,1,x\n",
+        "finetune.csv": [
+            measurement("10", "pixels", 20, data="<x>"),
+            measurement("all", "pixels", 40, data="<x>"),
+        ],
     })
     origin = "python x.py</code><br>last started today, Python 3.99, torch 2.88"
     assert origin in shown
     assert shown.count("<td>10</td><td>20.0</td>") == 1
     assert shown.count("<td>all</td><td>40.0</td>") == 1
-    assert "1 draw of labels: &lt;x&gt;, after 30 steps of pretraining.</p>" in shown
-    assert shown.count("cannot be read") == 1 and "metrics.csv cannot be read" in shown
+    assert "&lt;x&gt;, after 30 steps of pretraining.</p>" in shown
+    assert "cannot be read" not in shown
+
+
+WHOLE = measurement("10", "pixels", 50)
+WITHOUT_MIRRORED = {name: value for name, value in WHOLE.items() if name != "mirrored"}
+
+
+@pytest.mark.parametrize("name, content", [
+    ("config.json", "{"),
+    ("config.json", "[" * 100_000),
+    ("metrics.csv", "step,seconds,loss\n1,1,x\n"),
+    ("metrics.csv", f"step,loss\n-1{'0' * 400},1\n1,2\n"),
+    ("sentences.json", "3"),
+    ("finetune.csv", [WITHOUT_MIRRORED]),
+    ("finetune.csv", [WHOLE | dict(step="x")]),
+    ("finetune.csv", [WHOLE | dict(test_accuracy="inf")]),
+    ("finetune.csv", [WHOLE | dict(test_accuracy="nan")]),
+    ("finetune.csv", [WHOLE | dict(test_accuracy=-1e300)]),
+    ("finetune.csv", "labels_a_class\n10\n"),
+    ("probe.csv", [WHOLE | dict(test_accuracy="")]),
+])
+def test_the_page_says_what_to_do_with_a_damaged_file(name, content, page, tmp_path):
+    report.write_png(tmp_path / "map.png", random_image(64, 64))
+    shown = page({name: content})
+    sentence = (
+        f"<p>{name} cannot be read: it is damaged, or another version of minissl wrote it. "
+        f"Correct it, or move it away.</p>"
+    )
+    assert shown.count("cannot be read") == shown.count(sentence) == 1
+    assert "<h2>Map of the features</h2>" in shown            # the other sections are there
+
+
+def test_the_page_names_a_file_that_it_may_not_read(page, tmp_path):
+    (tmp_path / "metrics.csv").mkdir()
+    shown = page()
+    assert "metrics.csv cannot be read (Is a directory): make it readable, or move it" in shown
+
+
+START = "Test accuracy in %, mean ± standard deviation over"
+
+
+def sentences_above_tables(shown):
+    return re.findall("<p>(Test accuracy.*?)</p>", html.unescape(shown))
 
 
 def test_the_page_has_a_table_for_each_condition(page):
-    shown = page({"finetune.csv": "\n".join([FULL_HEAD, *SEVERAL]) + "\n"})
-    assert shown.count("<h2>Results</h2>") == 1 and shown.count("<table>") == 4
-    sentences = re.findall("<p>(Test accuracy.*?)</p>", shown)
-    start = "Test accuracy in %, mean ± standard deviation over"
-    assert sentences == [
-        f"{start} 1 to 2 draws of labels: x, after 30 steps of pretraining.",
-        f"{start} 1 draw of labels: x, after 30 steps of pretraining. "
+    shown = page({"finetune.csv": SEVERAL})
+    assert shown.count("<h2>Results</h2>") == 1 and shown.count("<table>") == 5
+    assert sentences_above_tables(shown) == [
+        f'{START} 2 draws of labels (row "all": over 1 training): '
+        f"x, after 30 steps of pretraining.",
+        f"{START} 1 draw of labels: x, after 30 steps of pretraining. "
         f"This is a trial with --limit 12: it used a part of the data.",
-        f"{start} 1 draw of labels: &lt;y&gt;, after 30 steps of pretraining.",
-        f"{start} 1 draw of labels: x, after 1,500 steps of pretraining.",
+        f"{START} 1 draw of labels: <y>, after 30 steps of pretraining.",
+        f"{START} 1 draw of labels: x, after 1,500 steps of pretraining.",
+        f"{START} 1 draw of labels: x, without mirror images, after 30 steps of pretraining.",
     ]
+
+
+def test_other_content_of_the_same_data_has_a_separate_table(page):
+    shown = page({"finetune.csv": [
+        measurement("10", "pixels", 20, checksum="a"),
+        measurement("10", "pixels", 30, checksum="a", step=60),
+        measurement("10", "pixels", 40, checksum="b", limit=12),
+        measurement("10", "pixels", 50, checksum="b", data="y"),
+        measurement("10", "pixels", 60, checksum="c"),
+    ]})
+    found = [sentence.removeprefix(f"{START} 1 draw of labels: ")
+             for sentence in sentences_above_tables(shown)]
+    assert found[0] == "x of other content (checksum a), after 30 steps of pretraining."
+    assert found[1] == "x of other content (checksum a), after 60 steps of pretraining."
+    assert found[4] == "x, after 30 steps of pretraining."
+    assert shown.count("of other content") == 2
+
+
+def test_the_row_all_counts_trainings_and_no_draws(page):
+    all_alone = [measurement("all", "pixels", 40)]
+    all_alone += [measurement("all", "fine-tuned", 60)] * 2
+    draws = [measurement("10", method, 20) for method in ("pixels", "fine-tuned")] * 5
+    first, second = sentences_above_tables(page({
+        "finetune.csv": draws + all_alone, "probe.csv": all_alone,
+    }))
+    assert f'{START} 5 draws of labels (row "all": over 1 to 2 trainings): x,' in first
+    assert f"{START} 1 to 2 trainings with all labels: x," in second
+
+
+def test_the_linear_probe_has_a_section(page):
+    shown = page({"probe.csv": [measurement("10", "linear probe", 61)]})
+    assert "<h2>Results</h2>" not in shown
+    section = shown.partition("<h2>Linear probe</h2>")[2]
+    assert "<td>10</td><td>61.0</td>" in section and "linear probe 61.0" in section
 
 
 def test_a_column_that_is_often_empty_has_a_curve(page):
@@ -303,13 +397,14 @@ def test_the_page_needs_nothing_but_itself(page, tmp_path):
     shown = page({
         "config.json": json.dumps(CONFIG),
         "metrics.csv": "step,loss\n1,2\n2,1\n",
-        "finetune.csv": f"{HEAD}\n10,pixels,0,20,1,x\n",
+        "finetune.csv": [measurement("10", "pixels", 20)],
+        "probe.csv": [measurement("10", "linear probe", 20)],
         "sentences.json": json.dumps([["a [MASK]", [" b"], [" c"]]]),
     })
     assert "cannot be read" not in shown
     titles = re.findall("<h2>(.*?)</h2>", shown)
     assert titles == [
-        "Results", "Masked words, filled in",
+        "Results", "Linear probe", "Masked words, filled in",
         *(title for title, _ in report.PICTURES.values()), "Learning curves",
     ]
     text = re.sub('base64,[^"]*', "", shown)

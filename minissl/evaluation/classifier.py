@@ -43,9 +43,8 @@ class Classifier(nn.Module):
 
 # ---------------------------------------------------------------- classifier.pt
 
-CLASSIFIER_FORMAT = "minissl classifier 5"
-# The checksum is not required, because older files have none.
-CONDITIONS = ("step", "classes", "shape", "flip", "data", "limit", "labels")
+CLASSIFIER_FORMAT = "minissl classifier 6"
+CONDITIONS = ("step", "classes", "shape", "flip", "data", "limit", "labels", "checksum")
 
 
 def write_classifier(run, model, conditions):

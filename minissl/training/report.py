@@ -3,7 +3,7 @@
     write_png(path, grid([batch, batch]))     rows of images
     write_png(path, scatter(points, labels))  features in two dimensions
     curve(steps, values)                      one column of metrics.csv
-    label_figure("runs/x/finetune.csv")       accuracy over the number of labels
+    label_figure(rows)                        accuracy over the number of labels
     write_page("runs/x")                      everything in the folder, as report.html
 
 No plotting package is needed: a PNG is three chunks around zlib, and a curve is a line
@@ -27,6 +27,16 @@ from pathlib import Path
 
 import numpy as np
 
+from minissl.training.accuracies import (
+    accuracies_of,
+    by_cell,
+    by_condition,
+    labels_and_methods,
+    mean_and_spread_of,
+    mean_and_std,
+    table_of,
+    with_comparable_content,
+)
 from minissl.training.files import read_csv, write_atomically
 
 
@@ -228,10 +238,9 @@ def curve(steps, values, width=300, height=140):
     return element("svg", "".join(parts), viewBox=f"0 0 {width} {height}", role="img")
 
 
-# ---------------------------------------------------------------- the table
+# ---------------------------------------------------------------- the figure
 
 METHOD_COLOURS = {
-    "tf-idf": "#9aa5b1",
     "n-grams": "#9aa5b1",
     "pixels": "#9aa5b1",
     "pixel PCA": "#c2a878",
@@ -245,95 +254,28 @@ METHOD_COLOURS = {
 OTHER_METHOD = "#69788a"
 
 
-def condition_of(row):
-    """What a row of finetune.csv was measured with: (data, limit, step), as strings.
-
-    "" stands for what the file does not say, and for the limit 0, which is no limit.
-    """
-    data = row.get("data") or ""
-    limit = row.get("limit") or ""
-    step = row.get("step") or ""
-    return data, "" if limit == "0" else limit, step
-
-
-def conditions(path):
-    """The conditions in finetune.csv, each once, in the order of the file."""
-    return list(dict.fromkeys(condition_of(row) for row in read_csv(path)))
-
-
-def accuracies(path, condition=None):
-    """{(labels a class, method): [accuracy in % of each draw]} from finetune.csv.
-
-    condition: as `condition_of` returns it. None stands for that of the last row.
-    """
-    rows = read_csv(path)
-    if condition is None:
-        condition = condition_of(rows[-1])
-    cells = {}
-    for row in rows:
-        if condition_of(row) == condition:
-            key = row["labels_a_class"], row["method"]
-            cells.setdefault(key, []).append(float(row["test_accuracy"]))
-    return cells
-
-
-def label_table(path, condition=None):
-    """finetune.csv as rows of strings: labels a class, then mean ± std of each method.
-
-    The first row holds the names of the columns. A cell is empty if nothing was measured.
-    condition: see `accuracies`.
-    """
-    cells = accuracies(path, condition)
-    labels, methods = rows_and_columns(cells)
-    table = [["labels a class", *methods]]
-    for label in labels:
-        line = [label]
-        for method in methods:
-            line.append(mean_and_spread(cells.get((label, method), [])))
-        table.append(line)
-    return table
-
-
-def rows_and_columns(cells):
-    """The labels a class and the methods in the keys of `accuracies`, each once, in their order."""
-    labels = list(dict.fromkeys(label for label, _ in cells))
-    methods = list(dict.fromkeys(method for _, method in cells))
-    return labels, methods
-
-
-def mean_and_spread(values):
-    """
-    >>> mean_and_spread([20, 30]), mean_and_spread([40]), mean_and_spread([])
-    ('25.0 ± 7.1', '40.0', '')
-    """
-    if len(values) == 0:
-        return ""
-    if len(values) == 1:
-        return f"{values[0]:.1f}"
-    return f"{np.mean(values):.1f} ± {np.std(values, ddof=1):.1f}"
-
-
-def label_figure(path, condition=None, width=640, height=300, **attributes):
-    """finetune.csv as SVG: a line for each method, test accuracy over labels a class.
+def label_figure(rows, width=640, height=300, **attributes):
+    """Measurements as SVG: a line for each method, test accuracy over labels a class.
 
     A bar at each point reaches one standard deviation up and down. An SVG that is to be
-    a separate file needs xmlns among the attributes. condition: see `accuracies`.
+    a separate file needs xmlns among the attributes. rows: of one condition, see
+    accuracies.py.
     """
-    cells = accuracies(path, condition)
-    labels, methods = rows_and_columns(cells)
+    cells = by_cell(rows)
+    labels, methods = labels_and_methods(cells)
     left, right, top, bottom = 50, width - 160, 20, height - 40
 
     points_of = {method: [] for method in methods}    # [(row, mean, std), ...]
     lowest, highest = [], []
     for n, label in enumerate(labels):
         for method in methods:
-            draws = cells.get((label, method), [])
-            if draws:
-                mean = np.mean(draws)
-                std = np.std(draws, ddof=1) if len(draws) > 1 else 0
-                points_of[method].append((n, mean, std))
-                lowest.append(mean - std)
-                highest.append(mean + std)
+            if (label, method) not in cells:
+                continue
+            mean, std = mean_and_std(accuracies_of(cells[label, method]))
+            std = std or 0              # the bar of a single draw has no length
+            points_of[method].append((n, mean, std))
+            lowest.append(mean - std)
+            highest.append(mean + std)
     high = min(100, math.ceil(max(highest) / 10) * 10)
     low = min(high - 10, math.floor(min(lowest) / 10) * 10)
 
@@ -380,6 +322,9 @@ def label_figure(path, condition=None, width=640, height=300, **attributes):
 
 
 # ---------------------------------------------------------------- the page
+
+# For each file of measurements its title.
+RESULTS = {"finetune.csv": "Results", "probe.csv": "Linear probe"}
 
 # For each picture of the folder its title and its caption, in the order of the page.
 PICTURES = {
@@ -471,12 +416,13 @@ PAGE = """<!doctype html>
 def write_page(folder):
     """Write folder/report.html from the files in the folder.
 
-    A file that does not exist is left out. A file that cannot be read is named.
+    A file that does not exist is left out. For a file that cannot be read, the page says
+    what to do.
     """
     folder = Path(folder)
     sections = [
         ("config.json", origin),
-        ("finetune.csv", results),
+        *((name, results) for name in RESULTS),
         ("sentences.json", sentences),
         *((name, picture) for name in PICTURES),
         ("metrics.csv", curves),
@@ -489,11 +435,19 @@ def write_page(folder):
             continue
         try:
             body.append(section(path))
+        except OSError as error:
+            body.append(
+                f"<p>{name} cannot be read ({error.strerror}): make it readable, or move it "
+                f"away.</p>"
+            )
         except (
-            OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError,
-            csv.Error,
+            ValueError, TypeError, LookupError, AttributeError, RecursionError,
+            ArithmeticError, csv.Error,
         ):
-            body.append(f"<p>{name} cannot be read.</p>")
+            body.append(
+                f"<p>{name} cannot be read: it is damaged, or another version of minissl "
+                f"wrote it. Correct it, or move it away.</p>"
+            )
     page = PAGE.format(title=title, style=STYLE, body="\n".join(body))
     write_atomically(folder / "report.html", page.encode("utf-8", "replace"))
 
@@ -514,16 +468,18 @@ def origin(path):
 
 
 def results(path):
-    """finetune.csv: a table and a figure for each condition that was measured."""
-    parts = ["<h2>Results</h2>"]
-    for condition in conditions(path):
-        head, *lines = label_table(path, condition)
-        rows = [table_row("th", head)]
-        rows += [table_row("td", line) for line in lines]
+    """finetune.csv or probe.csv: a table and a figure for each condition."""
+    rows_of = by_condition(read_csv(path))
+    parts = [f"<h2>{RESULTS[path.name]}</h2>"]
+    for condition, rows in rows_of.items():
+        head, *lines = table_of(rows, mean_and_spread_of)
+        table = [table_row("th", head)]
+        table += [table_row("td", line) for line in lines]
+        sentence = f"{describe_draws(rows)}: {describe_condition(condition, list(rows_of))}."
         parts += [
-            f"<p>{html.escape(describe_condition(path, condition))}</p>",
-            f'<div class="wide"><table>{"".join(rows)}</table></div>',
-            f"<figure>{label_figure(path, condition)}</figure>",
+            f"<p>{html.escape(sentence)}</p>",
+            f'<div class="wide"><table>{"".join(table)}</table></div>',
+            f"<figure>{label_figure(rows)}</figure>",
         ]
     return "\n".join(parts)
 
@@ -533,21 +489,48 @@ def table_row(tag, cells):
     return f"<tr>{cells}</tr>"
 
 
-def describe_condition(path, condition):
-    """The sentence above a table: with how many draws, on which data, after which step."""
-    data, limit, step = condition
-    counts = [len(values) for values in accuracies(path, condition).values()]
+def describe_draws(rows):
+    """The first part of the sentence above a table: over what mean and deviation are taken."""
+    draws, trainings = [], []
+    for (label, _), cell in by_cell(rows).items():
+        counts = trainings if label == "all" else draws
+        counts.append(len(cell))
+    start = "Test accuracy in %, mean ± standard deviation over"
+    if not draws:
+        return f"{start} {from_to(trainings, 'training')} with all labels"
+    sentence = f"{start} {from_to(draws, 'draw')} of labels"
+    if trainings:
+        sentence += f' (row "all": over {from_to(trainings, "training")})'
+    return sentence
+
+
+def from_to(counts, noun):
+    """
+    >>> from_to([1, 2, 2], "draw"), from_to([1, 1], "draw")
+    ('1 to 2 draws', '1 draw')
+    """
     fewest, most = min(counts), max(counts)
-    draws = str(most) if fewest == most else f"{fewest} to {most}"
-    plural = "" if most == 1 else "s"
-    sentence = f"Test accuracy in %, mean ± standard deviation over {draws} draw{plural} of labels"
-    if data:
-        sentence += f": {data}"
-    if step:
-        sentence += f", after {int(step):,} steps of pretraining"
-    if limit:
+    number = str(most) if fewest == most else f"{fewest} to {most}"
+    return f"{number} {noun}" if most == 1 else f"{number} {noun}s"
+
+
+def describe_condition(condition, conditions):
+    """The second part of the sentence: on which data, after which step.
+
+    conditions: all of the file, the newest at the end. If the data has had other content
+    since, the sentence says so.
+    """
+    sentence = condition.data
+    newest = with_comparable_content(conditions, condition)[-1]
+    if condition.checksum != newest.checksum:
+        sentence += f" of other content (checksum {condition.checksum})"
+    if condition.mirrored == "no":
+        sentence += ", without mirror images"
+    sentence += f", after {int(condition.step):,} steps of pretraining"
+    if condition.limit != "0":
+        limit = condition.limit
         sentence += f". This is a trial with --limit {limit}: it used a part of the data"
-    return sentence + "."
+    return sentence
 
 
 def sentences(path):
