@@ -68,11 +68,9 @@ from minissl.data.images import load_images, own_images
 from minissl.data.splits import (
     HELD_OUT,
     TRAIN,
-    count_of,
     evenly_spaced,
     fingerprint,
     incomplete_classes,
-    list_names,
 )
 from minissl.data.text_sources import load_texts, read_texts
 from minissl.data.texts import encode_texts
@@ -97,6 +95,7 @@ from minissl.training.settings import (
     require_at_least,
     run_script,
 )
+from minissl.training.wording import count_of, list_names
 
 
 # ---------------------------------------------------------------- 1. settings
@@ -204,7 +203,7 @@ def load_data(settings, checkpoint, limit, keep_all=False):
                           keep_all=keep_all)
     if name in ("pydocs", "imdb") or name.endswith(".txt"):
         raise UserError(f"--data {name}: the run was trained on images; give images")
-    return load_images(name, data_dir, limit, keep_all=keep_all, labels=not keep_all)
+    return load_images(name, data_dir, limit, keep_all=keep_all, with_labels=not keep_all)
 
 
 def checksum(data):
@@ -563,7 +562,7 @@ def predict_images(settings, model, checkpoint, machine):
     """Print class, probability and index for each image of the .npy that --predict names."""
     device, _, autocast = machine
     path = Path(settings.predict)
-    images = own_images(path, keep_all=True, flag="--predict", labels=False)
+    images = own_images(path, keep_all=True, flag="--predict", with_labels=False)
     saved = read_classifier(settings.run)
     load.check_images(images, model, f"--predict {path}")
     check_shape(images.shape[1:], saved["shape"], path)

@@ -167,7 +167,7 @@ def main():
     size = f"{len(train_texts):,} texts of {train_texts.lengths.sum():,} tokens"
     print(f"data: {settings.data}, {size} to learn from")
     longest = settings.window + 1                             # the last token is only a target
-    windows = Windows(train_texts, longest, settings.batch_size, settings.seed, rest=False)
+    windows = Windows(train_texts, longest, settings.batch_size, settings.seed, leave_rest=False)
 
     torch.manual_seed(settings.seed)
     counted = train_texts.sample(SAMPLE_TEXTS)

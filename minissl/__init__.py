@@ -42,6 +42,7 @@ What the scripts need, in three folders:
         run.py           the folder of a run: log, checkpoints, resuming
         distributed.py   several processes
         files.py         downloads, archives, writing files safely
+        wording.py       numbers and names as words, for messages
         report.py        the page of a run, and its pictures
 
 To add a method, copy examples/rotation.py. It holds in one file what a fork divides into

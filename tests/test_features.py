@@ -27,7 +27,7 @@ STORY = "the ship sails and the storm sinks the ship while the sailor waits at t
 
 
 def learned_tokenizer():
-    return tokenizer.train([STORY], 262)
+    return tokenizer.train_tokenizer([STORY], 262)
 
 
 def random_text_model(vocabulary_size, window=6):

@@ -809,7 +809,8 @@ def test_features_are_written_one_row_a_text(run, corpus, run_script, tmp_path):
 
 def test_a_file_has_one_row_of_features_copies_included(
         run, corpus, run_script, tmp_path, monkeypatch):
-    monkeypatch.setattr(text_sources, "TEXT_BYTES", 50)     # from four times that a text is long
+    monkeypatch.setattr(text_sources, "LONGEST_FILE", 200)  # not for features
+    monkeypatch.setattr(text_sources, "LONGEST_TEXT", 50)
     sources = {"b/1.txt": "city/000.txt", "a/2.txt": "sea/000.txt", "a/10.txt": "city/000.txt"}
     for name, source in sources.items():
         path = tmp_path / "texts" / name

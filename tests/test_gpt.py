@@ -17,7 +17,7 @@ import finetune
 from minissl.data.batches import Windows
 from minissl.data.texts import encode_texts
 from minissl.evaluation import load
-from minissl.tokenizer import MASK, PAD, train
+from minissl.tokenizer import MASK, PAD, train_tokenizer
 from minissl.training.files import load_checkpoint
 from minissl.training.machine import AttentionByHand, speed_up_on_cpu
 from minissl.transformer import IGNORE_INDEX, TextEncoder, norm
@@ -49,7 +49,7 @@ def random_tokens(rows=3, columns=T, seed=0):
 def tokens_of_stories(window):
     """Texts of many lengths, of at most three windows each."""
     stories = [story("sea", n) for n in range(20)] + [story("city", n, 1) for n in range(20)]
-    tokenizer = train(stories, 400)
+    tokenizer = train_tokenizer(stories, 400)
     return encode_texts(stories, tokenizer).split_long(3 * window)
 
 
@@ -143,7 +143,7 @@ def test_no_document_reads_into_the_next():
     # Each token becomes its position, so a pair shows whether the two are neighbours.
     texts.tokens = np.arange(2, 2 + len(texts.tokens))
     last_tokens = set((texts.starts + texts.lengths + 1).tolist())
-    batches = Windows(texts, window + 1, 4, seed=0, rest=False)
+    batches = Windows(texts, window + 1, 4, seed=0, leave_rest=False)
     for step in range(2 * batches.batches):
         tokens, lengths, _ = batches(step)
         inputs, targets = gpt.shift(tokens, lengths)

@@ -15,11 +15,12 @@ from minissl import UserError
 from minissl.autoencoder import Autoencoder
 from minissl.contrastive import BYOL, SimCLR
 from minissl.data.images import SMALLEST
-from minissl.data.splits import count_of, fingerprint
+from minissl.data.splits import fingerprint
 from minissl.data.texts import encode_texts
 from minissl.evaluation.features import image_features, text_features
 from minissl.tokenizer import MASK, Tokenizer
 from minissl.training.files import checkpoint_errors, load_checkpoint
+from minissl.training.wording import count_of
 from minissl.transformer import TextEncoder
 
 
