@@ -163,7 +163,7 @@ def main():
     # ------------------------------------------------------------ Data
 
     with main_process_first():
-        tokenizer = tokenizer_of(run.checkpoint) if run.checkpoint else None
+        tokenizer = tokenizer_of(run.checkpoint, run.folder) if run.checkpoint else None
         texts = load_texts(
             settings.data, settings.data_dir, settings.vocabulary_size, settings.limit, tokenizer
         )

@@ -990,7 +990,7 @@ def test_a_classifier_that_does_not_fit_is_refused(
 
 
 def test_a_blank_guess_is_shown_in_quotes(text_run):
-    tokenizer = load.tokenizer_of(load.load_run(text_run)[1])
+    tokenizer = load.tokenizer_of(load.load_run(text_run)[1], text_run)
     shown = load.show_token(tokenizer.bytes_of.index(b"\n"), tokenizer)
     assert shown == r"'\n'"
     first = tokenizer.encode("ship").tolist()[0]
@@ -1010,7 +1010,7 @@ def text_task(run, change=None):
     settings = checkpoint["settings"]
     data = text_sources.load_texts(settings["data"], settings["data_dir"],
                                    settings["vocabulary_size"],
-                                   tokenizer=load.tokenizer_of(checkpoint))
+                                   tokenizer=load.tokenizer_of(checkpoint, run))
     return TextTask(data, model, MACHINE, partial(load.new_model, checkpoint))
 
 

@@ -464,7 +464,7 @@ def test_fill_answers_for_each_mask(trained, run_script):
     assert printed.count("[MASK] ") == 3
 
     model, checkpoint = load.load_run(trained)
-    tokenizer = load.tokenizer_of(checkpoint)
+    tokenizer = load.tokenizer_of(checkpoint, trained)
     tokens = [*tokenizer.encode("the ship"), MASK, *tokenizer.encode("and the"), MASK]
     tokens += [*tokenizer.encode(", wait", leading_space=False), MASK]
     tokens = torch.tensor([int(token) for token in tokens])
