@@ -71,11 +71,9 @@ from minissl.data.images import load_images, own_images
 from minissl.data.splits import (
     HELD_OUT,
     TRAIN,
-    count_of,
     evenly_spaced,
     fingerprint,
     incomplete_classes,
-    list_names,
 )
 from minissl.data.text_sources import load_texts, read_texts
 from minissl.data.texts import encode_texts
@@ -100,6 +98,7 @@ from minissl.training.settings import (
     require_at_least,
     run_script,
 )
+from minissl.training.wording import count_of, list_names
 
 
 # ---------------------------------------------------------------- 1. settings
@@ -199,15 +198,15 @@ def load_data(settings, checkpoint, limit, keep_all=False):
         raise UserError(f"the data of the run, {name}, was not found from here: start from the "
                         f"folder where you trained, or give --data with its new place")
     data_dir = settings.data_dir or trained["data_dir"]
-    if checkpoint["method"] == "mlm":
-        if name in ("shapes", "cifar10") or name.endswith(".npy"):
+    if load.reads_texts(checkpoint):
+        if name in load.IMAGE_DATA or name.endswith(".npy"):
             raise UserError(f"--data {name}: the run was trained on texts; give texts")
-        tokenizer = load.tokenizer_of(checkpoint)
+        tokenizer = load.tokenizer_of(checkpoint, settings.run)
         return load_texts(name, data_dir, trained["vocabulary_size"], limit, tokenizer,
                           keep_all=keep_all)
-    if name in ("pydocs", "imdb") or name.endswith(".txt"):
+    if name in load.TEXT_DATA or name.endswith(".txt"):
         raise UserError(f"--data {name}: the run was trained on images; give images")
-    return load_images(name, data_dir, limit, keep_all=keep_all, labels=not keep_all)
+    return load_images(name, data_dir, limit, keep_all=keep_all, with_labels=not keep_all)
 
 
 def checksum(data):
@@ -228,7 +227,7 @@ def warn_of_another_split(settings, checkpoint, data):
         if name == "shapes":                    # our own drawings are always split the same
             return
         data = load_data(settings, checkpoint, limit)
-    kind = "texts" if checkpoint["method"] == "mlm" else "images"
+    kind = "texts" if load.reads_texts(checkpoint) else "images"
     load.check_split(data, checkpoint, name, kind)
 
 
@@ -496,7 +495,7 @@ def make_table(settings, model, checkpoint, machine):
 
     name = settings.data or trained["data"]
     data = load_data(settings, checkpoint, settings.limit)
-    is_text = checkpoint["method"] == "mlm"
+    is_text = load.reads_texts(checkpoint)
     if not is_text:
         load.check_images(data, model, name)
     warn_of_another_split(settings, checkpoint, data)
@@ -543,7 +542,7 @@ def write_features(settings, model, checkpoint, machine):
         if path.resolve() == Path(source).resolve():
             raise UserError(f"--features {path}: this is the data; give another name")
     data = load_data(settings, checkpoint, settings.limit, keep_all=True)
-    if checkpoint["method"] == "mlm":
+    if load.reads_texts(checkpoint):
         features = text_features(model.to(device), data, autocast, device, progress)
     else:
         load.check_images(data, model, name)
@@ -575,7 +574,7 @@ def predict_texts(settings, model, checkpoint, machine):
     saved = read_classifier(settings.run)
     body = WholeTextEncoder(model, autocast, device)
     classifier = build_classifier(saved, body, checkpoint["step"], settings.run)
-    texts = encode_texts(strings, load.tokenizer_of(checkpoint))
+    texts = encode_texts(strings, load.tokenizer_of(checkpoint, settings.run))
     with torch.no_grad():
         logits = classifier(texts)
     print_predictions(logits, saved, [" ".join(text.split()) for text in strings])
@@ -585,7 +584,7 @@ def predict_images(settings, model, checkpoint, machine):
     """Print class, probability and index for each image of the .npy that --predict names."""
     device, _, autocast = machine
     path = Path(settings.predict)
-    images = own_images(path, keep_all=True, flag="--predict", labels=False)
+    images = own_images(path, keep_all=True, flag="--predict", with_labels=False)
     saved = read_classifier(settings.run)
     load.check_images(images, model, f"--predict {path}")
     check_shape(images.shape[1:], saved["shape"], path)
@@ -621,7 +620,7 @@ def main():
         raise UserError(f"this script is one process, but WORLD_SIZE is {distributed.WORLD_SIZE}: "
                         f"start it without torchrun")
     model, checkpoint = load.load_run(settings.run)
-    if settings.no_flip and checkpoint["method"] == "mlm":
+    if settings.no_flip and load.reads_texts(checkpoint):
         raise UserError("--no-flip: the run was trained on texts, and only images are mirrored; "
                         "leave it out")
     output = sys.stdout
@@ -634,7 +633,7 @@ def main():
         write_features(settings, model, checkpoint, machine)
     elif not settings.predict:
         make_table(settings, model, checkpoint, machine)
-    elif checkpoint["method"] == "mlm":
+    elif load.reads_texts(checkpoint):
         predict_texts(settings, model, checkpoint, machine)
     else:
         predict_images(settings, model, checkpoint, machine)

@@ -28,7 +28,7 @@ from minissl import UserError, transformer
 from minissl.data.batches import WholeTexts, Windows, generator
 from minissl.data.splits import TRAIN, fingerprint
 from minissl.data.text_sources import load_texts
-from minissl.data.texts import SAMPLE_TEXTS, frequent_pairs
+from minissl.data.texts import SAMPLE_TEXTS, count_terms, frequent_pairs
 from minissl.evaluation.load import fill, tokenizer_of
 from minissl.evaluation.previews import TextPreview
 from minissl.optim import Muon, lr_schedule, step_optimizers
@@ -55,7 +55,7 @@ class Settings:
     resume: bool = False  # continue the run in --run
     steps: int = 1500  # optimizer steps of both stages together
     embedding_steps: int = -1  # steps of the first stage; below 0: a third of --steps
-    batch_size: int = 32  # times --window: tokens of a step. First stage: 8 times as many texts
+    batch_size: int = 32  # a step has the tokens of so many windows; first stage: 8 times the texts
     learning_rate: float = 0.02  # peak rate of the blocks; all other layers take a fraction
     seed: int = 0  # seed of all random numbers
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: the best that torch finds
@@ -85,6 +85,7 @@ class Settings:
         require_at_least(self, 0, "masked_weight", "document_weight", "mask_share")
         require_at_least(self, 0, "save_every")
         require_at_least(self, 1e-9, "learning_rate")
+        # 258 entries are bytes and special tokens. Below 300 hardly any merge would be left.
         require_at_least(self, 300, "vocabulary_size")
         if self.width % (2 * self.heads):       # rotary positions turn pairs of columns
             raise UserError(
@@ -97,6 +98,7 @@ class Settings:
                 "--masked-weight 0 and --document-weight 0: nothing is left to learn; "
                 "give at least one of them a value above 0"
             )
+        # The masked loss is learned in the second stage alone, so it needs a step there.
         most = self.steps if self.masked_weight == 0 else self.steps - 1
         if self.embedding_steps > most:
             raise UserError(
@@ -110,8 +112,11 @@ class Settings:
 def document_loss_of_whole_texts(model, read, rest):
     """First stage: predict half of a document's words from the mean of the others.
 
-    read and rest (B, T) have PAD where the other one has a token. Everything is float32,
-    because bfloat16 cannot count beyond 256. Returns the loss, and the losses by name.
+    read and rest (B, T) have PAD where the other one has a token. Everything is computed in
+    float32, because bfloat16 cannot count beyond 256. Returns the loss, and the losses by name.
+
+    --document-weight is not used here: with one loss alone, its weight would only scale the
+    gradient, and Adam divides by the size of the gradient.
     """
     vector = model.mean_of_embeddings(model.count_terms(read))            # (B, d)
     bag = model.bag_of_terms(rest)                                        # (B, V + P)
@@ -158,12 +163,12 @@ def main():
     # ------------------------------------------------------------ Data
 
     with main_process_first():
-        tokenizer = tokenizer_of(run.checkpoint) if run.checkpoint else None
+        tokenizer = tokenizer_of(run.checkpoint, run.folder) if run.checkpoint else None
         texts = load_texts(
             settings.data, settings.data_dir, settings.vocabulary_size, settings.limit, tokenizer
         )
     train_texts = texts.select(texts.split == TRAIN)
-    train_texts = train_texts.split_long(max(1024, 4 * settings.window))  # cut up whole books
+    train_texts = train_texts.cut_books(settings.window)
     V = len(texts.tokenizer)
     size = f"{len(train_texts):,} texts of {train_texts.lengths.sum():,} tokens"
     print(f"data: {settings.data}, {size} to learn from, vocabulary {V:,}")
@@ -173,16 +178,19 @@ def main():
     B = settings.batch_size
     has_document_loss = settings.document_weight > 0
     whole_texts = WholeTexts(train_texts, 8 * B, settings.seed)
-    windows = Windows(train_texts, settings.window, B, settings.seed, rest=has_document_loss)
+    windows = Windows(
+        train_texts, settings.window, B, settings.seed, leave_rest=has_document_loss
+    )
 
     def whole_text_batch(step):
-        """What this process reads, and what it has to predict, at a step of the first stage."""
+        """This process's read and rest (B, T), both on the device, at a step of the first stage."""
         return [x.to(device) for x in shard(*whole_texts(step))]
 
     def masked_window_batch(step):
         """This process's inputs, targets, lengths and rest at a step of the second stage.
 
-        Tokens are hidden also without the masked loss, so that each loss can be switched off alone.
+        Tokens are hidden even with --masked-weight 0. So that flag switches off the loss and
+        nothing else, and the document loss sees the same inputs with and without it.
         """
         tokens, lengths, rest = windows(step - settings.embedding_steps)
         masks = generator(settings.seed, "mask", step)
@@ -196,6 +204,9 @@ def main():
     torch.manual_seed(settings.seed)
     sample = train_texts.sample(SAMPLE_TEXTS)
     pairs = frequent_pairs(sample, settings.pairs)
+    document_columns = settings.width
+    if has_document_loss:
+        document_columns = min(transformer.DOCUMENT_COLUMNS, settings.width)
     model_settings = dict(
         vocabulary_size=V,
         pairs=pairs,
@@ -203,17 +214,13 @@ def main():
         layers=settings.layers,
         heads=settings.heads,
         window=settings.window,
-        document_columns=min(64, settings.width) if has_document_loss else settings.width,
+        document_columns=document_columns,
     )
     model = transformer.TextEncoder(**model_settings)
-    counts = 0
-    for indices in sample.chunks(4096):
-        tokens, _ = sample.flat(indices)                      # with a PAD behind each text
-        counts = counts + model.count_terms(torch.from_numpy(tokens)[None])[0]
-    model.init_from_counts(counts)
+    model.init_from_counts(count_terms(sample, model))
     model = move_to_device(model, device)
 
-    # Muon trains the blocks, and Adam everything else. `update_parameters` sets the rates.
+    # Muon trains the blocks, and Adam everything else. `update_parameters` sets its rates.
     blocks = list(model.blocks.parameters())
     embeddings = [model.token_embedding.weight, model.pair_embedding.weight]
     output_layers = [
@@ -231,7 +238,10 @@ def main():
         optimizers.append(Muon(blocks, settings.learning_rate, precision=precision))
 
     def update_parameters(step):
-        """One step of the optimizers. The learning rates rise and fall once in each stage."""
+        """One step of the optimizers. The learning rates rise and fall once in each stage.
+
+        Adam's shares of the rate (`scales`) were not measured: EXPERIMENTS.md has no entry.
+        """
         first = settings.embedding_steps
         if step < first:
             lr = settings.learning_rate * lr_schedule(step, first, warmup=20, decay=1)

@@ -28,7 +28,7 @@ from minissl.data.shapes import (
 )
 from minissl.data.splits import HELD_OUT, TEST, TRAIN, fingerprint
 from minissl.data.texts import Texts, encode_texts
-from minissl.tokenizer import normalise, train
+from minissl.tokenizer import normalise, train_tokenizer
 from minissl.training.files import unreadable
 
 
@@ -165,7 +165,7 @@ def load_pairs(data, limit=0, classes=()):
         is_new = np.zeros(len(images), bool)
         images = replace(images, classes=name_classes(images.classes, classes))
     to_read = captions[(images.split == TRAIN) & ~is_new]
-    tokenizer = train(to_read.tolist(), VOCABULARY)
+    tokenizer = train_tokenizer(to_read.tolist(), VOCABULARY)
     return Pairs(images, captions, encode_texts(captions.tolist(), tokenizer), meaning, is_new)
 
 

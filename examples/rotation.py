@@ -12,6 +12,13 @@ training g is dropped.
     Gidaris et al. 2018, "Unsupervised Representation Learning by Predicting Image Rotations",
     arXiv 1803.07728
 
+Differences from the paper:
+- The encoder is the small ResNet of contrastive.py, not AlexNet or Network in Network.
+- Muon and Adam train it, for minutes. The paper takes SGD and many epochs.
+- The features are the mean over the last map alone, to keep the file short. In the paper, earlier
+  maps give better features: the last ones know more about the turn and less about the object.
+  (SimCLR.encode in contrastive.py reads three depths. For this task that was not measured.)
+
     python examples/rotation.py                               drawn shapes, a minute or two
     python examples/rotation.py --data cifar10 --run runs/rotation-cifar --steps 1000
     python examples/rotation.py --run runs/rotation --resume  continue a run
@@ -80,7 +87,7 @@ class Settings:
 
     def __post_init__(self):
         require_at_least(self, 1, "steps", "batch_size", "width", "evaluate_every")
-        require_at_least(self, 0, "limit")
+        require_at_least(self, 0, "limit", "save_every")
         require_at_least(self, 1e-9, "learning_rate")
 
 
@@ -193,7 +200,7 @@ def main():
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["finetune"]:
-        del sys.argv[1]                 # finetune.py, which now knows the class above
-        run_script(finetune.main)
+        del sys.argv[1]
+        run_script(finetune.main)       # finetune.py, which now knows the class above
     else:
         run_script(main)

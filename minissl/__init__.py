@@ -44,6 +44,7 @@ What the scripts need, in three folders:
         files.py         downloads, archives, writing files safely
         accuracies.py    what finetune.py measured, grouped and averaged
         errors.py        too little memory, in all its words
+        wording.py       numbers and names as words, for messages
         report.py        the page of a run, and its pictures
 
 To add a method, copy examples/rotation.py. It holds in one file what a fork divides into

@@ -163,15 +163,15 @@ def count_pieces(texts):
     return counted
 
 
-def train(texts, vocabulary_size, report=None):
+def train_tokenizer(texts, vocabulary_size, report=None):
     """Learn the merges from an iterable of strings and return a Tokenizer.
 
     Counting all pairs again after each merge is too slow. Here every distinct piece is stored
-    once with its count, and an index from each pair to the pieces that contain it lets a merge
-    touch only those. (EXPERIMENTS.md, "How long do the small parts take?", has the time.)
+    once with its count, and an index from each pair to its pieces lets a merge touch only
+    those. (EXPERIMENTS.md, "How long do the small parts take?", has the time.)
 
     Arguments: texts, an iterable of str; vocabulary_size, int, which counts the special
-    tokens and the bytes, too; report, a function that is called with (merges made, merges
+    tokens and the bytes as well; report, a function that is called with (merges made, merges
     wanted) after every 100 merges.
     The Tokenizer has fewer entries than vocabulary_size when no more pairs occur twice.
     Of pairs that are equally frequent the smaller one is merged first. So the order of the texts
@@ -188,7 +188,7 @@ def train(texts, vocabulary_size, report=None):
     counts = list(counted.values())
 
     pair_counts = Counter()
-    pieces_with = defaultdict(set)            # pair -> the indices of the pieces that contain it
+    pieces_with = defaultdict(set)            # pair -> the pieces that contain it, or once did
     for index, ids in enumerate(pieces):
         for pair in zip(ids, ids[1:]):
             pair_counts[pair] += counts[index]

@@ -12,12 +12,14 @@ where E is the token embedding (the output layer is tied to it), b a bias for ea
 and g a norm, a dense layer, a squared ReLU and another norm.
 
 **Predict the rest of the document.** The model reads one part of a document and predicts
-which words occur in the other part. It has only the mean of its token vectors for that:
+which terms occur in the other part. It has only the mean of its token vectors for that:
 
     z = mean_i h_i[:d]         L_document = −Σ_w q_w log softmax(W norm(z) + c)[w]
 
-where q is the bag of words and frequent word pairs of the other part, weighted and
-divided by its sum.
+where q is the bag of terms of the other part, weighted and divided by its sum.
+
+A *word* in this file is a token: a piece of a word, as the tokenizer cuts it, or all of it.
+A *pair* is two neighbouring tokens, and only the frequent pairs count. A *term* is either.
 
 Why two? The masked loss is that of BERT, and it teaches the model to fill in words. But after
 minutes of training, the features that it gives alone are worse than a bag of words. Only
@@ -45,6 +47,8 @@ Differences from BERT:
 - There is no [CLS] token and no next-sentence task. The mean over the tokens represents
   the document.
 - There is no dropout. We did not measure whether it would help.
+- Frequent pairs are also an input. The input at token t is its embedding plus that of the pair
+  (t − 1, t), if this pair is frequent (Joulin et al.). [MASK] makes no pair.
 
 Differences from paragraph vectors:
 - The encoder computes the vector from the words. It is not a parameter of each document,
@@ -63,10 +67,10 @@ This file needs torch alone. Read next: train_mlm.py.
 The letters of the shapes:
 
     B  sequences or documents      V  entries of the vocabulary
-    T  tokens of a sequence        P  word pairs that have an embedding
+    T  tokens of a sequence        P  frequent pairs, which have an embedding
     D  width of a token vector     d  columns of the document vector
     H  attention heads             M  number of masked positions
-    R  tokens of the rest of a document
+    R  tokens of the rest of a document    V + P  all terms
 """
 
 import torch
@@ -79,6 +83,18 @@ PAD, MASK, FIRST_ORDINARY = 0, 1, 2
 
 # What targets hold where nothing is to be predicted: the convention of PyTorch.
 IGNORE_INDEX = -100
+
+# A term that the training texts have less often has no weight in a bag. A rarer pair has no
+# embedding either. (Other numbers were not measured.)
+MIN_COUNT = 20
+
+# As features, 64 columns are better than all 256 up to 500 labels a class: EXPERIMENTS.md, "How
+# much weight does the document loss need?".
+DOCUMENT_COLUMNS = 64
+
+# The embedding of a pair has at most this many columns, also without the document loss. With
+# 256, the 16,384 pairs would be 4 million parameters, twice those of the token embedding.
+PAIR_COLUMNS = 64
 
 
 # ---------------------------------------------------------------- masking
@@ -135,13 +151,12 @@ def masked_language_model_loss(logits, targets, count=None):
     """Cross-entropy in nats, the mean over the masked positions.
 
     Arguments: logits (M, V) at the masked positions, of any float type (the logarithm is
-    computed in float32 or better); targets (M,) int64; count, the number to divide by if
+    computed in float32 or float64); targets (M,) int64; count, the number to divide by if
     these M positions are only a part of the batch's masked positions.
     Returns a scalar. It is ln V for uniform logits.
     Source: Devlin et al. 2018, section 3.1.
     """
-    if logits.dtype != torch.float64:
-        logits = logits.float()
+    logits = logits.to(accurate_dtype(logits))
     if count is None:
         count = len(targets)
     return F.cross_entropy(logits, targets, reduction="sum") / count
@@ -150,7 +165,7 @@ def masked_language_model_loss(logits, targets, count=None):
 # ---------------------------------------------------------------- the rest of the document
 
 def document_loss(logits, bag, count=None):
-    """Cross-entropy in nats between the words of the other part and their prediction.
+    """Cross-entropy in nats between the terms of the other part and their prediction.
 
     It is the mean over the documents that have something in that part.
 
@@ -158,14 +173,15 @@ def document_loss(logits, bag, count=None):
     number to divide by if these documents are only a part of the batch.
     Returns a scalar. Source: Le and Mikolov 2014, section 2.3, with a full softmax.
     """
-    if logits.dtype != torch.float64:
-        logits = logits.float()
+    logits = logits.to(accurate_dtype(logits))
     if count is None:
         count = count_nonempty(bag)
     total = bag.sum(1, keepdim=True)                                      # (B, 1)
     tiny = torch.finfo(bag.dtype).tiny
     q = bag / total.clamp(min=tiny)                                       # (B, V + P)
     loss = F.cross_entropy(logits, q, reduction="sum")    # a document without words adds 0
+    # The count may be 0, and the loss is then 0. It may also lie between 0 and 1: averaged over
+    # four processes, one document counts 1/4. So its lower bound is not 1.
     return loss / torch.as_tensor(count).clamp(min=1e-6)
 
 
@@ -174,19 +190,20 @@ def count_nonempty(bag):
     return (bag.sum(1) > 0).sum()
 
 
-def term_weights(counts, vocabulary_size):
-    """How much each word or pair counts in a bag: min(1, √(10⁻⁴ / frequency)).
+def weights_from_counts(counts, vocabulary_size):
+    """How much each term counts in a bag: min(1, √(10⁻⁴ / frequency)).
 
     Frequent words say little about a document: "the" alone is a twentieth of a text.
-    Words and pairs that were seen fewer than 20 times weigh nothing.
-    (The square root of Mikolov et al. 2013, arXiv 1310.4546, section 2.3, is used here
-    as a weight. The paper keeps a word with that probability.)
+    Terms that were seen fewer than MIN_COUNT times weigh nothing.
+    The formula is that of Mikolov et al. 2013, arXiv 1310.4546, section 2.3. There
+    √(t / frequency) is the probability that a word is kept, with t about 10⁻⁵. Here it is
+    a weight, and t is 10⁻⁴. (Another t was not measured.)
 
     Arguments: counts (V + P,) float, in the training texts. Returns (V + P,).
     """
     frequency = counts / counts[:vocabulary_size].sum()
     weights = (1e-4 / frequency.clamp(min=1e-12)).sqrt().clamp(max=1)
-    return weights * (counts >= 20)
+    return weights * (counts >= MIN_COUNT)
 
 
 # ---------------------------------------------------------------- the encoder
@@ -200,14 +217,15 @@ def rotate(x):
     """Rotary positions: turn each pair of columns by an angle that grows with the position.
 
     Column i and column i + half of token t turn by t / 10000^(i / half) radians. The
-    product of a query and a key then depends on the distance of their tokens, not on
-    their positions. Su et al. 2021, "RoFormer", arXiv 2104.09864.
+    product of a query at position s and a key at position t then depends on t − s, with
+    its sign, but not on s itself. Su et al. 2021, "RoFormer", arXiv 2104.09864. There
+    columns 2i and 2i + 1 are a pair: the same up to the order of the columns.
 
     x (B, H, T, D/H) -> the same shape and dtype.
     """
     half = x.shape[-1] // 2
-    # bfloat16 cannot tell position 257 from 256, so the angles have float32 or better.
-    exact = torch.promote_types(x.dtype, torch.float32)
+    # bfloat16 cannot tell position 257 from 256.
+    exact = accurate_dtype(x)
     column = torch.arange(half, device=x.device, dtype=exact)
     radians = 10000.0 ** -(column / half)                                 # (D/2H,)
     position = torch.arange(x.shape[-2], device=x.device)
@@ -270,36 +288,37 @@ class TextEncoder(nn.Module):
     Arguments:
         vocabulary_size: V
         pairs: (P,) int64, sorted; the frequent word pairs, each as left · V + right.
-            Each has a separate embedding, in the first d columns (at most 64).
+            Each has a separate embedding, in the first d columns (at most PAIR_COLUMNS).
         width: D
         layers, heads: how many blocks, and how many attention heads in each
         window: the length of the longest sequence
-        document_columns: d, how many of the D columns make the document vector. As
-            features, these 64 columns are better than all 256 (EXPERIMENTS.md, "How much
-            weight does the document loss need?"). Without the document loss, take all D.
+        document_columns: d, how many of the D columns make the document vector. Without
+            the document loss, take all D.
         causal: whether a token sees only itself and the tokens before it, as in GPT. The
             pair that ends at a token does not look ahead either.
     """
 
     def __init__(
         self, vocabulary_size, pairs, width=256, layers=2, heads=4, window=128,
-        document_columns=64, causal=False,
+        document_columns=DOCUMENT_COLUMNS, causal=False,
     ):
         super().__init__()
         V, P, d = vocabulary_size, len(pairs), document_columns
         self.window, self.document_columns, self.causal = window, d, causal
         self.register_buffer("pairs", pairs)                              # (P,)
         self.token_embedding = nn.Embedding(V, width)
-        self.pair_embedding = nn.Embedding(P + 1, min(d, 64), padding_idx=P)
+        self.pair_embedding = nn.Embedding(P + 1, min(d, PAIR_COLUMNS), padding_idx=P)
         self.blocks = nn.ModuleList(Block(width, heads) for _ in range(layers))
         # The output layer of the masked words. Its matrix is the token embedding.
         self.token_dense = nn.Linear(width, width)
         self.token_bias = nn.Parameter(torch.zeros(V))
-        # The output layer of the document's words and pairs, and their weights in a bag.
+        # The output layer of the document's terms, and their weights in a bag.
         self.term_head = nn.Linear(d, V + P)
         self.register_buffer("term_weights", torch.ones(V + P))
 
-        # With a std of 0.02 and no first stage, the masked loss stays at 6.7 for 400 steps.
+        # Without a first stage, the masked loss stays at 6.7 for 400 steps with a std of 0.02. With
+        # 0.1 it is 6.54 after 300 (EXPERIMENTS.md, "What does the masked loss need at first?").
+        # Each was seen once.
         nn.init.normal_(self.token_embedding.weight, std=0.1)
         if d < width:
             # The document's columns are read as a mean over the tokens. A rare word hardly moves
@@ -317,7 +336,7 @@ class TextEncoder(nn.Module):
         `term_weights`. Arguments: counts (V + P,) float, in the training texts.
         """
         V = len(self.token_bias)
-        self.term_weights.copy_(term_weights(counts, V))
+        self.term_weights.copy_(weights_from_counts(counts, V))
         words = counts[:V] + 1
         self.token_bias.copy_((words / words.sum()).log())
         terms = counts * self.term_weights + 0.5
@@ -383,7 +402,7 @@ class TextEncoder(nn.Module):
         left, right = tokens[..., :-1], tokens[..., 1:]
         keys = left * V + right
         if P == 0:
-            ids = torch.zeros_like(keys)
+            ids = torch.full_like(keys, P)
         else:
             nearest = torch.searchsorted(self.pairs, keys).clamp(max=P - 1)
             ids = torch.where(self.pairs[nearest] == keys, nearest, P)
@@ -424,6 +443,11 @@ class TextEncoder(nn.Module):
         V = self.token_embedding.num_embeddings
         words = counts[:, :V].sum(1, keepdim=True)                        # (B, 1)
         return counts @ self.term_table() / words.clamp(min=1)
+
+
+def accurate_dtype(x):
+    """float32, or float64 if x has it: for what the half-precision types would round too much."""
+    return torch.promote_types(x.dtype, torch.float32)
 
 
 def autocast_dtype(x):

@@ -375,7 +375,7 @@ FAULTS = [
         test="test_transformer.py::test_bfloat16_knows_distant_positions_apart",
         edits=[Edit(
             TRANSFORMER, "rotate",
-            right="exact = torch.promote_types(x.dtype, torch.float32)",
+            right="exact = accurate_dtype(x)",
             wrong="exact = x.dtype",
         )],
     ),

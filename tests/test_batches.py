@@ -77,9 +77,9 @@ def test_all_batches_are_of_equal_size():
         assert len(set(order)) == 12
 
 
-@pytest.mark.parametrize("n, images", [(14, "are only 14 images"), (1, "is only 1 image")])
-def test_too_few_images_for_a_batch_get_a_sentence(n, images):
-    sentence = f"--batch-size 15: there {images} to learn from; give more images, "
+@pytest.mark.parametrize("n, examples", [(14, "14 examples"), (1, "1 example")])
+def test_too_few_examples_for_a_batch_get_a_sentence(n, examples):
+    sentence = f"--batch-size 15: found only {examples} to learn from; give more, "
     sentence += "a smaller --batch-size, or a larger --limit if you gave one"
     with pytest.raises(UserError, match=f"^{sentence}$"):
         Batches(n, 15, seed=0, purpose="order")
@@ -87,10 +87,10 @@ def test_too_few_images_for_a_batch_get_a_sentence(n, images):
 
 def test_too_few_texts_for_a_step_get_a_sentence():
     texts = texts_of_lengths([10, 10, 10])
-    assert len(one_epoch(Windows(texts, 10, 3, seed=0, rest=False))) == 1
+    assert len(one_epoch(Windows(texts, 10, 3, seed=0, leave_rest=False))) == 1
     sentence = "needs 40 tokens .batch size × window., but the data has 30"
     with pytest.raises(UserError, match=sentence) as caught:
-        Windows(texts, 10, 4, seed=0, rest=False)
+        Windows(texts, 10, 4, seed=0, leave_rest=False)
     assert str(caught.value).endswith(
         "; give more text, a smaller --batch-size or --window, "
         "or a larger --limit if you gave one"
@@ -102,7 +102,7 @@ def test_too_few_texts_for_a_step_get_a_sentence():
 def test_a_window_and_its_rest_together_are_the_text(corpus, tmp_path):
     texts = load_texts(str(corpus), tmp_path, 400)
     seen = []
-    for tokens, lengths, rest in one_epoch(Windows(texts, 64, 4, seed=0, rest=True)):
+    for tokens, lengths, rest in one_epoch(Windows(texts, 64, 4, seed=0, leave_rest=True)):
         for row, length in enumerate(lengths.tolist()):
             window, outside = tokens[row, :length].tolist(), rest[row].tolist()
             begin = outside.index(PAD)               # the place of the window is empty
@@ -115,7 +115,7 @@ def test_a_window_and_its_rest_together_are_the_text(corpus, tmp_path):
 
 def test_windows_of_a_batch_are_of_similar_length(corpus, tmp_path):
     texts = load_texts(str(corpus), tmp_path, 400)
-    for tokens, lengths, _ in one_epoch(Windows(texts, 64, 4, seed=0, rest=True)):
+    for tokens, lengths, _ in one_epoch(Windows(texts, 64, 4, seed=0, leave_rest=True)):
         assert lengths.sum() <= 4 * 64
         assert tokens.shape == (len(lengths), lengths.max())
         assert lengths.max() <= lengths.min() + 8
@@ -125,20 +125,20 @@ def test_windows_of_a_batch_are_of_similar_length(corpus, tmp_path):
 
 def test_a_batch_of_windows_is_a_function_of_seed_and_step():
     texts = texts_of_lengths([20, 30, 40, 50])
-    windows = Windows(texts, 10, 2, seed=0, rest=True)
+    windows = Windows(texts, 10, 2, seed=0, leave_rest=True)
     wanted = windows(5)
     windows(0)                                       # other epochs in between change nothing
-    for again in (windows(5), Windows(texts, 10, 2, seed=0, rest=True)(5)):
+    for again in (windows(5), Windows(texts, 10, 2, seed=0, leave_rest=True)(5)):
         for one, other in zip(again, wanted, strict=True):
             assert torch.equal(one, other)
-    tokens, _, _ = Windows(texts, 10, 2, seed=1, rest=True)(5)
+    tokens, _, _ = Windows(texts, 10, 2, seed=1, leave_rest=True)(5)
     assert not torch.equal(tokens, wanted[0])
 
 
-@pytest.mark.parametrize("rest", [True, False])
-def test_windows_lie_anywhere_in_a_text(rest):
+@pytest.mark.parametrize("leave_rest", [True, False])
+def test_windows_lie_anywhere_in_a_text(leave_rest):
     texts = texts_of_lengths([100] + 20 * [9])
-    windows = Windows(texts, 10, 2, seed=0, rest=rest)
+    windows = Windows(texts, 10, 2, seed=0, leave_rest=leave_rest)
     starts = []                                      # in the text of 100 tokens: 2 to 101
     for epoch in range(200):
         for tokens, _, _ in one_epoch(windows, epoch):
@@ -148,10 +148,10 @@ def test_windows_lie_anywhere_in_a_text(rest):
     assert len(set(starts)) > 70                     # 91 places, 200 draws
 
 
-@pytest.mark.parametrize("rest", [True, False])
-def test_windows_come_in_another_order_each_epoch(rest):
+@pytest.mark.parametrize("leave_rest", [True, False])
+def test_windows_come_in_another_order_each_epoch(leave_rest):
     texts = texts_of_lengths([100] + 20 * [9])
-    windows = Windows(texts, 10, 2, seed=0, rest=rest)
+    windows = Windows(texts, 10, 2, seed=0, leave_rest=leave_rest)
     orders, places_of_the_long_one = set(), set()
     for epoch in range(200):
         firsts = torch.cat([tokens[:, 0] for tokens, _, _ in one_epoch(windows, epoch)])
@@ -163,17 +163,23 @@ def test_windows_come_in_another_order_each_epoch(rest):
     assert len(places_of_the_long_one) > 3           # not always from short to long
 
 
-def test_with_rest_the_window_takes_half_of_a_short_text():
+def test_to_leave_a_rest_the_window_takes_half_of_a_short_text():
     texts = texts_of_lengths([3, 9, 12, 50])
-    for rest, expected in [(True, [2, 5, 6, 10]), (False, [3, 9, 10, 10])]:
-        windows = Windows(texts, 10, 1, seed=0, rest=rest)
+    for leave_rest, expected in [(True, [2, 5, 6, 10]), (False, [3, 9, 10, 10])]:
+        windows = Windows(texts, 10, 1, seed=0, leave_rest=leave_rest)
         lengths = torch.cat([lengths for _, lengths, _ in one_epoch(windows)])
         assert sorted(lengths.tolist()) == expected
 
 
+def test_a_rest_that_is_not_left_is_not_read():
+    texts = texts_of_lengths([3, 9, 12, 50])
+    for tokens, _, rest in one_epoch(Windows(texts, 10, 1, seed=0, leave_rest=False)):
+        assert rest.shape == (len(tokens), 0)
+
+
 def test_a_text_of_one_token_leaves_nothing_to_guess():
     texts = texts_of_lengths(8 * [1])
-    tokens, lengths, rest = Windows(texts, 4, 2, seed=0, rest=True)(0)
+    tokens, lengths, rest = Windows(texts, 4, 2, seed=0, leave_rest=True)(0)
     assert sorted(tokens.flatten().tolist()) == list(range(2, 10))
     assert lengths.tolist() == 8 * [1]
     assert (rest == PAD).all()
@@ -194,6 +200,11 @@ def test_read_and_unread_tokens_together_are_the_texts(corpus, tmp_path):
         assert row[:len(text)] == text               # each token has kept its place
     share = (read != PAD).sum() / (read + rest != PAD).sum()
     assert 0.4 < share < 0.6
+
+
+def test_no_text_at_all_gets_a_sentence():
+    with pytest.raises(UserError, match="too little text: found 0 texts for 1 process; give"):
+        WholeTexts(texts_of_lengths([]), 2, seed=0)
 
 
 def test_an_epoch_of_whole_texts_has_each_text_once():

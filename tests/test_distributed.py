@@ -22,7 +22,7 @@ import train_mlm
 from minissl import UserError
 from minissl.data.batches import Batches, WholeTexts
 from minissl.data.texts import encode_texts
-from minissl.tokenizer import train as train_tokenizer
+from minissl.tokenizer import train_tokenizer
 from minissl.training import distributed, machine, settings
 from minissl.training.files import load_checkpoint
 from minissl.training.run import Run
@@ -156,7 +156,7 @@ def test_more_processes_than_texts_end_before_the_first_step(tmp_path):
     flags += ["--run", tmp_path / "run", *TEXT, "--batch-size", 1, "--vocabulary-size", 300]
     codes, printed = run_workers(2, log, train_mlm.__file__, *flags)
     assert codes == [2, 2], printed
-    assert printed.count("too little text: 1 for 2 processes") == 1, printed
+    assert printed.count("too little text: found 1 text for 2 processes") == 1, printed
     assert "--resume" not in printed                 # there is no checkpoint to resume from
     assert not (tmp_path / "run").exists()
 
@@ -273,7 +273,8 @@ def test_more_processes_than_texts_get_a_sentence(monkeypatch):
     one_text = encode_texts([paragraph], train_tokenizer([paragraph], 262))
     assert len(WholeTexts(one_text, 8, 0)(0)) == 2   # a single process reads one text
     be_one_of(2, monkeypatch)
-    with pytest.raises(UserError, match="too little text: 1 for 2 processes; give more text"):
+    sentence = "too little text: found 1 text for 2 processes; give more text"
+    with pytest.raises(UserError, match=sentence):
         WholeTexts(one_text, 8, 0)
 
 

@@ -27,7 +27,7 @@ STORY = "the ship sails and the storm sinks the ship while the sailor waits at t
 
 
 def learned_tokenizer():
-    return tokenizer.train([STORY], 262)
+    return tokenizer.train_tokenizer([STORY], 262)
 
 
 def random_text_model(vocabulary_size, window=6):
@@ -231,7 +231,7 @@ def test_load_encoder_takes_strings_from_a_list_or_a_generator(tmp_path):
     assert features.shape == (3, 4) and features.dtype == torch.float32
     assert torch.equal(encode(string for string in strings), features)
     model, checkpoint = load.load_run(run)
-    texts = encode_texts(strings[:1], load.tokenizer_of(checkpoint))
+    texts = encode_texts(strings[:1], load.tokenizer_of(checkpoint, run))
     with torch.no_grad():
         vector = model.encode(torch.from_numpy(texts[0])[None], torch.tensor([len(texts[0])]))
     torch.testing.assert_close(features[:1], norm(vector), rtol=1e-4, atol=1e-5)
@@ -288,12 +288,27 @@ def test_an_unknown_method_is_refused_with_a_sentence(tmp_path):
         load.load_run(tmp_path)
 
 
+def test_runs_on_texts_are_told_from_runs_on_images(tmp_path):
+    _, of_texts = load.load_run(write_text_run(tmp_path / "texts"))
+    _, of_images = load.load_run(write_image_run(tmp_path / "images"))
+    assert load.reads_texts(of_texts) and load.reads_texts({**of_texts, "method": "gpt"})
+    assert not load.reads_texts(of_images)
+
+
+def test_a_run_that_was_moved_is_named_by_its_new_folder(tmp_path):
+    moved = write_text_run(tmp_path / "old").rename(tmp_path / "new")
+    _, checkpoint = load.load_run(moved)
+    del checkpoint["tokenizer"], checkpoint["settings"]
+    with pytest.raises(UserError, match=f"^{moved / 'checkpoint.pt'} does not hold what it should"):
+        load.tokenizer_of(checkpoint, moved)
+
+
 def test_fill_prints_the_likeliest_words_for_each_mask(tmp_path, capsys):
     run = write_text_run(tmp_path / "run")
     load.fill(run, "the [MASK] sails and the[MASK]")
     first, second = capsys.readouterr().out.splitlines()
     model, checkpoint = load.load_run(run)
-    words = load.tokenizer_of(checkpoint)
+    words = load.tokenizer_of(checkpoint, run)
     before, between = words.encode("the ").tolist(), words.encode(" sails and the").tolist()
     tokens = [*before, tokenizer.MASK, *between, tokenizer.MASK]
     with torch.no_grad():

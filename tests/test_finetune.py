@@ -874,7 +874,8 @@ def test_features_are_written_one_row_a_text(run, corpus, run_script, tmp_path):
 
 def test_a_file_has_one_row_of_features_copies_included(
         run, corpus, run_script, tmp_path, monkeypatch):
-    monkeypatch.setattr(text_sources, "TEXT_BYTES", 50)     # from four times that a text is long
+    monkeypatch.setattr(text_sources, "LONGEST_FILE", 200)  # not for features
+    monkeypatch.setattr(text_sources, "LONGEST_TEXT", 50)
     sources = {"b/1.txt": "city/000.txt", "a/2.txt": "sea/000.txt", "a/10.txt": "city/000.txt"}
     for name, source in sources.items():
         path = tmp_path / "texts" / name
@@ -1054,7 +1055,7 @@ def test_a_classifier_that_does_not_fit_is_refused(
 
 
 def test_a_blank_guess_is_shown_in_quotes(text_run):
-    tokenizer = load.tokenizer_of(load.load_run(text_run)[1])
+    tokenizer = load.tokenizer_of(load.load_run(text_run)[1], text_run)
     shown = load.show_token(tokenizer.bytes_of.index(b"\n"), tokenizer)
     assert shown == r"'\n'"
     first = tokenizer.encode("ship").tolist()[0]
@@ -1074,7 +1075,7 @@ def text_task(run, change=None):
     settings = checkpoint["settings"]
     data = text_sources.load_texts(settings["data"], settings["data_dir"],
                                    settings["vocabulary_size"],
-                                   tokenizer=load.tokenizer_of(checkpoint))
+                                   tokenizer=load.tokenizer_of(checkpoint, run))
     return TextTask(data, model, MACHINE, partial(load.new_model, checkpoint))
 
 

@@ -14,11 +14,12 @@ import torch
 from conftest import assert_equal_states, log_of, read_log, stopped_at, story
 
 import finetune
+import train_mlm
 from minissl.data.batches import Windows
 from minissl.data.texts import encode_texts
 from minissl.evaluation import load
-from minissl.tokenizer import MASK, PAD, train
-from minissl.training.files import load_checkpoint
+from minissl.tokenizer import MASK, PAD, train_tokenizer
+from minissl.training.files import load_checkpoint, write_checkpoint
 from minissl.training.machine import AttentionByHand, speed_up_on_cpu
 from minissl.transformer import IGNORE_INDEX, TextEncoder, norm
 
@@ -49,7 +50,7 @@ def random_tokens(rows=3, columns=T, seed=0):
 def tokens_of_stories(window):
     """Texts of many lengths, of at most three windows each."""
     stories = [story("sea", n) for n in range(20)] + [story("city", n, 1) for n in range(20)]
-    tokenizer = train(stories, 400)
+    tokenizer = train_tokenizer(stories, 400)
     return encode_texts(stories, tokenizer).split_long(3 * window)
 
 
@@ -143,7 +144,7 @@ def test_no_document_reads_into_the_next():
     # Each token becomes its position, so a pair shows whether the two are neighbours.
     texts.tokens = np.arange(2, 2 + len(texts.tokens))
     last_tokens = set((texts.starts + texts.lengths + 1).tolist())
-    batches = Windows(texts, window + 1, 4, seed=0, rest=False)
+    batches = Windows(texts, window + 1, 4, seed=0, leave_rest=False)
     for step in range(2 * batches.batches):
         tokens, lengths, _ = batches(step)
         inputs, targets = gpt.shift(tokens, lengths)
@@ -332,6 +333,23 @@ def test_a_stopped_run_resumes_bit_for_bit(corpus, run_of_gpt, run_script, tmp_p
     assert log_of(whole) == log_of(tmp_path / "run")
 
 
+def test_a_run_of_another_version_is_not_called_another_scripts(run_of_gpt, run_script, tmp_path):
+    folder, _ = run_of_gpt
+    checkpoint = load_checkpoint(folder)
+    del checkpoint["settings"]["top_k"]                       # a setting that came later
+    (tmp_path / "run").mkdir()
+    write_checkpoint(tmp_path / "run" / "checkpoint.pt", checkpoint)
+    code, printed = run_script(gpt, "--run", tmp_path / "run", "--resume")
+    assert code == 2 and "was made by another script or version of minissl" in printed, printed
+    code, printed = run_script(train_mlm, "--run", folder, "--resume")
+    assert code == 2 and "was made by gpt.py: resume it with that one" in printed, printed
+
+
+def test_it_says_how_the_texts_were_made(run_of_gpt):
+    _, printed = run_of_gpt
+    assert "data: classes: city, sea\n" in printed
+
+
 def test_finetune_reads_the_run(run_of_gpt, run_script):
     folder, _ = run_of_gpt
     code, printed = run_script(finetune, folder, "--probe", "--labels", 5, "--seeds", 1)
@@ -342,14 +360,27 @@ def test_finetune_reads_the_run(run_of_gpt, run_script):
 def test_the_last_token_can_be_the_features(run_of_gpt, run_script, monkeypatch):
     folder, _ = run_of_gpt
     mean = load.load_encoder(folder)(["the ship sails"])
-    monkeypatch.setitem(load.MODELS, "mlm", gpt.LastTokenEncoder)
+    monkeypatch.setitem(load.MODELS, "gpt", gpt.LastTokenEncoder)
     last = load.load_encoder(folder)(["the ship sails"])
     model, checkpoint = load.load_run(folder)
-    tokens = load.tokenizer_of(checkpoint).encode("the ship sails")
+    tokens = load.tokenizer_of(checkpoint, folder).encode("the ship sails")
     x = model(torch.from_numpy(tokens.astype(np.int64))[None])[0]
     x = x.detach()
     torch.testing.assert_close(torch.as_tensor(last)[0], norm(x[-1]), atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(torch.as_tensor(mean)[0], norm(x.mean(0)), atol=1e-4, rtol=1e-4)
+
+
+def test_the_word_last_measures_the_last_tokens(corpus, run_of_gpt, monkeypatch, tmp_path):
+    folder, _ = run_of_gpt
+    command = [sys.executable, ROOT / "examples" / "gpt.py", "last", folder, "--data", corpus]
+    command += ["--features", tmp_path / "last.npy", "--limit", 3]
+    command += ["--device", "cpu", "--precision", "float32"]
+    ended = subprocess.run([str(part) for part in command], capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    monkeypatch.setitem(load.MODELS, "gpt", gpt.LastTokenEncoder)
+    strings = [story("city", n) for n in range(3)]
+    expected = load.load_encoder(folder)(strings)
+    np.testing.assert_allclose(np.load(tmp_path / "last.npy"), expected, atol=1e-4)
 
 
 def test_a_prompt_is_continued(run_of_gpt, run_script):
@@ -366,7 +397,6 @@ def test_a_prompt_needs_a_causal_run(trained, run_script):
 
 
 def test_a_causal_run_fills_in_no_mask(run_of_gpt, run_script):
-    import train_mlm
     folder, _ = run_of_gpt
     code, printed = run_script(train_mlm, "--run", folder, "--fill", "the [MASK] turns")
     assert code == 2 and "continues texts: give it a --prompt" in printed, printed

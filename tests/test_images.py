@@ -291,9 +291,9 @@ def test_images_of_0_alone_are_called_black(tmp_path, capsys):
 def test_labels_need_not_be_read(tmp_path):
     path = save(tmp_path, noise(40, 8, 8), np.repeat([0, 1], 20))
     (tmp_path / "a.labels.npy").write_bytes(b"damaged")
-    data = images.load_images(path, labels=False)
+    data = images.load_images(path, with_labels=False)
     assert data.classes == [] and (data.labels == -1).all()
-    data = images.own_images(Path(path), keep_all=True, labels=False)
+    data = images.own_images(Path(path), keep_all=True, with_labels=False)
     assert data.classes == [] and len(data) == 40
     assert "a.labels.npy cannot be read" in refusal(path)
 
@@ -512,7 +512,7 @@ def test_a_path_that_is_no_array_is_refused(name, tmp_path):
 
 def test_a_missing_file_is_named(tmp_path):
     path = tmp_path / "not_there.npy"
-    assert refusal(path) == f"--data {path}: file not found"
+    assert refusal(path) == f"--data {path}: file not found; give the path of a .npy file"
 
 
 def test_damaged_arrays_are_refused(tmp_path):

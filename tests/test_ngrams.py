@@ -13,7 +13,7 @@ from minissl.data.text_sources import load_texts
 from minissl.data.texts import Texts, encode_texts
 from minissl.evaluation import ngrams, probes
 from minissl.evaluation.ngrams import NGrams, naive_bayes_weights
-from minissl.tokenizer import train
+from minissl.tokenizer import train_tokenizer
 from minissl.transformer import TextEncoder
 
 
@@ -78,7 +78,7 @@ def three_chunks(self, size):
 
 def test_the_most_frequent_ngrams_are_those_of_a_loop(monkeypatch):
     strings = ["a bb a bb c", "a bb", "c c c", "bb a"] * 2 + ["d"]
-    texts = encode_texts(strings, train(strings, 300))
+    texts = encode_texts(strings, train_tokenizer(strings, 300))
     V = len(texts.tokenizer)
     counter = Counter()
     for i in range(len(texts)):

@@ -118,6 +118,11 @@ def test_load_encoder_uses_encode_of_the_class(
     assert load.load_encoder(run)(images).shape == (3, 7)
 
 
+def test_no_time_between_two_checkpoints_is_negative(run_script):
+    code, printed = run_script(rotation, "--save-every", -1)
+    assert code == 2 and "--save-every -1.0: must be at least 0" in printed, printed
+
+
 def test_images_that_are_not_square_are_refused(run_script, tmp_path):
     images = np.random.default_rng(0).integers(0, 256, (40, 8, 12), np.uint8)
     np.save(tmp_path / "a.npy", images)

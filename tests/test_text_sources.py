@@ -114,7 +114,7 @@ def test_classes_that_are_named_like_splits_are_refused(names, named, tmp_path):
     folder = folder_of(tmp_path / "texts", files)
     with pytest.raises(UserError, match=f"each sub-folder must be a class, but found {named};"):
         load_texts(folder, tmp_path, 300)
-    learned = tokenizer.train([], 258)
+    learned = tokenizer.train_tokenizer([], 258)
     features = load_texts(folder, tmp_path, tokenizer=learned, keep_all=True)   # needs no classes
     assert len(features) == len(files)
 
@@ -173,7 +173,7 @@ def test_a_file_with_a_blank_line_inside_is_its_paragraphs(end, tmp_path):
 
 def test_features_of_a_file_say_how_it_was_cut(tmp_path):
     (tmp_path / "my.txt").write_text("the same line\n" * 2, encoding="utf-8")
-    learned = tokenizer.train([], 258)
+    learned = tokenizer.train_tokenizer([], 258)
     texts = load_texts(str(tmp_path / "my.txt"), tmp_path, tokenizer=learned, keep_all=True)
     assert strings(texts) == ["the same line"] * 2
     assert texts.notes == ["my.txt: 2 texts, one a line"]
@@ -181,13 +181,20 @@ def test_features_of_a_file_say_how_it_was_cut(tmp_path):
 
 def test_a_limit_keeps_the_first_texts_of_a_file(tmp_path):
     (tmp_path / "my.txt").write_text("one line\nanother line\n", encoding="utf-8")
-    options = dict(tokenizer=tokenizer.train([], 258), keep_all=True, limit=1)
+    options = dict(tokenizer=tokenizer.train_tokenizer([], 258), keep_all=True, limit=1)
     texts = load_texts(str(tmp_path / "my.txt"), tmp_path, **options)
     assert strings(texts) == ["one line"]
 
 
+def test_a_limit_reads_no_further_than_it_must(tmp_path):
+    (tmp_path / "my.txt").write_bytes(b"one line\n" * 2**18 + b"\xff")   # an error in block three
+    options = dict(tokenizer=tokenizer.train_tokenizer([], 258), keep_all=True, limit=2)
+    assert len(load_texts(str(tmp_path / "my.txt"), tmp_path, **options)) == 2
+
+
 def test_a_large_file_in_a_folder_becomes_several_texts(tmp_path, monkeypatch):
-    monkeypatch.setattr(text_sources, "TEXT_BYTES", 20)
+    monkeypatch.setattr(text_sources, "LONGEST_FILE", 80)
+    monkeypatch.setattr(text_sources, "LONGEST_TEXT", 20)
     folder = tmp_path / "texts"
     folder.mkdir()
     lines = [f"line number {n:02}\n" for n in range(20)]     # 15 characters each
@@ -203,7 +210,7 @@ def test_lines_are_cut_as_splitlines_does_in_blocks_of_any_size(tmp_path, monkey
     text = "a\r\nb\n\r\rcé\u2028 d\u0085\x0b\x0c\x1ce\r\n\r\nsix\u2029" * 3
     (tmp_path / "my.txt").write_bytes(text.encode())
     for size in range(4, 40):
-        monkeypatch.setattr(text_sources, "TEXT_BYTES", size)
+        monkeypatch.setattr(text_sources, "BLOCK_BYTES", size)
         lines = list(text_sources.read_lines(tmp_path / "my.txt"))
         assert lines == text.splitlines(keepends=True)
 
@@ -213,7 +220,7 @@ def test_a_long_line_is_read_in_parts_without_loss(tmp_path):
     (tmp_path / "long.txt").write_text(text, encoding="utf-8")
     parts = list(read_texts(tmp_path / "long.txt"))
     assert "".join(parts) == text and len(parts) > 3
-    assert max(map(len, parts)) <= 2 * text_sources.TEXT_BYTES
+    assert max(map(len, parts)) <= 2 * text_sources.LONGEST_TEXT
 
 
 def test_the_lines_of_a_very_large_file_are_joined(tmp_path, monkeypatch):
@@ -229,9 +236,20 @@ def test_the_lines_of_a_very_large_file_are_joined(tmp_path, monkeypatch):
     assert texts.notes[0] == "l.txt: 1 text, neighbouring lines joined to at least 2,048 characters"
 
 
+def test_the_paragraphs_of_a_very_large_file_are_joined(tmp_path, monkeypatch):
+    path = tmp_path / "p.txt"
+    path.write_text("".join(f"line {n}\nand more\n\n" for n in range(300)), encoding="utf-8")
+    monkeypatch.setattr(text_sources, "SAMPLE_BYTES", 200)
+    texts = load_texts(str(path), tmp_path / "data", 300)
+    assert all(text.endswith("and more") for text in strings(texts))
+    assert texts.notes[0] == (
+        "p.txt: 3 texts, neighbouring paragraphs joined to at least 2,048 characters"
+    )
+
+
 @pytest.mark.parametrize("name, content, sentence", [
-    ("a.txt", b"", "the file is empty"),
-    ("a.txt", b" \n \n", "a.txt holds only white space: give a file with some text"),
+    ("a.txt", b"", "a.txt: the file is empty or holds only white space; give one with some text"),
+    ("a.txt", b" \n \n", "a.txt: the file is empty or holds only white space; give one with"),
     ("a.txt", b"good\nbad \xff here", "not UTF-8: byte 9 is 0xff; save it as UTF-8"),
     ("a.txt", b"\xef\xbb\xbfgood \xff", "not UTF-8: byte 8 is 0xff"),
     ("a.txt", b"x" * 2**20 + b"caf\xe9!", "not UTF-8: byte 1048579 is 0xe9"),
@@ -243,7 +261,7 @@ def test_the_lines_of_a_very_large_file_are_joined(tmp_path, monkeypatch):
     ("a.txt", "a text".encode("utf-32-le"), "byte 1 is NUL"),
     ("a.txt", b"x" * (2**20 + 99) + b"\0", "byte 1048675 is NUL"),
     ("a.txt", gzip.compress(b"text"), "is a gzip archive, expected UTF-8 text"),
-    ("a.csv", b"x", "expected a name that ends in .txt"),
+    ("a.csv", b"x", "expected a name that ends in .txt; if the file is plain text, rename it"),
 ])
 def test_an_odd_file_gets_a_sentence_and_leaves_nothing(name, content, sentence, tmp_path):
     path = tmp_path / name
@@ -258,7 +276,7 @@ def test_a_path_that_is_not_there_is_named(tmp_path):
     with pytest.raises(UserError, match="my_texts: file not found; --data takes pydocs, imdb"):
         load_texts(str(tmp_path / "my_texts"), tmp_path)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="empty: expected .txt files with text in them"):
+    with pytest.raises(UserError, match="empty: expected .*, found none; give another folder"):
         load_texts(str(tmp_path / "empty"), tmp_path)
 
 

@@ -4,6 +4,7 @@ import errno
 import os
 import time
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,8 +15,9 @@ from minissl.data import text_sources
 from minissl.data import texts as texts_module
 from minissl.data.splits import TRAIN
 from minissl.data.text_sources import load_texts
-from minissl.data.texts import Texts, add_counts, encode_texts, frequent_pairs
+from minissl.data.texts import Texts, add_counts, count_terms, encode_texts, frequent_pairs
 from minissl.training import files as files_module
+from minissl.transformer import TextEncoder
 
 
 def strings(texts):
@@ -70,14 +72,16 @@ def test_long_texts_are_cut_into_equal_parts_without_loss(corpus, tmp_path):
 def test_chunks_and_samples_are_of_the_texts_in_their_order(corpus, tmp_path):
     texts = load_texts(str(corpus), tmp_path, 400)
     assert np.concatenate(texts.chunks(30)).tolist() == list(range(200))
-    assert {len(indices) for indices in texts.chunks(30)} <= {33, 34}
+    for size in (1, 30, 67, 101, 200, 300):
+        sizes = [len(indices) for indices in texts.chunks(size)]
+        assert max(sizes) < 2 * size and min(sizes) >= min(size, 200)
     sample = texts.sample(3)
     assert [sample[i].tolist() for i in range(3)] == [texts[i].tolist() for i in (0, 99, 199)]
 
 
 def test_any_iterable_of_strings_is_encoded():
     words = ["the ship", "a sea"]
-    learned = tokenizer.train(words, 300)
+    learned = tokenizer.train_tokenizer(words, 300)
     for many in (words, tuple(words), iter(words), (word for word in words), np.array(words),
                  dict.fromkeys(words)):
         texts = encode_texts(many, learned)
@@ -93,10 +97,36 @@ def test_any_iterable_of_strings_is_encoded():
 ])
 def test_what_is_no_list_of_texts_gets_a_sentence(many, sentence):
     with pytest.raises(UserError, match=sentence):
-        encode_texts(many, tokenizer.train([], 258))
+        encode_texts(many, tokenizer.train_tokenizer([], 258))
 
 
-# ---------------------------------------------------------------- Pairs of neighbours
+def test_a_part_of_a_book_fills_the_window_twice(corpus, tmp_path):
+    texts = load_texts(str(corpus), tmp_path, 400)
+    book = texts.select([0])
+    for length in (1024, 1025, 5000, 5001, 9000):
+        book = replace(book, lengths=np.array([length]))
+        for window in (10, 256, 600):
+            parts = book.cut_books(window).lengths
+            assert parts.sum() == length and parts.max() <= max(1024, 4 * window)
+            assert len(parts) == 1 or parts.min() >= 2 * window
+
+
+# ---------------------------------------------------------------- Words and pairs of neighbours
+
+def test_terms_are_counted_as_a_loop_does(corpus, tmp_path, monkeypatch):
+    texts = load_texts(str(corpus), tmp_path, 300)
+    pairs = frequent_pairs(texts, 50)
+    model = TextEncoder(300, pairs, width=8, layers=0, heads=1)
+    counts = Counter()
+    for i in range(len(texts)):
+        tokens = texts[i].tolist()
+        counts.update(tokens)
+        counts.update(300 + left * 300 + right for left, right in zip(tokens, tokens[1:]))
+    keys = [*range(300), *(300 + pairs).tolist()]
+    assert count_terms(texts, model).tolist() == [counts[key] for key in keys]
+    monkeypatch.setattr(Texts, "chunks", lambda self, size: np.array_split(np.arange(200), 7))
+    assert count_terms(texts, model).tolist() == [counts[key] for key in keys]
+
 
 def test_pairs_are_counted_as_a_loop_does(corpus, tmp_path, monkeypatch):
     texts = load_texts(str(corpus), tmp_path, 300)
@@ -187,7 +217,7 @@ def test_a_cache_is_for_one_vocabulary_tokenizer_and_folder(tmp_path):
         return load_texts(folder, tmp_path / "data", vocabulary_size, tokenizer=learned)
 
     assert len(load(264).tokenizer) == 264 and len(load(262).tokenizer) == 262
-    another = tokenizer.train(["words of another text, of another text"], 264)
+    another = tokenizer.train_tokenizer(["words of another text, of another text"], 264)
     assert load(264, another).tokenizer.merges == another.merges
     assert np.bincount(load(264).labels).tolist() == [10, 9]
     moved = tmp_path / "texts" / "a" / "9.txt"

@@ -609,7 +609,7 @@ def test_a_run_killed_before_its_first_checkpoint_restarts(
     (train_contrastive, ["--crop", 2], "--crop 2.0: must be at most 1"),
     (train_contrastive, ["--view-size", 7], "--view-size 7: must be even, and at"),
     (train_contrastive, ["--view-size", 15], "--view-size 15: must be even, and at"),
-    (train_contrastive, ["--batch-size", 500, "--limit", 400], "there are only 400 images"),
+    (train_contrastive, ["--batch-size", 500, "--limit", 400], "found only 400 examples"),
     (train_contrastive, ["--data", "no_such_name"], "expected shapes, cifar10 or a .npy"),
     (train_contrastive, ["--method", "dino"], "'dino' is not one of simclr, byol"),
     (train_contrastive, ["--method", "byol", "--temperature", 0.2], "--method byol has none"),

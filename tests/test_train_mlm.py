@@ -108,7 +108,7 @@ def test_gradient_of_the_first_stage_one_document_at_a_time():
 
 def test_gradient_of_the_second_stage_one_document_at_a_time():
     model = random_model()
-    tokens, lengths, rest = Windows(random_texts(), 20, 8, seed=0, rest=True)(0)
+    tokens, lengths, rest = Windows(random_texts(), 20, 8, seed=0, leave_rest=True)(0)
     assert lengths.min() < lengths.max()             # there is padding
     inputs, targets = transformer.mask_tokens(tokens, lengths, V, 0.3, generator(0, "mask", 0))
     loss, _ = train_mlm.masked_and_document_loss(
@@ -141,7 +141,7 @@ def test_a_model_that_knows_nothing_has_the_chance_losses():
     model = random_model()
     for parameter in model.parameters():
         parameter.data.zero_()
-    tokens, lengths, rest = Windows(random_texts(), 20, 8, seed=0, rest=True)(0)
+    tokens, lengths, rest = Windows(random_texts(), 20, 8, seed=0, leave_rest=True)(0)
     inputs, targets = transformer.mask_tokens(tokens, lengths, V, 0.3, generator(0, "mask", 0))
     loss, losses = train_mlm.masked_and_document_loss(
         model, inputs, targets, lengths, rest, SETTINGS, nullcontext()
@@ -154,7 +154,7 @@ def test_a_model_that_knows_nothing_has_the_chance_losses():
 @pytest.mark.parametrize("off, left", [("masked", "document"), ("document", "masked")])
 def test_a_weight_of_0_turns_its_loss_off(off, left):
     model = random_model()
-    tokens, lengths, rest = Windows(random_texts(), 20, 8, seed=0, rest=True)(0)
+    tokens, lengths, rest = Windows(random_texts(), 20, 8, seed=0, leave_rest=True)(0)
     inputs, targets = transformer.mask_tokens(tokens, lengths, V, 0.3, generator(0, "mask", 0))
     settings = SimpleNamespace(masked_weight=1.5, document_weight=2.5)
     setattr(settings, f"{off}_weight", 0)
@@ -200,7 +200,7 @@ def test_each_stage_gets_the_batches_of_its_step(corpus, train, tmp_path, monkey
     texts = load_texts(str(corpus), tmp_path / "data", 400)
     train_texts = texts.select(texts.split == TRAIN)
     whole_texts = WholeTexts(train_texts, 8 * 8, seed=5)             # 8 times the batch size
-    windows = Windows(train_texts, 32, 8, seed=5, rest=True)
+    windows = Windows(train_texts, 32, 8, seed=5, leave_rest=True)
     expected = [whole_texts(0), whole_texts(1)]
     for step in (2, 3):
         tokens, lengths, rest = windows(step - 2)
@@ -464,7 +464,7 @@ def test_fill_answers_for_each_mask(trained, run_script):
     assert printed.count("[MASK] ") == 3
 
     model, checkpoint = load.load_run(trained)
-    tokenizer = load.tokenizer_of(checkpoint)
+    tokenizer = load.tokenizer_of(checkpoint, trained)
     tokens = [*tokenizer.encode("the ship"), MASK, *tokenizer.encode("and the"), MASK]
     tokens += [*tokenizer.encode(", wait", leading_space=False), MASK]
     tokens = torch.tensor([int(token) for token in tokens])

@@ -132,6 +132,16 @@ def test_document_loss_of_empty_bags_is_0_and_not_nan():
     assert (logits.grad == 0).all()
 
 
+def test_a_document_in_one_of_four_processes_counts_a_quarter():
+    # Each process divides by the mean of the counts, 1/4, and the mean of the four losses is
+    # then the loss of the one document.
+    logits, bag = torch.randn(1, 6), torch.rand(1, 6)
+    of_four = [document_loss(logits, bag, torch.tensor(0.25))]
+    for _ in range(3):
+        of_four.append(document_loss(logits, torch.zeros(1, 6), torch.tensor(0.25)))
+    torch.testing.assert_close(sum(of_four) / 4, document_loss(logits, bag))
+
+
 PRECISIONS = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
 
 
@@ -498,7 +508,7 @@ def test_term_weights_are_their_formula():
             weight = min(1, math.sqrt(1e-4 / frequency))
         expected.append(weight)
     assert 0 < expected[1] < 0.02 and expected[2] == 1               # both sides of the minimum
-    weights = transformer.term_weights(tensor(counts, torch.float32), 6)
+    weights = transformer.weights_from_counts(tensor(counts, torch.float32), 6)
     np.testing.assert_allclose(weights, expected, rtol=1e-6)
 
 
@@ -506,7 +516,7 @@ def test_both_output_layers_begin_with_the_frequencies():
     model = random_model()
     counts = [0, 0, 400, 100, 50, 30, 19, 0, 60, 21, 5, 7, 90, 10, 0, 25, 300]   # V + P
     model.init_from_counts(tensor(counts, torch.float32))
-    weights = transformer.term_weights(tensor(counts), V)
+    weights = transformer.weights_from_counts(tensor(counts), V)
     np.testing.assert_allclose(model.term_weights, weights, rtol=1e-5)
 
     words = np.array(counts[:V]) + 1

@@ -17,6 +17,7 @@ import torch
 from minissl import UserError
 from minissl.tokenizer import PAD
 from minissl.training import distributed
+from minissl.training.wording import count_of
 
 
 def generator(seed, purpose, step):
@@ -27,7 +28,9 @@ def generator(seed, purpose, step):
     same machine and version of torch.
     """
     key = f"{seed} {purpose} {step}".encode()
-    digest = hashlib.blake2b(key, digest_size=7).digest()    # torch uses 32 bits of it
+    # Seven bytes fit into an int64. torch uses the lowest four. (A digest of four bytes would be
+    # another number, and all results were measured with these draws.)
+    digest = hashlib.blake2b(key, digest_size=7).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "little"))
 
 
@@ -44,10 +47,9 @@ class Batches:
     def __init__(self, n, size, seed, purpose, equal_shares=True):
         processes = distributed.WORLD_SIZE
         if n < size:
-            images = "is only 1 image" if n == 1 else f"are only {n:,} images"
             raise UserError(
-                f"--batch-size {size}: there {images} to learn from; give more images, "
-                f"a smaller --batch-size, or a larger --limit if you gave one"
+                f"--batch-size {size}: found only {count_of(n, 'example')} to learn from; give "
+                f"more, a smaller --batch-size, or a larger --limit if you gave one"
             )
         if equal_shares and size % processes:
             raise UserError(
@@ -84,8 +86,9 @@ class WholeTexts:
         size = min(size, len(texts))
         if size < distributed.WORLD_SIZE:
             raise UserError(
-                f"too little text: {len(texts)} for {distributed.WORLD_SIZE} processes; "
-                f"give more text, a larger --limit if you gave one, or start fewer processes"
+                f"too little text: found {count_of(len(texts), 'text')} for "
+                f"{count_of(distributed.WORLD_SIZE, 'process', 'processes')}; give more text, "
+                f"a larger --limit if you gave one, or start fewer processes"
             )
         self.texts, self.seed = texts, seed
         self.batches = Batches(len(texts), size, seed, "document order", equal_shares=False)
@@ -95,8 +98,8 @@ class WholeTexts:
         tokens, lengths = self.texts.padded(self.batches(step).numpy())
         tokens, lengths = torch.from_numpy(tokens), torch.from_numpy(lengths)
         B, T = tokens.shape
-        # One toss for each token, and one for the end of each text. Nothing uses the second, but
-        # without it all draws of older runs would change.
+        # Each text tosses a coin for each of its tokens, and one more that nothing uses. It stays,
+        # because without it the later texts would get other coins than those of RESULTS.md.
         tossed = torch.arange(T + 1) <= lengths[:, None]                   # (B, T + 1)
         coins = generator(self.seed, "coin", step)
         draws = torch.rand(int(tossed.sum()), generator=coins)
@@ -113,12 +116,12 @@ class Windows:
     last one of the sorted windows, which has the longest, may have fewer.
 
     Arguments: texts, a Texts; window, the greatest number of tokens; batch_size; seed;
-    rest, whether something must be left outside the window for the document loss. If so,
-    the window of a short text takes only half of it.
+    leave_rest, whether something must be left outside the window for the document loss. If
+    so, the window of a short text takes only half of it.
     Raises UserError if all texts together have fewer tokens than a batch.
     """
 
-    def __init__(self, texts, window, batch_size, seed, rest):
+    def __init__(self, texts, window, batch_size, seed, leave_rest):
         total = texts.lengths.sum()
         if total < batch_size * window:
             raise UserError(
@@ -126,8 +129,8 @@ class Windows:
                 f"the data has {total:,}; give more text, a smaller --batch-size or --window, "
                 f"or a larger --limit if you gave one"
             )
-        self.texts, self.seed = texts, seed
-        longest = (texts.lengths + 1) // 2 if rest else texts.lengths
+        self.texts, self.seed, self.leave_rest = texts, seed, leave_rest
+        longest = (texts.lengths + 1) // 2 if leave_rest else texts.lengths
         self.sizes = np.minimum(window, longest)                           # (N,)
         self.borders = self._borders(batch_size * window)
         self.batches = len(self.borders) - 1
@@ -161,7 +164,8 @@ class Windows:
     def __call__(self, step):
         """-> tokens (B, T) int64 and lengths (B,) of the windows, and rest (B, R) int64.
 
-        rest has the whole documents, with PAD in place of the window.
+        rest has the whole documents, with PAD in place of the window. Without leave_rest
+        nobody asks for it, and R is 0.
         """
         epoch, batch = divmod(step, self.batches)
         if epoch != self.epoch:
@@ -170,8 +174,10 @@ class Windows:
         indices = self.order[self.borders[batch]:self.borders[batch + 1]]
         offsets, sizes = self.offsets[indices], self.sizes[indices]
         tokens, lengths = self.texts.padded(indices, offsets, sizes)
-        rest, _ = self.texts.padded(indices)
-        place = np.arange(rest.shape[1])
-        begin, end = offsets[:, None], (offsets + sizes)[:, None]
-        rest[(place >= begin) & (place < end)] = PAD
+        rest = tokens[:, :0]                                               # (B, 0)
+        if self.leave_rest:
+            rest, _ = self.texts.padded(indices)                           # (B, R)
+            place = np.arange(rest.shape[1])
+            begin, end = offsets[:, None], (offsets + sizes)[:, None]
+            rest[(place >= begin) & (place < end)] = PAD
         return torch.from_numpy(tokens), torch.from_numpy(lengths), torch.from_numpy(rest)

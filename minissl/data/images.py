@@ -4,7 +4,7 @@ All images are uint8 (N, C, H, W), and a batch is one index operation. The user'
 the disk, mapped into memory, so it may be larger than memory. Images in HELD_OUT are for every
 choice (learning rates, epochs). Images in TEST are for the final figures alone.
 
-Read next: ../evaluation/features.py.
+Read next: shapes.py, which draws the pictures, and then ../evaluation/features.py.
 """
 
 import math
@@ -23,15 +23,15 @@ from minissl.data.splits import (
     HELD_OUT,
     TEST,
     TRAIN,
-    count_of,
     drop_duplicates,
     evenly_spaced,
     fingerprint,
-    list_names,
+    limit_splits,
     small_classes,
     split_blocks,
 )
 from minissl.training.files import download, read_archive, unreadable
+from minissl.training.wording import count_of, list_names
 
 
 @dataclass
@@ -89,13 +89,13 @@ class Images:
         return self.select(indices)
 
 
-def load_images(data, data_dir="data", limit=0, keep_all=False, labels=True):
+def load_images(data, data_dir="data", limit=0, keep_all=False, with_labels=True):
     """Images by name ("shapes", "cifar10") or from a file NAME.npy.
 
     limit: keep only this many images of each split (0: all).
     keep_all: keep the rows of NAME.npy as they are, copies included and however few there are;
     `limit` then keeps the first rows. So row n of the features belongs to row n of the array.
-    labels: read NAME.labels.npy. If False, the images of NAME.npy have no labels.
+    with_labels: read NAME.labels.npy. If False, the images of NAME.npy have no labels.
 
     Raises UserError if the data cannot be used; its sentence says why.
     """
@@ -105,16 +105,12 @@ def load_images(data, data_dir="data", limit=0, keep_all=False, labels=True):
     elif data == "cifar10":
         images = cifar10(Path(data_dir))
     else:
-        images = own_images(Path(data), keep_all, labels=labels)
+        images = own_images(Path(data), keep_all, with_labels=with_labels)
     if not limit:
         return images
     if keep_all:
         return images.select(np.arange(min(limit, len(images))))
-    kept = []
-    for split in (TRAIN, HELD_OUT, TEST):
-        indices = np.flatnonzero(images.split == split)
-        kept.append(indices[evenly_spaced(len(indices), limit)])
-    return images.select(np.concatenate(kept))
+    return images.select(limit_splits(images.split, limit))
 
 
 def describe(images):
@@ -249,14 +245,14 @@ EXPECTED = (f"expected uint8 images (N, H, W, C) or (N, H, W) with 1 or 3 channe
             f"at least {SMALLEST} × {SMALLEST} pixels; {README}")
 
 
-def own_images(path, keep_all=False, flag="--data", labels=True):
+def own_images(path, keep_all=False, flag="--data", with_labels=True):
     """Images from NAME.npy, uint8 (N, H, W, C) or (N, H, W), with labels from NAME.labels.npy.
 
     The file with the labels, N whole numbers, may be missing. If an image occurs several times,
     one copy is kept.
 
     keep_all: keep every image, and accept any number of them. flag: the command-line flag that
-    gave the path, for messages. labels: False leaves NAME.labels.npy unread.
+    gave the path, for messages. with_labels: False leaves NAME.labels.npy unread.
 
     Raises UserError if an array is of another form.
     """
@@ -264,7 +260,7 @@ def own_images(path, keep_all=False, flag="--data", labels=True):
         names = "shapes, cifar10 or " if flag == "--data" else ""
         raise UserError(f"{flag} {path}: expected {names}a .npy file of uint8 images; {README}")
     if not path.exists():
-        raise UserError(f"{flag} {path}: file not found")
+        raise UserError(f"{flag} {path}: file not found; give the path of a .npy file")
     name = f"{flag} {path}"
     remedy = "if the images have different sizes, resize them to one size, and save them as uint8"
     array = _map_array(path, remedy)
@@ -273,7 +269,7 @@ def own_images(path, keep_all=False, flag="--data", labels=True):
     if len(array) < fewest:
         found = count_of(len(array), "image")
         raise UserError(f"{name}: found {found}; expected at least {fewest}")
-    if labels:
+    if with_labels:
         labels, classes = _read_labels(path.with_name(path.stem + ".labels.npy"), len(array))
     else:
         labels, classes = np.full(len(array), -1), []
@@ -297,8 +293,7 @@ def own_images(path, keep_all=False, flag="--data", labels=True):
         raise UserError(f"{name}: found {found}; expected at least {fewest}")
     dropped = len(array) - len(kept)
     if dropped:
-        copies = "1 copy" if dropped == 1 else f"{dropped:,} copies"
-        notes.append(f"left out {copies} of other images")
+        notes.append(f"left out {count_of(dropped, 'copy', 'copies')} of other images")
     labels = labels[kept]
     split = hold_out_two(split_blocks(labels), labels)
     small = small_classes(labels, classes)

@@ -19,7 +19,7 @@ distance. The technique is described in Hart, "Sphere tracing" (The Visual Compu
 The drawing code also tells what it drew, and `write_captions` puts that into words, for
 examples/clip.py.
 
-Read next: images.py.
+Read next: ../evaluation/features.py, or images.py for the other sources of images.
 """
 
 import math
@@ -191,7 +191,9 @@ def draw_and_tell(n, generator, size=32):
     stripes = (position * uniform(0.2, 1.2, 1, 1)).sin_()
     picture += (stripes * uniform(0, 0.06, 1, 1))[:, None]
 
-    # The ink: a colour that is too close to the background is pushed away from it.
+    # The ink: if no channel differs from the background's grey by 0.35, all channels are pushed
+    # away from it by 0.5. Values outside of [0, 1] are cut off at the end. So in 0.9 % of the
+    # pictures the difference stays below 0.35, and in 0.1 % below 0.2.
     colour = uniform(0, 1, 3, 1, 1)
     contrast = colour - grey
     too_close = contrast.abs().amax(1, keepdim=True) < 0.35

@@ -1,4 +1,7 @@
-"""Splits: which examples are for training, which for choices, and which for the test."""
+"""Splits: which examples are for training, which for choices, and which for the test.
+
+Read next: texts.py, or images.py.
+"""
 
 import zlib
 
@@ -16,6 +19,19 @@ def evenly_spaced(n, most):
     ([0, 3, 6, 9], [0, 1])
     """
     return np.linspace(0, n - 1, min(most, n)).astype(int)
+
+
+def limit_splits(split, most):
+    """Return the indices of at most `most` examples of each split, evenly spaced, split by split.
+
+    >>> limit_splits(np.array([TRAIN, TEST, TRAIN, TRAIN, HELD_OUT]), 2).tolist()
+    [0, 3, 4, 1]
+    """
+    indices = []
+    for part in (TRAIN, HELD_OUT, TEST):
+        of_part = np.flatnonzero(split == part)
+        indices.append(of_part[evenly_spaced(len(of_part), most)])
+    return np.concatenate(indices)
 
 
 def fingerprint(data):
@@ -91,26 +107,6 @@ def incomplete_classes(split, labels, classes):
         if TRAIN not in present or TEST not in present:
             names.append(name)
     return names
-
-
-def list_names(names, most=10):
-    """Return names as one string.
-
-    >>> list_names(["a", "b", "c"]), list_names(["a", "b", "c"], most=1)
-    ('a, b, c', 'a and 2 more')
-    """
-    text = ", ".join(names[:most])
-    if len(names) > most:
-        text += f" and {len(names) - most:,} more"
-    return text
-
-
-def count_of(n, noun):
-    """
-    >>> count_of(1, "image"), count_of(2000, "label")
-    ('1 image', '2,000 labels')
-    """
-    return f"1 {noun}" if n == 1 else f"{n:,} {noun}s"
 
 
 def drop_duplicates(hashes, split, labels):

@@ -3,6 +3,8 @@
 Each source is a Source: a key that changes when the content does, and a stream of documents
 that reads nothing before it is asked. `load_texts` encodes the documents once and keeps their
 tokens in a cache; see texts.py.
+
+Read next: images.py, the same for images.
 """
 
 import ast
@@ -17,6 +19,7 @@ import sysconfig
 import warnings
 from collections import Counter, defaultdict
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -26,8 +29,7 @@ from minissl.data.splits import (
     HELD_OUT,
     TEST,
     TRAIN,
-    evenly_spaced,
-    list_names,
+    limit_splits,
     split_blocks,
 )
 from minissl.data.texts import (
@@ -47,9 +49,13 @@ from minissl.training.files import (
     read_archive,
     unreadable,
 )
+from minissl.training.wording import count_of, list_names
 
 
-TEXT_BYTES = 2**20        # a longer paragraph or line of a file is read as several texts
+BLOCK_BYTES = 2**20       # a file is read in blocks of this size
+LONGEST_TEXT = 2**20      # characters; a longer paragraph or line is read as several texts
+LONGEST_FILE = 2**22      # characters; a longer file of a folder is read as several texts
+LARGEST_REVIEW = 2**20    # bytes; a larger one in the archive of IMDb is damage
 
 # Each sub-folder is a class, unless it has one of these names. Such a sub-folder is probably a
 # part of the split, as in the unpacked IMDb archive.
@@ -72,7 +78,7 @@ def load_texts(
     tokenizer        use this one instead of training one
     keep_all         for features: all texts of a path, duplicates included, the files in the
                      order of their sorted paths, without labels. `limit` takes the first ones.
-                     It needs `tokenizer`.
+                     It needs `tokenizer`. It changes nothing for "pydocs" and "imdb".
     Raises UserError with one sentence for anything that the user can mend.
     """
     if data == "pydocs":
@@ -85,20 +91,14 @@ def load_texts(
         except PermissionError as error:
             raise unreadable(error.filename) from None
         if keep_all:
-            strings = [text for text, _, _ in source.documents]
-            if limit:
-                strings = strings[:limit]
-            texts = encode_texts(strings, tokenizer)
+            strings = (text for text, _, _ in source.documents)
+            texts = encode_texts(islice(strings, limit or None), tokenizer)
             texts.notes += source.describe(len(texts))
             return texts
 
     texts = load_cached(source, Path(data).stem, Path(data_dir), vocabulary_size, tokenizer)
     if limit:
-        indices = []
-        for split in (TRAIN, HELD_OUT, TEST):
-            of_split = np.flatnonzero(texts.split == split)
-            indices.append(of_split[evenly_spaced(len(of_split), limit)])
-        texts = texts.select(np.sort(np.concatenate(indices)))
+        texts = texts.select(np.sort(limit_splits(texts.split, limit)))
     return texts
 
 
@@ -249,7 +249,7 @@ def read_imdb(archive):
     training class, by number, is held out.
     """
     reviews = []
-    for match, data in read_archive(archive, IMDB_NAME, TEXT_BYTES, IMDB_URL):
+    for match, data in read_archive(archive, IMDB_NAME, LARGEST_REVIEW, IMDB_URL):
         text = data.decode("utf-8", "replace").replace("<br />", " ")
         part, name, number = match[1], match[2], int(match[3])
         reviews.append((part, name, number, text))
@@ -275,7 +275,8 @@ def read_imdb(archive):
             split = HELD_OUT
         else:
             split = TRAIN
-        yield text, None if name == "unsup" else name, split
+        label = None if name == "unsup" else name
+        yield text, label, split
 
 
 def part_name_and_number(review):
@@ -287,8 +288,8 @@ def part_name_and_number(review):
 def path_source(path, whole_files=False):
     """Return the Source of a .txt file or of a folder of them.
 
-    A file of a folder is one text, or several if it has more than 4 MB; with whole_files it is
-    one text however long it is. A single file is cut into texts by read_texts.
+    A file of a folder is one text, or several if it is longer than LONGEST_FILE; with whole_files
+    it is one text however long it is. A single file is cut into texts by read_texts.
     """
     if not path.exists():
         raise UserError(
@@ -301,18 +302,19 @@ def path_source(path, whole_files=False):
 
 def file_source(path):
     if path.suffix.lower() != ".txt":
-        raise UserError(f"{path}: expected a name that ends in .txt")
-    if path.stat().st_size == 0:
-        raise UserError(f"{path}: the file is empty")
+        raise UserError(
+            f"{path}: expected a name that ends in .txt; if the file is plain text, rename it"
+        )
     if is_blank(path):
-        raise UserError(f"{path} holds only white space: give a file with some text")
+        raise UserError(
+            f"{path}: the file is empty or holds only white space; give one with some text"
+        )
+    kind = "paragraph" if has_paragraphs(path) else "line"
+    least, unit = 0, f"one a {kind}"
     if path.stat().st_size > SAMPLE_BYTES:
         # Millions of lines are not millions of documents: neighbours are joined.
         least = 2048
-        unit = f"neighbouring lines joined to at least {least:,} characters"
-    else:
-        least = 0
-        unit = "one a paragraph" if has_paragraphs(path) else "one a line"
+        unit = f"neighbouring {kind}s joined to at least {least:,} characters"
     key = f"{least} {hash_of_files([path], path.parent)}"
     documents = ((text, None, None) for text in read_texts(path, least))
     return Source(key, documents, path.name, unit)
@@ -333,12 +335,12 @@ def folder_source(folder, whole_files):
         check_class_names(folder, classes)
         if classes:
             notes.append(f"classes: {list_names(classes)}")
-    least = math.inf if whole_files else 4 * TEXT_BYTES
+    least = math.inf if whole_files else LONGEST_FILE
     documents = read_files(files, names, split_blocks(labels), least)
     is_cut = any(file.stat().st_size > least for file in files)
     unit = "one a file"
     if is_cut:
-        unit = "from 1 file" if len(files) == 1 else f"from {len(files):,} files"
+        unit = f"from {count_of(len(files), 'file')}"
     name = f"folder {folder.resolve().name}"
     return Source(hash_of_files(files, folder), documents, name, unit, notes)
 
@@ -377,11 +379,12 @@ def text_files(folder):
         plurals = {"link to a folder": "links to folders", "empty folder": "empty folders"}
         kinds = []
         for kind, count in passed_over.items():
-            words = plurals.get(kind, kind) if count > 1 else kind
-            kinds.append(f"{count:,} {words}")
+            kinds.append(count_of(count, kind, plurals.get(kind, kind)))
         print(f"passed over: {', '.join(kinds)}", file=sys.stderr)
     if not files:
-        raise UserError(f"{folder}: expected .txt files with text in them, found none")
+        raise UserError(
+            f"{folder}: expected .txt files with text in them, found none; give another folder"
+        )
     return files
 
 
@@ -413,12 +416,12 @@ def read_texts(path, least=0):
     """Yield the texts of a UTF-8 file: its paragraphs if it has any, otherwise its lines.
 
     Arguments: path; least, join neighbours until they have at least so many characters.
-    A text has at most about `least` + TEXT_BYTES characters. A longer paragraph or line becomes
+    A text has at most about `least` + LONGEST_TEXT characters. A longer paragraph or line becomes
     several texts, so the memory is bounded.
     Raises UserError as read_blocks does.
     """
     by_paragraph = has_paragraphs(path)
-    longest = least + TEXT_BYTES
+    longest = least + LONGEST_TEXT
     parts, size = [], 0
     for line in read_lines(path):
         parts.append(line)
@@ -435,9 +438,9 @@ def read_texts(path, least=0):
 
 
 def has_paragraphs(path):
-    """True if a blank line lies between two other lines in the first megabyte of a file."""
+    """True if a blank line lies between two other lines in the first block of a file."""
     with open(path, "rb") as file:
-        start = file.read(TEXT_BYTES).decode("utf-8-sig", "ignore")
+        start = file.read(BLOCK_BYTES).decode("utf-8-sig", "ignore")
     lines = start.strip().splitlines()
     return any(not line.strip() for line in lines)
 
@@ -446,7 +449,7 @@ def read_lines(path):
     """Yield the lines of a UTF-8 file, with their ends, as str.splitlines cuts them.
 
     A line may end in LF, CR, CR LF, or one of Unicode's own line ends. A line of more than
-    TEXT_BYTES characters comes in parts.
+    LONGEST_TEXT characters comes in parts.
     """
     rest = ""
     for block in read_blocks(path):
@@ -454,19 +457,20 @@ def read_lines(path):
         rest = lines.pop()          # it may go on in the next block, as may CR LF
         for line in lines:
             yield from cut_long_line(line)
-        while len(rest) > TEXT_BYTES:
-            yield rest[:TEXT_BYTES]
-            rest = rest[TEXT_BYTES:]
+        while len(rest) > LONGEST_TEXT:
+            yield rest[:LONGEST_TEXT]
+            rest = rest[LONGEST_TEXT:]
     if rest:
         yield rest
 
 
 def cut_long_line(line):
-    return [line[start:start + TEXT_BYTES] for start in range(0, len(line), TEXT_BYTES)]
+    starts = range(0, len(line), LONGEST_TEXT)
+    return [line[start:start + LONGEST_TEXT] for start in starts]
 
 
 def read_blocks(path):
-    """Yield the characters of a UTF-8 file as strings of up to a megabyte, none empty.
+    """Yield the characters of a UTF-8 file, a string for each block of it, none empty.
 
     Raises UserError, with the offset of the byte, if the file is not UTF-8 or has a NUL.
     """
@@ -474,7 +478,7 @@ def read_blocks(path):
     with open(path, "rb") as file:
         is_last = False
         while not is_last:
-            data = file.read(TEXT_BYTES)
+            data = file.read(BLOCK_BYTES)
             is_last = not data
             if file.tell() == len(data) and data.startswith(b"\x1f\x8b"):
                 raise UserError(f"{path} is a gzip archive, expected UTF-8 text: unpack it first")

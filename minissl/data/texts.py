@@ -43,11 +43,12 @@ from minissl.data.splits import (
     drop_duplicates,
     evenly_spaced,
     incomplete_classes,
-    list_names,
     split_blocks,
 )
-from minissl.tokenizer import PAD, Tokenizer, train
+from minissl.tokenizer import PAD, Tokenizer, train_tokenizer
 from minissl.training.files import file_hash, progress
+from minissl.training.wording import count_of, list_names
+from minissl.transformer import MIN_COUNT
 
 
 SAMPLE_BYTES = 2**28      # the tokenizer learns from the first 256 MB of text
@@ -99,7 +100,10 @@ class Texts:
         return self.select(evenly_spaced(len(self), most))
 
     def chunks(self, size):
-        """Return all indices as a list of arrays of about `size`, to work piece by piece."""
+        """Return all indices as a list of arrays, to work piece by piece.
+
+        Each array has from `size` to 2 · size − 1 indices, or fewer if there are not as many texts.
+        """
         count = max(1, len(self) // size)
         return np.array_split(np.arange(len(self)), count)
 
@@ -155,6 +159,14 @@ class Texts:
             lengths=end - start,
         )
 
+    def cut_books(self, window):
+        """Return Texts in which each long text is cut into parts, for a training with this window.
+
+        So the whole texts of a batch fit into memory. A part has at least 2 · window tokens, so
+        half of it fills the window.
+        """
+        return self.split_long(max(1024, 4 * window))
+
 
 def encode_texts(strings, tokenizer):
     """Return the Texts of any iterable of strings, without labels, all in the split TRAIN.
@@ -191,7 +203,10 @@ def encode_texts(strings, tokenizer):
 
 @dataclass
 class Source:
-    """A collection of texts that is not read yet; text_sources.py makes them."""
+    """A collection of texts that is not read yet; text_sources.py makes them.
+
+    Either every document has a split, or none has. If none has, split_blocks makes it.
+    """
     key: object             # its str changes when the content changes
     documents: Iterable     # of (text, label name or None, TRAIN | HELD_OUT | TEST | None)
     name: str = ""          # of the file or folder
@@ -202,18 +217,18 @@ class Source:
         """Return ["my.txt: 300 texts, one a line"], or [] if nothing had to be guessed."""
         if not self.unit:
             return []
-        texts = "1 text" if count == 1 else f"{count:,} texts"
-        return [f"{self.name}: {texts}, {self.unit}"]
+        return [f"{self.name}: {count_of(count, 'text')}, {self.unit}"]
 
 
 def encode_documents(source, cache, vocabulary_size, tokenizer):
     """Encode the documents of a Source and write their tokens into the folder `cache`.
 
-    The documents are read once, and only the sample that the tokenizer learns from is ever in
-    memory. The folder appears whole or not at all.
+    The documents are read once. Of the user's files, only the sample that the tokenizer learns
+    from is ever in memory. (IMDb and the docstrings are in memory as a whole, because they are
+    sorted or counted before the first document comes.) The folder appears whole or not at all.
 
-    Arguments: source, whose documents leave their split to split_blocks where it is None;
-    cache, a Path; vocabulary_size, of the tokenizer that is trained if `tokenizer` is None.
+    Arguments: source, a Source; cache, a Path; vocabulary_size, of the tokenizer that is trained
+    if `tokenizer` is None.
     Raises OSError, with the path in it, if the disk is full.
     """
     documents = source.documents
@@ -254,7 +269,7 @@ def learn_tokenizer(documents, vocabulary_size):
         if size > SAMPLE_BYTES:
             break
     texts = (text for text, _, split in sample if split != TEST)
-    tokenizer = train(texts, vocabulary_size, report=show_merges)
+    tokenizer = train_tokenizer(texts, vocabulary_size, report=show_merges)
     return tokenizer, chain(sample, documents)
 
 
@@ -297,6 +312,9 @@ def write_cache(folder, documents, tokenizer, notes, describe):
     label_of = {name: label for label, name in enumerate(classes)}
     label_of[None] = -1
     labels = np.array([label_of[name] for name in names], np.int64)
+    # The split comes before the search for copies, other than in images.py. In a folder all texts
+    # of a file are in one split, and IMDb and the docstrings have their own. So a class can lose
+    # all its training texts to another split, and a note then names it.
     if splits[0] is None:
         split = split_blocks(labels)
     else:
@@ -306,8 +324,7 @@ def write_cache(folder, documents, tokenizer, notes, describe):
     keep = drop_duplicates(np.array(hashes), split, labels)
     dropped = len(keep) - keep.sum()
     if dropped:
-        copies = "1 copy" if dropped == 1 else f"{dropped:,} copies"
-        notes.append(f"left out {copies} of other texts")
+        notes.append(f"left out {count_of(dropped, 'copy', 'copies')} of other texts")
     incomplete = incomplete_classes(split[keep], labels[keep], classes)
     if incomplete:
         notes.append(
@@ -403,9 +420,19 @@ def remove_left_overs(folder):
             shutil.rmtree(path, ignore_errors=True)
 
 
-# ---------------------------------------------------------------- Pairs of neighbours
+# ---------------------------------------------------------------- Words and pairs of neighbours
 
-def frequent_pairs(texts, most, least=20):
+def count_terms(texts, model):
+    """Return how often each word and each pair of a TextEncoder occurs: (V + P,) float32."""
+    counts = 0
+    for indices in texts.chunks(4096):
+        tokens, _ = texts.flat(indices)              # with a PAD behind each text
+        document = torch.from_numpy(tokens)[None]    # (1, n)
+        counts = counts + model.count_terms(document)[0]
+    return counts
+
+
+def frequent_pairs(texts, most, least=MIN_COUNT):
     """Return the most frequent pairs of neighbouring tokens as a sorted tensor (P,) int64.
 
     The pair (left, right) is the number left · V + right, its key. P is at most `most`, and
@@ -433,7 +460,10 @@ def add_counts(keys, counts, more_keys, more_counts):
     >>> keys.tolist(), counts.tolist()
     ([2, 5, 7], [1, 4, 1])
     """
+    # np.unique of both arrays together would be shorter. But it sorts all keys again, and takes
+    # four to seven times as long.
     places = np.searchsorted(keys, more_keys)        # where each key is, or would be
+    # The place of a key above all others is behind the end. There stands -1, which is no key.
     is_known = np.append(keys, -1)[places] == more_keys
     is_new = ~is_known
     counts = counts.copy()

@@ -15,16 +15,28 @@ from minissl import UserError
 from minissl.autoencoder import Autoencoder
 from minissl.contrastive import BYOL, SimCLR
 from minissl.data.images import SMALLEST
-from minissl.data.splits import count_of, fingerprint
+from minissl.data.splits import fingerprint
 from minissl.data.texts import encode_texts
 from minissl.evaluation.features import image_features, text_features
 from minissl.tokenizer import MASK, Tokenizer
 from minissl.training.files import checkpoint_errors, load_checkpoint
+from minissl.training.wording import count_of
 from minissl.transformer import TextEncoder
 
 
 # The method that a checkpoint names -> the class of its model. A new method adds its own.
-MODELS = dict(mlm=TextEncoder, autoencoder=Autoencoder, simclr=SimCLR, byol=BYOL)
+MODELS = {
+    "mlm": TextEncoder,
+    "gpt": TextEncoder,
+    "autoencoder": Autoencoder,
+    "simclr": SimCLR,
+    "byol": BYOL,
+}
+
+# Names of data that are not paths.
+TEXT_DATA = ("pydocs", "imdb")
+IMAGE_DATA = ("shapes", "cifar10")
+BUILT_IN = TEXT_DATA + IMAGE_DATA
 
 
 def load_run(run):
@@ -58,9 +70,17 @@ def may_mirror(checkpoint):
     return not checkpoint["settings"].get("no_flip", False)
 
 
-def tokenizer_of(checkpoint):
-    """The Tokenizer of a checkpoint of train_mlm.py."""
-    with checkpoint_errors(checkpoint["settings"]["run"]):
+def reads_texts(checkpoint):
+    """Whether the run was trained on texts, with a TextEncoder. All others read images."""
+    return issubclass(MODELS[checkpoint["method"]], TextEncoder)
+
+
+def tokenizer_of(checkpoint, run):
+    """The Tokenizer of a checkpoint of a text run.
+
+    run: the folder that the checkpoint comes from, for the message if it holds no tokenizer.
+    """
+    with checkpoint_errors(run):
         return Tokenizer.from_json(checkpoint["tokenizer"])
 
 
@@ -107,9 +127,6 @@ def check_split(data, checkpoint, name, kind):
         print(f"note: make sure that the run was not trained on the test examples of {name}")
 
 
-BUILT_IN = ("pydocs", "imdb", "shapes", "cifar10")      # names of data that are not paths
-
-
 def is_same_source(name, other):
     """Whether two values of --data name the same data, such as d/a.npy and ./d/a.npy."""
     if name in BUILT_IN or other in BUILT_IN:
@@ -122,13 +139,13 @@ def is_same_source(name, other):
 def load_encoder(run):
     """The encoder of a run's folder, as a function from new examples to features (N, D) float32.
 
-    These are the features that finetune.py probes. For a run of train_mlm.py the function takes a
-    list of N strings (or any iterable). For runs on images it takes a uint8 array (N, H, W, C) or
+    These are the features that finetune.py probes. For a run on texts the function takes a list
+    of N strings (or any iterable). For runs on images it takes a uint8 array (N, H, W, C) or
     (N, H, W).
     """
     model, checkpoint = load_run(run)
-    if checkpoint["method"] == "mlm":
-        tokenizer = tokenizer_of(checkpoint)
+    if reads_texts(checkpoint):
+        tokenizer = tokenizer_of(checkpoint, run)
 
         def encode_strings(strings):
             return text_features(model, encode_texts(strings, tokenizer), nullcontext())
@@ -155,10 +172,10 @@ def load_encoder(run):
 def fill(run, text):
     """Print the five likeliest tokens for each [MASK] of the text, with their probabilities."""
     model, checkpoint = load_run(run)
-    if checkpoint["method"] != "mlm":
+    if not reads_texts(checkpoint):
         raise UserError(f"--fill: {run} was trained on images; give a run of train_mlm.py")
     check_masked_words(checkpoint, run)
-    tokenizer = tokenizer_of(checkpoint)
+    tokenizer = tokenizer_of(checkpoint, run)
     tokens = encode_with_masks(text, tokenizer)
     positions = [i for i, token in enumerate(tokens) if token == MASK]
     if not positions:

@@ -38,6 +38,7 @@ import torch.distributed as dist
 from torch import nn
 
 from minissl import UserError
+from minissl.training.wording import count_of
 
 
 # ---------------------------------------------------------------- torchrun's variables
@@ -162,10 +163,9 @@ def ctrl_c_ends_at_once():
 
 def say_what_it_waits_for():
     """Print on stderr that other processes have to come. If none does, this one hangs."""
-    others = WORLD_SIZE - 1
-    processes = "process" if others == 1 else "processes"
+    others = count_of(WORLD_SIZE - 1, "other process", "other processes")
     print(
-        f"waiting for {others} other {processes}, because WORLD_SIZE={WORLD_SIZE} is set; "
+        f"waiting for {others}, because WORLD_SIZE={WORLD_SIZE} is set; "
         f"if you did not use torchrun, press Ctrl-C and unset WORLD_SIZE",
         file=sys.stderr, flush=True,
     )

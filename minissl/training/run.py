@@ -60,6 +60,7 @@ DERIVED = ["embedding_steps", "crop", "jitter", "hue", "grey"]
 
 SCRIPTS = {                             # which script trains with a method
     "mlm": "train_mlm.py",
+    "gpt": "gpt.py",
     "autoencoder": "train_ae.py",
     "simclr": "train_contrastive.py",
     "byol": "train_contrastive.py",
