@@ -535,7 +535,6 @@ def make_table(settings, model, checkpoint, machine):
 
 def write_features(settings, model, checkpoint, machine):
     """Write the features of every example, a row each, to the .npy that --features names."""
-    device, _, autocast = machine
     name = settings.data or checkpoint["settings"]["data"]
     path = Path(settings.features)
     for source in (name, checkpoint["settings"]["data"]):
@@ -543,12 +542,12 @@ def write_features(settings, model, checkpoint, machine):
             raise UserError(f"--features {path}: this is the data; give another name")
     data = load_data(settings, checkpoint, settings.limit, keep_all=True)
     if load.reads_texts(checkpoint):
-        features = text_features(model.to(device), data, autocast, device, progress)
+        features = text_features(model, data, machine.autocast, machine.device, progress)
     else:
         load.check_images(data, model, name)
         mirror = is_mirrored(settings, checkpoint)
         features = image_features(
-            model.to(device).encode, data, autocast, device, progress, mirror=mirror)
+            model.encode, data, machine.autocast, machine.device, progress, mirror=mirror)
     write_npy(path, features.numpy())
     N, D = features.shape
     print("; ".join([f"{path}: {N:,} × {D} features", *data.notes]))
@@ -556,7 +555,6 @@ def write_features(settings, model, checkpoint, machine):
 
 def predict_texts(settings, model, checkpoint, machine):
     """Print class, probability and text for each text of the file that --predict names."""
-    device, _, autocast = machine
     path = Path(settings.predict)
     problem = None
     if not path.exists():
@@ -572,7 +570,7 @@ def predict_texts(settings, model, checkpoint, machine):
     if not strings:
         raise UserError(f"--predict {path}: the file contains no text; give one with some")
     saved = read_classifier(settings.run)
-    body = WholeTextEncoder(model, autocast, device)
+    body = WholeTextEncoder(model, machine.autocast, machine.device)
     classifier = build_classifier(saved, body, checkpoint["step"], settings.run)
     texts = encode_texts(strings, load.tokenizer_of(checkpoint, settings.run))
     with torch.no_grad():
@@ -582,7 +580,6 @@ def predict_texts(settings, model, checkpoint, machine):
 
 def predict_images(settings, model, checkpoint, machine):
     """Print class, probability and index for each image of the .npy that --predict names."""
-    device, _, autocast = machine
     path = Path(settings.predict)
     images = own_images(path, keep_all=True, flag="--predict", with_labels=False)
     saved = read_classifier(settings.run)
@@ -590,7 +587,8 @@ def predict_images(settings, model, checkpoint, machine):
     check_shape(images.shape[1:], saved["shape"], path)
     classifier = build_classifier(saved, model, checkpoint["step"], settings.run)
     logits = image_features(
-        classifier.to(device), images, autocast, device, mirror=saved["flip"])
+        classifier.to(machine.device), images, machine.autocast, machine.device,
+        mirror=saved["flip"])
     print_predictions(logits, saved, range(len(images)))
 
 
@@ -628,7 +626,7 @@ def main():
         output = sys.stderr                     # stdout is for the predictions alone
     with contextlib.redirect_stdout(output):
         machine = choose_machine(settings)
-    model = move_to_device(model, machine[0])
+    model = move_to_device(model, machine.device)
     if settings.features:
         write_features(settings, model, checkpoint, machine)
     elif not settings.predict:

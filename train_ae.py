@@ -37,7 +37,13 @@ from minissl.training.distributed import (
 )
 from minissl.training.machine import choose_machine, move_to_device
 from minissl.training.run import Run
-from minissl.training.settings import read_settings, require_at_least, require_at_most, run_script
+from minissl.training.settings import (
+    read_settings,
+    require_above,
+    require_at_least,
+    require_at_most,
+    run_script,
+)
 
 
 # ---------------------------------------------------------------- Settings
@@ -72,7 +78,7 @@ class Settings:
         require_at_least(self, 0, "limit", "save_every")
         require_at_least(self, 2, "batch_size", "code")
         require_at_least(self, 0, "beta", "noise", "masked")
-        require_at_least(self, 1e-9, "learning_rate")
+        require_above(self, 0, "learning_rate")
         require_at_most(self, 0.95, "masked")       # something must be left to rebuild from
         if self.targets == "normalized" and not self.masked:
             raise UserError(

@@ -36,7 +36,13 @@ from minissl.training.distributed import (
 )
 from minissl.training.machine import choose_machine, move_to_device
 from minissl.training.run import Run
-from minissl.training.settings import read_settings, require_at_least, require_at_most, run_script
+from minissl.training.settings import (
+    read_settings,
+    require_above,
+    require_at_least,
+    require_at_most,
+    run_script,
+)
 
 
 # ---------------------------------------------------------------- Settings
@@ -80,7 +86,7 @@ class Settings:
         require_at_least(self, 0, "limit", "save_every")
         require_at_least(self, 2, "batch_size", "views")
         require_at_least(self, 0, "view_size", "target_rate")
-        require_at_least(self, 1e-9, "learning_rate", "temperature", "crop")
+        require_above(self, 0, "learning_rate", "temperature", "crop")
         require_at_most(self, 1, "crop", "jitter", "grey", "target_rate")
         require_at_most(self, 0.5, "hue")                                 # half of the circle
         if 0 < self.view_size < 8 or self.view_size % 2:
@@ -165,16 +171,14 @@ def main():
     if settings.method == "byol":
         model = contrastive.BYOL(**model_settings)
         compute_loss, chance = byol_loss, dict(loss=2.0)                  # unrelated vectors
-        weight_decay = 0.2      # EXPERIMENTS.md, "What does BYOL need with four views?"
     else:
         model = contrastive.SimCLR(**model_settings)
         compute_loss, chance = simclr_loss, dict(loss=contrastive.chance_level(V, B))
-        weight_decay = 0.02
     # Batch norm takes its statistics from the batches of all processes.
     model = move_to_device(sync_batch_norm(model), device)
     # Muon trains matrices and kernels, Adam trains vectors: see minissl/optim.py.
     optimizers = muon_and_adam(
-        model, settings.learning_rate, weight_decay, precision
+        model, settings.learning_rate, weight_decay=0.2, precision=precision
     )
 
     def learning_rate(step):

@@ -41,7 +41,13 @@ from minissl.training.distributed import (
 )
 from minissl.training.machine import choose_machine, move_to_device
 from minissl.training.run import Run
-from minissl.training.settings import read_settings, require_at_least, require_at_most, run_script
+from minissl.training.settings import (
+    read_settings,
+    require_above,
+    require_at_least,
+    require_at_most,
+    run_script,
+)
 
 
 # ---------------------------------------------------------------- Settings
@@ -84,7 +90,7 @@ class Settings:
         require_at_least(self, 0, "limit", "embedding_steps", "layers", "pairs")
         require_at_least(self, 0, "masked_weight", "document_weight", "mask_share")
         require_at_least(self, 0, "save_every")
-        require_at_least(self, 1e-9, "learning_rate")
+        require_above(self, 0, "learning_rate")
         # 258 entries are bytes and special tokens. Below 300 hardly any merge would be left.
         require_at_least(self, 300, "vocabulary_size")
         if self.width % (2 * self.heads):       # rotary positions turn pairs of columns

@@ -57,7 +57,7 @@ from minissl.training import distributed
 from minissl.training.files import progress
 from minissl.training.machine import choose_machine, move_to_device
 from minissl.training.run import Run
-from minissl.training.settings import read_settings, require_at_least, run_script
+from minissl.training.settings import read_settings, require_above, require_at_least, run_script
 from minissl.transformer import TextEncoder
 
 
@@ -91,7 +91,7 @@ class Settings:
         require_at_least(self, 1, "steps", "width", "layers", "size", "window", "evaluate_every")
         require_at_least(self, 2, "batch_size", "draws")
         require_at_least(self, 0, "limit", "save_every")
-        require_at_least(self, 1e-9, "learning_rate")
+        require_above(self, 0, "learning_rate")
         if self.text_width % 8 or self.text_width < 8:      # rotary positions, in 4 heads
             raise UserError(f"--text-width {self.text_width}: must be a multiple of 8")
         if not all("{class}" in prompt for prompt in self.prompts):

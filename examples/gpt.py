@@ -57,7 +57,7 @@ from minissl.training.distributed import (
 )
 from minissl.training.machine import choose_machine, move_to_device
 from minissl.training.run import Run
-from minissl.training.settings import read_settings, require_at_least, run_script
+from minissl.training.settings import read_settings, require_above, require_at_least, run_script
 from minissl.transformer import FIRST_ORDINARY, IGNORE_INDEX, TextEncoder, is_real
 
 
@@ -92,7 +92,7 @@ class Settings:
         require_at_least(self, 1, "steps", "batch_size", "width", "layers", "heads", "window")
         require_at_least(self, 1, "evaluate_every", "top_k")
         require_at_least(self, 0, "limit", "pairs", "save_every", "temperature")
-        require_at_least(self, 1e-9, "learning_rate")
+        require_above(self, 0, "learning_rate")
         # 258 entries are bytes and special tokens. Below 300 hardly any merge would be left.
         require_at_least(self, 300, "vocabulary_size")
         if self.width % (2 * self.heads):       # rotary positions turn pairs of columns

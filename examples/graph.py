@@ -53,7 +53,7 @@ from minissl.optim import lr_schedule, step_optimizers
 from minissl.training import distributed
 from minissl.training.machine import choose_device, keep_freed_memory
 from minissl.training.run import Run
-from minissl.training.settings import read_settings, require_at_least, run_script
+from minissl.training.settings import read_settings, require_above, require_at_least, run_script
 
 
 # ---------------------------------------------------------------- Settings
@@ -81,7 +81,7 @@ class Settings:
         require_at_least(self, 1, "steps", "width", "size", "draws", "evaluate_every")
         require_at_least(self, 2, "splits")
         require_at_least(self, 0, "hide")
-        require_at_least(self, 1e-9, "learning_rate")
+        require_above(self, 0, "learning_rate")
         if self.hide > 0.9:
             raise UserError(f"--hide {self.hide}: must be at most 0.9, to leave some links")
         if distributed.WORLD_SIZE > 1:

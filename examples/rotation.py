@@ -63,7 +63,7 @@ from minissl.training.distributed import (
 )
 from minissl.training.machine import choose_machine, move_to_device
 from minissl.training.run import Run
-from minissl.training.settings import read_settings, require_at_least, run_script
+from minissl.training.settings import read_settings, require_above, require_at_least, run_script
 
 
 # ---------------------------------------------------------------- Settings
@@ -88,7 +88,7 @@ class Settings:
     def __post_init__(self):
         require_at_least(self, 1, "steps", "batch_size", "width", "evaluate_every")
         require_at_least(self, 0, "limit", "save_every")
-        require_at_least(self, 1e-9, "learning_rate")
+        require_above(self, 0, "learning_rate")
 
 
 # ---------------------------------------------------------------- The model

@@ -57,7 +57,7 @@ from minissl.data.splits import TRAIN, fingerprint
 from minissl.optim import lr_schedule, step_optimizers
 from minissl.training.machine import choose_machine, move_to_device
 from minissl.training.run import Run
-from minissl.training.settings import read_settings, require_at_least, run_script
+from minissl.training.settings import read_settings, require_above, require_at_least, run_script
 from minissl.transformer import Block, is_real, norm
 
 
@@ -88,7 +88,7 @@ class Settings:
     def __post_init__(self):
         require_at_least(self, 1, "steps", "batch_size", "span", "distractors", "evaluate_every")
         require_at_least(self, 0, "fold", "speed", "save_every", "encoder_rate", "diversity")
-        require_at_least(self, 1e-9, "learning_rate")
+        require_above(self, 0, "learning_rate")
         require_at_least(self, 2, "draws", "takes")
         if self.speed > 0.5 or self.fold > 2:
             raise UserError("--speed must be at most 0.5, and --fold 0, 1 or 2")

@@ -166,6 +166,7 @@ EXPERIMENTS = [
                    Arm("BYOL"),
                    Arm("no norm after the projection", edits=[NO_FINAL_NORM]),
                    Arm("no predictor", edits=[NO_PREDICTOR]),
+                   Arm("no target", edits=[NO_TARGET]),
                    Arm("no stop-gradient, no target", edits=[NO_STOP_GRADIENT, NO_TARGET]),
                ]),
     Experiment("corruption", "denoising and masking, or the plain autoencoder", AUTOENCODER,

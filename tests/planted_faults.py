@@ -777,9 +777,9 @@ FAULTS = [
             The number of the draw is not passed on, so the same labels are drawn five times.""",
         test="test_finetune.py::test_all_means_all_but_the_test_set",
         edits=[Edit(
-            "finetune.py", "measure_row",
-            right="probes.draw_labels(task.labels[pool], per_class, seed)",
-            wrong="probes.draw_labels(task.labels[pool], per_class, 0)",
+            "finetune.py", "draw_labels",
+            right="probes.draw_labels(task.labels[task.train], per_class, seed)",
+            wrong="probes.draw_labels(task.labels[task.train], per_class, 0)",
         )],
     ),
 ]

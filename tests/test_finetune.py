@@ -38,7 +38,7 @@ from minissl.evaluation.image_table import ImageOption, ImageTask
 from minissl.evaluation.probes import LinearModel
 from minissl.evaluation.text_table import TextOption, TextTask
 from minissl.optim import Muon
-from minissl.training import distributed, files, report
+from minissl.training import distributed, files, machine, report
 from minissl.training.accuracies import by_condition
 from minissl.transformer import TextEncoder
 
@@ -1064,7 +1064,7 @@ def test_a_blank_guess_is_shown_in_quotes(text_run):
 
 # ---------------------------------------------------------------- the columns of texts
 
-MACHINE = torch.device("cpu"), torch.float32, nullcontext()         # as of choose_machine
+MACHINE = machine.Machine(torch.device("cpu"), torch.float32, nullcontext())
 
 
 def text_task(run, change=None):

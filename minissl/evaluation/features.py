@@ -45,13 +45,14 @@ def document_vectors(model, texts, autocast, device="cpu", progress=no_progress,
     windows, text_of_window = windows_of(texts, model.window, draws)
     total = np.bincount(text_of_window, windows.lengths, len(texts))      # (N,) tokens
     order = np.argsort(-windows.lengths, kind="stable")         # similar lengths share a batch
-    wide = max(1, model.token_embedding.embedding_dim / 256)
+    # A token of a wider model takes more memory.
+    tokens_a_batch = TOKENS_A_BATCH * 256 // max(256, model.token_embedding.embedding_dim)
     vectors = torch.zeros(len(texts), model.document_columns)
 
     begin = 0
     while begin < len(order):
         longest = windows.lengths[order[begin]]
-        size = max(1, int(TOKENS_A_BATCH / wide) // longest)
+        size = max(1, tokens_a_batch // longest)
         batch = order[begin:begin + size]
         tokens, lengths = map(torch.from_numpy, windows.padded(batch))    # (B, T), (B,)
         with autocast:

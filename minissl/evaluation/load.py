@@ -153,7 +153,7 @@ def load_encoder(run):
 
     def encode_images(images):
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")     # torch warns of read-only arrays; this one is read
+            warnings.simplefilter("ignore")     # of an array that must not be written: we only read
             images = torch.as_tensor(np.ascontiguousarray(images))
         shape = tuple(images.shape)
         if images.dtype != torch.uint8 or len(shape) not in (3, 4) or not images.numel():

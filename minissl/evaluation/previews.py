@@ -142,6 +142,7 @@ class ContrastivePreview:
         self.folder, self.autocast, self.device = folder, autocast, device
         images = data.subset(HELD_OUT, preview_size(data.shape[1:]))
         numbers = random_numbers(len(images), "preview", 0)
+        # Two of the views are enough for the picture and the measures.
         self.views = make_views(images[:], numbers[:, :2])                # (2, B, C, h, w)
         self.neighbours = NeighbourPreview(data, folder, autocast, device, mirror)
 

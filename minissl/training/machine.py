@@ -9,6 +9,7 @@ import contextlib
 import ctypes
 import math
 import time
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,12 +19,18 @@ from minissl import UserError, contrastive, transformer
 from minissl.training import distributed
 
 
-def choose_machine(settings):
-    """The device, the precision and the autocast context for settings.device and .precision.
+class Machine(NamedTuple):
+    """Where and how a script computes."""
+    device: torch.device
+    precision: torch.dtype      # float32 or bfloat16
+    autocast: object            # a context for forward passes
 
-    Prints both choices with their reasons. Returns (device, precision, autocast):
-    a torch.device, torch.float32 or torch.bfloat16, and a context for forward passes.
-    The chosen precision is also written into settings, so that a resumed run keeps it.
+
+def choose_machine(settings):
+    """The Machine for settings.device and settings.precision.
+
+    Prints both choices with their reasons. The chosen precision is also written into
+    settings, so that a resumed run keeps it. Several processes meet here.
     """
     device, reason = choose_device(settings.device)
     device = distributed.join(device)
@@ -36,7 +43,7 @@ def choose_machine(settings):
     precision, reason = distributed.broadcast(choice)
     settings.precision = name_of(precision)
     print(f"precision: {settings.precision} ({reason})")
-    return device, precision, autocast_context(device, precision)
+    return Machine(device, precision, autocast_context(device, precision))
 
 
 def name_of(dtype):
@@ -92,10 +99,10 @@ def choose_precision(name, device):
         return getattr(torch, name), "as requested"
     if device.type == "mps":
         return torch.float32, "the default on MPS"
-    slow = matrix_product_rate(device, torch.float32, 256, seconds=0.02)
-    fast = matrix_product_rate(device, torch.bfloat16, 256, seconds=0.02)
+    rate_32 = matrix_product_rate(device, torch.float32, 256, seconds=0.02)
+    rate_16 = matrix_product_rate(device, torch.bfloat16, 256, seconds=0.02)
     rates = {torch.float32: matrix_product_rate(device, torch.float32)}
-    if fast > 0.5 * slow:               # else it is emulated; measure it no further
+    if rate_16 > 0.5 * rate_32:         # else it is emulated; measure it no further
         rates[torch.bfloat16] = matrix_product_rate(device, torch.bfloat16)
     gain = rates.get(torch.bfloat16, 0) / rates[torch.float32]
     measured = []

@@ -196,6 +196,14 @@ def require_at_least(settings, minimum, *names):
             raise UserError(f"{flag_name(name)} {value}: must be at least {minimum}")
 
 
+def require_above(settings, minimum, *names):
+    """Raise UserError unless each of the named settings is above `minimum`."""
+    for name in names:
+        value = getattr(settings, name)
+        if not value > minimum:
+            raise UserError(f"{flag_name(name)} {value}: must be above {minimum}")
+
+
 def require_at_most(settings, maximum, *names):
     """Raise UserError unless each of the named settings is at most `maximum`."""
     for name in names:

@@ -46,7 +46,7 @@ from minissl.evaluation.features import text_features
 from minissl.evaluation.text_table import TEXT_LABELS
 from minissl.training.files import progress
 from minissl.training.machine import choose_machine
-from minissl.training.settings import read_settings, require_at_least, run_script
+from minissl.training.settings import read_settings, require_above, require_at_least, run_script
 
 
 missing = ""
@@ -96,7 +96,7 @@ class Settings:
         require_at_least(self, 1, "batch_size", "width", "layers", "heads", "window")
         require_at_least(self, 0, "limit", "minutes", "dropout")
         require_at_least(self, 300, "vocabulary_size")
-        require_at_least(self, 1e-9, "learning_rate")
+        require_above(self, 0, "learning_rate")
         if self.dropout >= 1:
             raise UserError(f"--dropout {self.dropout}: must be below 1")
         if self.width % self.heads:

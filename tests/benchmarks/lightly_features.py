@@ -42,7 +42,7 @@ from minissl.data.images import load_images
 from minissl.data.splits import TRAIN
 from minissl.evaluation.image_table import ImageTask
 from minissl.training.machine import choose_machine
-from minissl.training.settings import read_settings, require_at_least, run_script
+from minissl.training.settings import read_settings, require_above, require_at_least, run_script
 
 
 missing = ""
@@ -77,7 +77,7 @@ class Settings:
     def __post_init__(self):
         require_at_least(self, 2, "batch_size")
         require_at_least(self, 0, "limit", "minutes", "workers")
-        require_at_least(self, 1e-9, "learning_rate")
+        require_above(self, 0, "learning_rate")
 
 
 # ---------------------------------------------------------------- the example
