@@ -476,7 +476,7 @@ FAULTS = [
         reason="""
             Both views are drawn with the same random numbers. A picture is trivially similar to
             itself, so the encoder never learns what to ignore.""",
-        test="test_train_images.py::test_no_draw_of_a_run_is_used_twice",
+        test="test_train_images.py::test_the_step_of_simclr_is_its_formula",
         edits=[Edit(
             "train_contrastive.py", "main.random_numbers",
             right="torch.rand(count, V, 11, generator=draw)",
