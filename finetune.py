@@ -12,9 +12,9 @@
 several times, and all columns get the same draws. Where a column tries several learning rates or
 crops, it chooses on held-out examples. Penalties are chosen by cross-validation among the drawn
 labels. All other settings are fixed in the code. This script chooses nothing by a label of the test
-set. It reads those labels for the accuracies, for the share of the commonest class, and to leave
-out a class without a test example. (Three constants were set when test accuracies had been seen:
-RESULTS.md, "How to read the tables".)
+set. It reads those labels for the accuracies, for the share of the commonest class, for the
+checksum of the data, and to leave out a class without a test example. (Two limits were set when
+test accuracies had been seen: MOST_CLASSES in ngrams.py and MOST_LABELS in self_training.py.)
 
 Without --labels the rows are 10, 100, 500 and all for texts, and 10, 50, 500 and all for images.
 The row "all" uses the labels of all training and held-out examples, so it needs no draw. Instead,
@@ -75,7 +75,7 @@ from minissl.data.splits import (
     fingerprint,
     incomplete_classes,
 )
-from minissl.data.text_sources import load_texts, read_texts
+from minissl.data.text_sources import load_all_texts, load_texts, read_texts
 from minissl.data.texts import encode_texts
 from minissl.evaluation import load, probes
 from minissl.evaluation.classifier import build_classifier, read_classifier, write_classifier
@@ -107,7 +107,7 @@ from minissl.training.wording import count_of, list_names
 class Settings:
     run: str  # the folder of a run
     labels: list[str] = field(default_factory=list)  # labels a class, each a row; or all
-    seeds: int = 5  # draws of labels for each row; the row "all" has one, trained in two orders
+    seeds: int = 5  # draws of labels for each row; the row "all" has none, and two trainings
     data: str = ""  # other data than the run's, by name or path
     data_dir: str = ""  # where archives and caches lie, if not where the run had them
     limit: int = 0  # for a trial: at most this many examples of each split; 0: all
@@ -189,8 +189,8 @@ def check_output(path, overwrite):
 def load_data(settings, checkpoint, limit, keep_all=False):
     """The Texts or Images that the settings name, or else those of the run.
 
-    keep_all: every example in its order, without labels, for features; see load_images and
-    load_texts.
+    keep_all: for features, every example of a path in its order, without labels; see load_images
+    and load_all_texts.
     """
     trained = checkpoint["settings"]
     name = settings.data or trained["data"]
@@ -202,8 +202,9 @@ def load_data(settings, checkpoint, limit, keep_all=False):
         if name in load.IMAGE_DATA or name.endswith(".npy"):
             raise UserError(f"--data {name}: the run was trained on texts; give texts")
         tokenizer = load.tokenizer_of(checkpoint, settings.run)
-        return load_texts(name, data_dir, trained["vocabulary_size"], limit, tokenizer,
-                          keep_all=keep_all)
+        if keep_all and name not in load.BUILT_IN:
+            return load_all_texts(name, tokenizer, limit)
+        return load_texts(name, data_dir, trained["vocabulary_size"], limit, tokenizer)
     if name in load.TEXT_DATA or name.endswith(".txt"):
         raise UserError(f"--data {name}: the run was trained on images; give images")
     return load_images(name, data_dir, limit, keep_all=keep_all, with_labels=not keep_all)
@@ -212,7 +213,8 @@ def load_data(settings, checkpoint, limit, keep_all=False):
 def checksum(data):
     """A text that changes when the examples, their split or their labels change.
 
-    Of more than 1,000 examples, a sample of 1,000 is compared.
+    Of more than 1,000 examples, the content of a sample of 1,000 counts. The split and the labels
+    of all count.
     """
     labels = np.ascontiguousarray(data.labels, np.int64)
     return f"{fingerprint(data)}-{zlib.crc32(labels):08x}"
@@ -232,7 +234,7 @@ def warn_of_another_split(settings, checkpoint, data):
 
 
 def is_mirrored(settings, checkpoint):
-    """Whether the features of an image are the mean over the image and its mirror image."""
+    """Whether features are the mean over an image and its mirror image, and training mirrors."""
     return load.may_mirror(checkpoint) and not settings.no_flip
 
 
@@ -254,7 +256,7 @@ def keep_complete_classes(data, name, most=0):
     kept = [label for label, c in enumerate(data.classes) if c not in left_out]
     advice = "give at least two classes of 10 or more examples, or a larger --limit"
     if not kept:
-        raise UserError(f"--data {name}: no class has the three examples that a table needs; "
+        raise UserError(f"--data {name}: no class has examples both to train on and to test on; "
                         f"{advice}")
     if len(kept) < 2:
         raise UserError(f"--data {name}: only the class {data.classes[kept[0]]} has examples both "
@@ -277,7 +279,7 @@ def keep_complete_classes(data, name, most=0):
 
 # ---------------------------------------------------------------- 3. the table
 
-def draw_labels(task, labels_a_class, seed):
+def draw_examples(task, labels_a_class, seed):
     """The indices of the examples whose labels may be used: so many of each class, or "all".
 
     They are drawn from the training examples. "all" takes all of these.
@@ -296,7 +298,7 @@ def label_sets(task, labels_a_class, seeds):
     if labels_a_class == "all":
         everything = np.concatenate([task.train, task.held_out])
         return [everything] * min(seeds, 2)
-    return [draw_labels(task, labels_a_class, seed) for seed in range(seeds)]
+    return [draw_examples(task, labels_a_class, seed) for seed in range(seeds)]
 
 
 def fit(column, option, indices, seed, fitted):
@@ -305,22 +307,25 @@ def fit(column, option, indices, seed, fitted):
     return column.fit(indices, option, seed, needed)
 
 
+FIRST_CHOICE_SEED = 1000        # of the draws for choices. Those of the table begin at 0.
+
+
 def choose_options(task, columns, labels_a_class, n, title):
     """{name of a column: its option}, for a row of n labels. Prints what was chosen.
 
-    A column with several options tries each on a few draws of labels from the training examples
-    (other draws than those of the table) and is compared on the held-out ones.
+    A column with several options tries each on a few draws of labels of its own from the training
+    examples (in the row "all" on all of these), and the held-out examples decide.
     """
     options = {name: column.options(n) for name, column in columns.items()}
     to_choose = [name for name in columns if len(options[name]) > 1]
-    needed = [needed for name in to_choose for needed in columns[name].needs]
+    needed = set()
+    for name in to_choose:
+        needed.update(columns[name].needs)
     draws = []                                  # [(indices, {name: model of a needed column})]
     if to_choose:
         for seed in range(1 if labels_a_class == "all" else task.choice_draws):
-            indices = draw_labels(task, labels_a_class, 1000 + seed)
-            fitted = {}
-            for name in dict.fromkeys(needed):
-                fitted[name] = fit(columns[name], None, indices, seed, fitted)
+            indices = draw_examples(task, labels_a_class, FIRST_CHOICE_SEED + seed)
+            fitted = {name: fit(columns[name], None, indices, seed, {}) for name in needed}
             draws.append((indices, fitted))
     chosen = {}
     for name, column in columns.items():
@@ -377,13 +382,14 @@ def measure_row(settings, task, columns, labels_a_class):
     repetition = "training" if labels_a_class == "all" else "draw"
     measurements = []
     for seed, indices in enumerate(sets):
+        # A second training has the same labels, so the models without randomness stay.
         is_second_training = labels_a_class == "all" and seed > 0
-        if not is_second_training:              # new labels
+        if not is_second_training:
             fitted = {}
         shown = []
         for name, column in columns.items():
             if is_second_training and not column.is_random:
-                continue                        # it would be the same model again
+                continue
             progress(f"{title}, {repetition} {seed + 1}: {name}")
             begin = time.perf_counter()
             fitted[name] = fit(column, chosen[name], indices, seed, fitted)
@@ -400,16 +406,16 @@ def measure_row(settings, task, columns, labels_a_class):
 
 
 def measure_table(settings, task, keep=None):
-    """All rows: (measurements, chance).
+    """All rows: (measurements, share of the commonest class in the test set, in %).
 
     keep(*what `measure_row` returns), if given, is called after each row, so that no crash loses
-    a finished row. chance: the share of the commonest class in the test set, in percent. After
-    Ctrl-C it prints the table of the complete rows, and raises KeyboardInterrupt.
+    a finished row. After Ctrl-C it prints the table of the complete rows, and raises
+    KeyboardInterrupt.
     """
-    chance = 100 * float(torch.bincount(task.labels[task.test]).max()) / len(task.test)
+    commonest = 100 * float(torch.bincount(task.labels[task.test]).max()) / len(task.test)
     print(f"the table has {len(task.classes)} classes: {list_names(task.classes)}")
     print(f"labelled: {len(task.train):,} to draw from, {len(task.held_out):,} held out for "
-          f"choices, {len(task.test):,} to test on (the commonest class: {chance:.1f} %)")
+          f"choices, {len(task.test):,} to test on (the commonest class: {commonest:.1f} %)")
     unlabelled = int((task.labels < 0).sum())
     if unlabelled:
         print(f"without a label: {unlabelled:,} for self-training")
@@ -426,12 +432,13 @@ def measure_table(settings, task, keep=None):
             if not measurements:
                 raise KeyboardInterrupt("interrupted before the first row was complete: nothing "
                                         "was written") from None
-            print_table(measurements, chance)
-            raise KeyboardInterrupt("interrupted: the rows before this one are kept") from None
+            print_table(measurements, commonest)
+            raise KeyboardInterrupt(f"interrupted in the row {row}: the rows before it are "
+                                    f"kept") from None
         measurements += measured
         if keep:
             keep(measured, model, labels)
-    return measurements, chance
+    return measurements, commonest
 
 
 def possible_rows(settings, task):
@@ -456,8 +463,9 @@ def possible_rows(settings, task):
 def keep_classifier(run, model, conditions):
     """Write classifier.pt, or print why the one that is there stays.
 
-    A trial with --limit replaces only a trial, and a model of fewer labels does not replace one
-    of more labels of the same data. conditions: see write_classifier.
+    One of another pretraining step is of no use any more, and is always replaced. Of the same
+    step, a trial with --limit replaces only a trial, and a model of fewer labels does not replace
+    one of more labels of the same data. conditions: see write_classifier.
     """
     try:
         old = read_classifier(run)
@@ -473,7 +481,7 @@ def keep_classifier(run, model, conditions):
             reason = (f"it was trained on {old['labels']:,} labels, and the new one on "
                       f"{conditions['labels']:,}")
     if reason:
-        print(f"classifier.pt stays as it was, because {reason}")
+        print(f"classifier.pt stays as it was, because {reason}: delete it to get the new one")
     else:
         write_classifier(run, model, conditions)
 

@@ -37,6 +37,7 @@ from minissl.training.distributed import (
 from minissl.training.machine import choose_machine, move_to_device
 from minissl.training.run import Run
 from minissl.training.settings import (
+    flag_name,
     read_settings,
     require_above,
     require_at_least,
@@ -95,8 +96,9 @@ class Settings:
         for name in unused:
             # A resumed run may have the default of an older version.
             if not self.resume and getattr(self, name) != getattr(Settings, name):
-                flag = f"--{name.replace('_', '-')}"
-                raise UserError(f"{flag}: leave it out, --method {self.method} has none")
+                raise UserError(
+                    f"{flag_name(name)}: leave it out, --method {self.method} has none"
+                )
 
 
 # ---------------------------------------------------------------- The loss
@@ -150,8 +152,8 @@ def main():
 
         The images are the first axis, so that each process can take its share.
         """
-        draw = generator(settings.seed, purpose, step)
-        return torch.rand(count, V, 11, generator=draw)
+        rng = generator(settings.seed, purpose, step)
+        return torch.rand(count, V, 11, generator=rng)
 
     def make_views(images, numbers):
         """Views (V, B, C, h, w) in [0, 1] of images (B, C, H, W) uint8; numbers (B, V, 11)."""

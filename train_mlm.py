@@ -48,6 +48,7 @@ from minissl.training.settings import (
     require_at_most,
     run_script,
 )
+from minissl.training.wording import count_of
 
 
 # ---------------------------------------------------------------- Settings
@@ -61,7 +62,7 @@ class Settings:
     resume: bool = False  # continue the run in --run
     steps: int = 1500  # optimizer steps of both stages together
     embedding_steps: int = -1  # steps of the first stage; below 0: a third of --steps
-    batch_size: int = 32  # a step has the tokens of so many windows; first stage: 8 times the texts
+    batch_size: int = 32  # windows in a step, if all are full; first stage: 8 times as many texts
     learning_rate: float = 0.02  # peak rate of the blocks; all other layers take a fraction
     seed: int = 0  # seed of all random numbers
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: the best that torch finds
@@ -73,7 +74,7 @@ class Settings:
     layers: int = 2  # number of blocks
     heads: int = 4  # attention heads in each block
     window: int = 128  # tokens that attend to each other
-    mask_share: float = 0.15  # share of the tokens to predict, as in BERT
+    mask_share: float = 0.15  # share of the tokens to predict, at least one of each window
     masked_weight: float = 1.0  # weight of the masked loss; 0 turns it off
     document_weight: float = 4.0  # weight of the document loss; 0 turns it and the first stage off
     evaluate_every: int = 500  # steps between two previews
@@ -81,16 +82,25 @@ class Settings:
     fill: str = ""  # do not train, but fill in each [MASK] of this text with the run in --run
 
     def __post_init__(self):
+        if self.masked_weight == 0 and self.document_weight == 0:
+            raise UserError(
+                "--masked-weight 0 and --document-weight 0: nothing is left to learn; "
+                "give at least one of them a value above 0"
+            )
         if self.document_weight == 0:
+            if self.embedding_steps > 0:
+                raise UserError(
+                    f"--embedding-steps {self.embedding_steps}: leave it out, "
+                    f"--document-weight 0 has no first stage"
+                )
             self.embedding_steps = 0
         elif self.embedding_steps < 0:
             self.embedding_steps = self.steps // 3
         require_at_least(self, 1, "steps", "batch_size", "width", "heads", "window")
         require_at_least(self, 1, "evaluate_every")
         require_at_least(self, 0, "limit", "embedding_steps", "layers", "pairs")
-        require_at_least(self, 0, "masked_weight", "document_weight", "mask_share")
-        require_at_least(self, 0, "save_every")
-        require_above(self, 0, "learning_rate")
+        require_at_least(self, 0, "masked_weight", "document_weight", "save_every")
+        require_above(self, 0, "learning_rate", "mask_share")
         # 258 entries are bytes and special tokens. Below 300 hardly any merge would be left.
         require_at_least(self, 300, "vocabulary_size")
         if self.width % (2 * self.heads):       # rotary positions turn pairs of columns
@@ -99,11 +109,6 @@ class Settings:
                 f"twice the number of --heads"
             )
         require_at_most(self, 1, "mask_share")
-        if self.masked_weight == 0 and self.document_weight == 0:
-            raise UserError(
-                "--masked-weight 0 and --document-weight 0: nothing is left to learn; "
-                "give at least one of them a value above 0"
-            )
         # The masked loss is learned in the second stage alone, so it needs a step there.
         most = self.steps if self.masked_weight == 0 else self.steps - 1
         if self.embedding_steps > most:
@@ -174,15 +179,16 @@ def main():
             settings.data, settings.data_dir, settings.vocabulary_size, settings.limit, tokenizer
         )
     train_texts = texts.select(texts.split == TRAIN)
-    train_texts = train_texts.cut_books(settings.window)
     V = len(texts.tokenizer)
-    size = f"{len(train_texts):,} texts of {train_texts.lengths.sum():,} tokens"
+    size = f"{count_of(len(train_texts), 'text')} of {train_texts.lengths.sum():,} tokens"
     print(f"data: {settings.data}, {size} to learn from, vocabulary {V:,}")
     for note in texts.notes:
         print(f"data: {note}")
+    train_texts = train_texts.cut_long_texts(settings.window)
 
     B = settings.batch_size
     has_document_loss = settings.document_weight > 0
+    # The first stage computes means of embeddings alone, so its steps can have more texts.
     whole_texts = WholeTexts(train_texts, 8 * B, settings.seed)
     windows = Windows(
         train_texts, settings.window, B, settings.seed, leave_rest=has_document_loss
@@ -199,10 +205,8 @@ def main():
         nothing else, and the document loss sees the same inputs with and without it.
         """
         tokens, lengths, rest = windows(step - settings.embedding_steps)
-        masks = generator(settings.seed, "mask", step)
-        inputs, targets = transformer.mask_tokens(
-            tokens, lengths, V, settings.mask_share, masks
-        )
+        rng = generator(settings.seed, "mask", step)
+        inputs, targets = transformer.mask_tokens(tokens, lengths, V, settings.mask_share, rng)
         return [x.to(device) for x in shard(inputs, targets, lengths, rest)]
 
     # ------------------------------------------------------------ Model
@@ -210,9 +214,7 @@ def main():
     torch.manual_seed(settings.seed)
     sample = train_texts.sample(SAMPLE_TEXTS)
     pairs = frequent_pairs(sample, settings.pairs)
-    document_columns = settings.width
-    if has_document_loss:
-        document_columns = min(transformer.DOCUMENT_COLUMNS, settings.width)
+    document_columns = transformer.DOCUMENT_COLUMNS if has_document_loss else settings.width
     model_settings = dict(
         vocabulary_size=V,
         pairs=pairs,

@@ -22,7 +22,7 @@ import wav2vec_data
 from minissl.data.splits import HELD_OUT, TEST, TRAIN
 from minissl.evaluation import probes
 from minissl.evaluation.classifier import Classifier
-from minissl.evaluation.columns import PROBE_STRENGTHS, LinearClassifier, standardize
+from minissl.evaluation.columns import PROBE_STRENGTHS, LinearLearner, standardize
 from minissl.evaluation.self_training import SelfTraining
 from minissl.optim import Muon, lr_schedule, step_optimizers
 from minissl.training.files import progress
@@ -91,14 +91,14 @@ def make_optimizers(model, rate, encoder_scale, precision):
 
 
 def probe_and_self_training(features, recordings):
-    """Two classifiers of features (N, D): a LinearClassifier, and SelfTraining on top of it.
+    """Two classifiers of features (N, D): a LinearLearner, and SelfTraining on top of it.
 
     The features are standardized over the training recordings, whose other labels are not read.
     """
     pool = recordings.select(TRAIN, labelled=False)
     x, _, _ = standardize(features, pool)
     labels = torch.from_numpy(recordings.labels)
-    probe = LinearClassifier(x, labels, len(recordings.classes), PROBE_STRENGTHS)
+    probe = LinearLearner(x, labels, len(recordings.classes), PROBE_STRENGTHS)
     return probe, SelfTraining(probe, pool)
 
 
@@ -197,7 +197,7 @@ def measure_speakers(features, recordings, settings):
     table = {name: [] for name in features}
     for name, x in features.items():
         x, _, _ = standardize(x, train)
-        probe = LinearClassifier(x, numbered, len(known), PROBE_STRENGTHS)
+        probe = LinearLearner(x, numbered, len(known), PROBE_STRENGTHS)
         for draw in range(settings.draws):
             drawn = probes.draw_labels(numbers, LABELS_A_SPEAKER, settings.seed + draw)
             answers = probe.predict(probe.fit(train[drawn]), test)

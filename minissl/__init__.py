@@ -43,7 +43,7 @@ What the scripts need, in three folders:
         distributed.py   several processes
         files.py         downloads, archives, writing files safely
         accuracies.py    what finetune.py measured, grouped and averaged
-        errors.py        too little memory, in all its words
+        errors.py        errors of memory and of the compiler, in the libraries' words
         wording.py       numbers and names as words, for messages
         report.py        the page of a run, and its pictures
 

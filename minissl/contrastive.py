@@ -33,11 +33,12 @@ slow moving average of the first and receives no gradient. For views v ≠ w of 
 
 The loss is the squared distance of q_v and t_w, both scaled to length 1.
 
-Nothing in this loss forbids a collapse. The predictor and the target prevent it. After 300
-steps with two views and earlier settings, the projections use 44 of 128 directions with both
-(their effective rank, see below). Without the predictor they use 10. They use 2 if the encoder
-itself takes the place of the target, with gradient (EXPERIMENTS.md, "What keeps BYOL from
-collapsing?").
+Nothing in this loss forbids a collapse. The batch norm at the end of the projection rules out
+that all projections are one point, but they can shrink to a few directions. After 300 steps
+with two views and earlier settings they use 44 of 128 directions (their effective rank, see
+below), without the predictor 10, and 2 if the encoder itself takes the place of the target,
+with gradient (EXPERIMENTS.md, "What keeps BYOL from collapsing?"). SimSiam (see below) has the
+predictor, and the encoder without gradient in place of the target.
 
     Chen et al. 2020, "SimCLR", arXiv 2002.05709
         two views, the projection head, InfoNCE under the name NT-Xent
@@ -52,8 +53,8 @@ Differences from the papers, most of them for two CPU cores and images of 32 × 
   one pixel with 12 channels.
 - Views have three quarters of the image's height and width. This makes 1.8 times as many
   images a second. The probe reads whole images.
-- A crop holds at least a fifth of the image (8 % in the papers). There is no blur, which at this
-  size would remove what there is to see, and no solarization.
+- A crop holds at least a fifth of a photograph and half of a drawn shape (8 % in the papers).
+- There is no blur, which at this size would remove what there is to see, and no solarization.
 - The colours change by one affine map for each image, without clamping or rounding in between.
   The hue turns around the grey axis of YIQ, not in HSV.
 - The squares of 2 × 2 pixels are whitened first, and the kernels begin as the identity (Jordan
@@ -245,7 +246,7 @@ def augment(images, size, numbers, crop, jitter, hue, grey, flip=True):
     Every image has its own draw.
 
     Arguments:
-        images: (B, C, H, W) uint8, or float from 0 to 255; C is 1 or 3
+        images: (B, C, H, W) uint8; C is 1 or 3
         size: (h, w) of the views
         numbers: (B, 11) uniform in [0, 1). They decide everything.
         crop: the smallest share of the image's area in a view
@@ -253,7 +254,7 @@ def augment(images, size, numbers, crop, jitter, hue, grey, flip=True):
         hue: the largest change of hue, in turns
         grey: the share of views without colour
         flip: whether half of the views are mirrored
-    Returns (B, C, h, w) float32 in [0, 1].
+    Returns (B, C, h, w) float32 in [0, 1]. Raises ValueError for images of another dtype.
 
     Crop and mirror are one affine map of the pixel grid, and the colours are one affine
     map of the colour space. So a view costs one resampling and one 3 × 3 product.
@@ -262,6 +263,8 @@ def augment(images, size, numbers, crop, jitter, hue, grey, flip=True):
     drawn again. With `crop` above 0.75, a view may therefore hold less than that share:
     from 0.87 to 1 of the area if crop is 1.
     """
+    if images.dtype != torch.uint8:
+        raise ValueError(f"the images must be uint8, but are {images.dtype}")
     views = crop_and_flip(images, size, numbers[:, :5], crop, flip)
     return recolour(views, numbers[:, 5:], jitter, hue, grey)
 

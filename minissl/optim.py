@@ -54,9 +54,9 @@ class Muon(torch.optim.Optimizer):
         state = self.state[parameter]
         if "momentum" not in state:
             state["momentum"] = torch.zeros_like(gradient)
-        momentum = state["momentum"]
-        momentum.mul_(group["momentum"]).add_(gradient)
-        nesterov = gradient.add(momentum, alpha=group["momentum"])
+        M, mu = state["momentum"], group["momentum"]
+        M.mul_(mu).add_(gradient)
+        nesterov = gradient.add(M, alpha=mu)
         matrix = nesterov.flatten(1)                          # (out, in · k · k)
         update = orthogonalize(matrix, self.precision)
         rows, columns = matrix.shape
@@ -110,8 +110,8 @@ def lr_schedule(step, steps, warmup, decay=0.5):
     """The share of the peak learning rate at one step, from 0 to 1.
 
     It is the smallest of three: a line that rises to 1 within `warmup` steps, 1, and a line
-    that falls from 1 to 0 over the last `decay · steps` steps. If the two lines cross below 1,
-    the rate never reaches its peak: in the scripts on images it gets to 0.95 of it.
+    that falls from 1 to 0 over the last steps, whose share of all is `decay`. If the two lines
+    cross below 1, the rate never reaches its peak: in the scripts on images it gets to 0.95 of it.
 
     >>> [round(lr_schedule(s, 10, 2), 2) for s in range(10)]
     [0.5, 1, 1, 1, 1, 1, 0.8, 0.6, 0.4, 0.2]

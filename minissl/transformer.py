@@ -122,7 +122,7 @@ def mask_tokens(tokens, lengths, vocabulary_size, share=0.15, generator=None):
     model the original sequence. The target has then leaked into the input, and the
     loss drops to 0 within a few hundred steps. (A correct loss is still above 4 after the
     1,500 steps of train_mlm.py.) The features lose three points at 10 and at 100 labels a
-    class (EXPERIMENTS.md, "Text").
+    class (EXPERIMENTS.md, "What stands where a token was masked?").
     """
     device = tokens.device
     B, T = tokens.shape
@@ -292,18 +292,23 @@ class TextEncoder(nn.Module):
         width: D
         layers, heads: how many blocks, and how many attention heads in each
         window: the length of the longest sequence
-        document_columns: d, how many of the D columns make the document vector. Without
-            the document loss, take all D.
+        document_columns: d, how many of the D columns make the document vector, at most all.
+            Without the document loss, take all D.
+        embedding_std: of the token embeddings at first
         causal: whether a token sees only itself and the tokens before it, as in GPT. The
             pair that ends at a token does not look ahead either.
+    Raises ValueError if the width is no multiple of 2 · heads: rotary positions turn pairs of
+    columns in each head.
     """
 
     def __init__(
         self, vocabulary_size, pairs, width=256, layers=2, heads=4, window=128,
-        document_columns=DOCUMENT_COLUMNS, causal=False,
+        document_columns=DOCUMENT_COLUMNS, embedding_std=0.1, causal=False,
     ):
         super().__init__()
-        V, P, d = vocabulary_size, len(pairs), document_columns
+        if width % (2 * heads):
+            raise ValueError(f"width must be a multiple of {2 * heads}, but is {width}")
+        V, P, d = vocabulary_size, len(pairs), min(document_columns, width)
         self.window, self.document_columns, self.causal = window, d, causal
         self.register_buffer("pairs", pairs)                              # (P,)
         self.token_embedding = nn.Embedding(V, width)
@@ -319,7 +324,7 @@ class TextEncoder(nn.Module):
         # Without a first stage, the masked loss stays at 6.7 for 400 steps with a std of 0.02. With
         # 0.1 it is 6.54 after 300 (EXPERIMENTS.md, "What does the masked loss need at first?").
         # Each was seen once.
-        nn.init.normal_(self.token_embedding.weight, std=0.1)
+        nn.init.normal_(self.token_embedding.weight, std=embedding_std)
         if d < width:
             # The document's columns are read as a mean over the tokens. A rare word hardly moves
             # from its random start, so there the start is small.

@@ -196,7 +196,7 @@ EXPERIMENTS = [
     ]),
     Experiment("terms", "which loss teaches a text encoder", BOTH_TERMS, ["held_out"], [
         Arm("both"),
-        Arm("masked loss alone", ["--document-weight", "0"]),
+        Arm("masked loss alone", ["--document-weight", "0", "--embedding-steps", "0"]),
         Arm("document loss alone", ["--masked-weight", "0"]),
     ]),
 ]

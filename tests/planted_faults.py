@@ -479,8 +479,8 @@ FAULTS = [
         test="test_train_images.py::test_the_step_of_simclr_is_its_formula",
         edits=[Edit(
             "train_contrastive.py", "main.random_numbers",
-            right="torch.rand(count, V, 11, generator=draw)",
-            wrong="torch.rand(count, 1, 11, generator=draw).expand(count, V, 11)",
+            right="torch.rand(count, V, 11, generator=rng)",
+            wrong="torch.rand(count, 1, 11, generator=rng).expand(count, V, 11)",
         )],
     ),
     Fault(
@@ -495,8 +495,8 @@ FAULTS = [
         test="test_train_images.py::test_the_step_of_simclr_is_its_formula",
         edits=[Edit(
             "train_contrastive.py", "main.random_numbers",
-            right="torch.rand(count, V, 11, generator=draw)",
-            wrong="torch.rand(1, V, 11, generator=draw).expand(count, V, 11)",
+            right="torch.rand(count, V, 11, generator=rng)",
+            wrong="torch.rand(1, V, 11, generator=rng).expand(count, V, 11)",
         )],
     ),
 
@@ -777,7 +777,7 @@ FAULTS = [
             The number of the draw is not passed on, so the same labels are drawn five times.""",
         test="test_finetune.py::test_all_means_all_but_the_test_set",
         edits=[Edit(
-            "finetune.py", "draw_labels",
+            "finetune.py", "draw_examples",
             right="probes.draw_labels(task.labels[task.train], per_class, seed)",
             wrong="probes.draw_labels(task.labels[task.train], per_class, 0)",
         )],

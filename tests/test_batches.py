@@ -88,7 +88,7 @@ def test_too_few_examples_for_a_batch_get_a_sentence(n, examples):
 def test_too_few_texts_for_a_step_get_a_sentence():
     texts = texts_of_lengths([10, 10, 10])
     assert len(one_epoch(Windows(texts, 10, 3, seed=0, leave_rest=False))) == 1
-    sentence = "needs 40 tokens .batch size × window., but the data has 30"
+    sentence = "needs 40 tokens .4 windows of 10., but the data has 30"
     with pytest.raises(UserError, match=sentence) as caught:
         Windows(texts, 10, 4, seed=0, leave_rest=False)
     assert str(caught.value).endswith(

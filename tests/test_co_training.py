@@ -7,7 +7,7 @@ from conftest import sparse
 
 from minissl.evaluation import co_training, probes
 from minissl.evaluation.co_training import CoTraining, in_units
-from minissl.evaluation.columns import LinearClassifier
+from minissl.evaluation.columns import LinearLearner
 from minissl.evaluation.ngrams import NGrams, naive_bayes_weights
 
 
@@ -27,7 +27,7 @@ def co_training_of(weighting="tf-idf", seed=0, classes=2):
     for c in range(classes):
         words[labels == c, 8 * c:8 * c + 8] |= rng.random(((labels == c).sum(), 8)) < 0.35
     labels[300:] = -1
-    probe = LinearClassifier(torch.from_numpy(x), torch.from_numpy(labels), classes)
+    probe = LinearLearner(torch.from_numpy(x), torch.from_numpy(labels), classes)
     rows = sparse(torch.from_numpy(words.astype(np.float32)))
     n_grams = NGrams(rows, rows.columns, probe.labels, classes, np.arange(250))
     n_grams.rows = {weighting: n_grams.rows[weighting]}
@@ -111,7 +111,7 @@ def test_no_label_beyond_the_draw_is_read():
             labels[others] = labels[others].flip(0)
             column.probe.labels = column.n_grams.labels = labels
         model = fit(column, DRAW)
-        models.append((model.probe.weights, model.student.weights))
+        models.append((model.probe_model.weights, model.student.weights))
     for one, other in zip(*models):
         assert torch.equal(one, other)
 

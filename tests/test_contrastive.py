@@ -492,6 +492,11 @@ def test_the_fifth_number_mirrors_and_changes_nothing_else():
     torch.testing.assert_close(mirrored, views.flip(3), atol=1e-5, rtol=0)
 
 
+def test_pixels_in_0_to_1_are_not_taken_for_bytes():
+    with pytest.raises(ValueError, match="must be uint8, but are torch.float32"):
+        contrastive.augment(torch.rand(2, 3, 16, 16), (8, 8), torch.rand(2, 11), **COLOURFUL)
+
+
 @pytest.mark.parametrize("C", [1, 3])
 def test_each_image_has_its_own_draw(C):
     torch.manual_seed(0)

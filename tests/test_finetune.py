@@ -33,7 +33,7 @@ from minissl.evaluation import (
     text_table,
 )
 from minissl.evaluation.classifier import Classifier, read_classifier, write_classifier
-from minissl.evaluation.columns import Column, LinearClassifier, standardize
+from minissl.evaluation.columns import Column, LinearLearner, standardize
 from minissl.evaluation.image_table import ImageOption, ImageTask
 from minissl.evaluation.probes import LinearModel
 from minissl.evaluation.text_table import TextOption, TextTask
@@ -117,7 +117,7 @@ def image_run(image_runs, tmp_path):
 def brief(monkeypatch):
     """Few options and a few steps are enough to see what depends on what."""
     train = ImageTask.train_classifier
-    fit_probe = LinearClassifier.fit
+    fit_probe = LinearLearner.fit
 
     def fit_briefly(self, indices):
         every, self.strengths = self.strengths, self.strengths[1::3]
@@ -127,7 +127,7 @@ def brief(monkeypatch):
 
     def train_briefly(*arguments, **options):
         return train(*arguments, **options, images_seen=64)
-    monkeypatch.setattr(LinearClassifier, "fit", fit_briefly)
+    monkeypatch.setattr(LinearLearner, "fit", fit_briefly)
     for name in ("TF_IDF_STRENGTHS", "NAIVE_BAYES_STRENGTHS"):
         monkeypatch.setattr(ngrams, name, getattr(ngrams, name)[1::3])
     monkeypatch.setattr(ImageTask, "train_classifier", train_briefly)
@@ -251,8 +251,8 @@ def test_ctrl_c_keeps_the_finished_rows(run, run_script, brief, monkeypatch):
     assert not (run / "finetune.csv").exists()
     stop = "5"
     code, printed = run_script(finetune, run, *flags)
-    assert code == 130 and "interrupted: the rows before this one are kept" in printed
-    assert "in brackets: seconds to fit one draw" in printed      # above the table of this row
+    assert code == 130 and "interrupted in the row 5: the rows before it are kept" in printed
+    assert "in brackets: seconds of the fit alone" in printed      # above the table of this row
     assert {row["labels_a_class"] for row in read_rows(run / "finetune.csv")} == {"2"}
     assert (run / "classifier.pt").exists()
 
@@ -287,12 +287,12 @@ def test_a_table_needs_a_writable_folder(run, run_script, monkeypatch):
 
 
 def test_all_means_all_but_the_test_set(run, run_script, monkeypatch):
-    asked, fit = [], LinearClassifier.fit
+    asked, fit = [], LinearLearner.fit
 
     def watched(self, indices):
         asked.append(tuple(indices))
         return fit(self, indices)
-    monkeypatch.setattr(LinearClassifier, "fit", watched)
+    monkeypatch.setattr(LinearLearner, "fit", watched)
     code, printed = run_script(finetune, run, *CPU, "--probe", "--labels", 2, "all", "--seeds", 3)
     assert code == 0, printed
     assert [len(indices) for indices in asked] == [4] * 3 + [160]
@@ -397,7 +397,7 @@ def test_choices_learn_from_training_examples_alone(row, count, monkeypatch):
         assert set(indices) <= set(task.train)
         assert fitted == {"probe": f"a probe of {indices.tolist()}"}
         if row != "all":
-            assert set(indices) == set(finetune.draw_labels(task, row, 1000 + seed))
+            assert set(indices) == set(finetune.draw_examples(task, row, 1000 + seed))
 
 
 @pytest.mark.parametrize("row, seeds", [("2", [0, 1, 2]), ("all", [0, 1])])
@@ -580,7 +580,7 @@ def test_fewer_than_two_whole_classes_are_refused(run, run_script, tmp_path):
             path.write_text(f"The {name} number {n}.", encoding="utf-8")
     code, printed = run_script(finetune, run, *CPU, "--data", tmp_path / "texts", "--probe",
                                "--data-dir", tmp_path)
-    assert code == 2 and "no class has the three examples" in printed
+    assert code == 2 and "no class has examples both to train on" in printed
 
 
 def test_messages_name_the_only_class(corpus, run, run_script, tmp_path):
@@ -785,7 +785,6 @@ HEAD = b"labels_a_class,method,seed,test_accuracy,seconds,data,limit,step,checks
 
 
 @pytest.mark.parametrize("content", [
-    b"\xff\xfe", b"x" * 200_000,
     HEAD + b"ten,pixels,0,50.0,1.0,a,0,90,1,yes\n",
     HEAD + b'2,pixels,0,"100,0",1.0,a,0,90,1,yes\n',
     HEAD + b"2,pixels,0,100%,1.0,a,0,90,1,yes\n",
@@ -800,7 +799,15 @@ HEAD = b"labels_a_class,method,seed,test_accuracy,seconds,data,limit,step,checks
 def test_a_damaged_csv_is_refused_before_measuring(content, run, run_script):
     (run / "finetune.csv").write_bytes(content)
     code, printed = run_script(finetune, run, *CPU, "--labels", 2)
-    assert code == 2 and "finetune.csv is damaged in line " in printed.splitlines()[-1]
+    assert code == 2 and "finetune.csv is damaged: correct its row 1" in printed.splitlines()[-1]
+    assert "draw 1" not in printed
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe", b"x" * 200_000])
+def test_what_is_no_csv_is_refused_before_measuring(content, run, run_script):
+    (run / "finetune.csv").write_bytes(content)
+    code, printed = run_script(finetune, run, *CPU, "--labels", 2)
+    assert code == 2 and "finetune.csv cannot be read as a table" in printed.splitlines()[-1]
     assert "draw 1" not in printed
 
 
@@ -1177,7 +1184,7 @@ def test_all_together_is_the_sum_of_three_standardized_answers(rate, text_run, b
     _, tuned = columns["fine-tuned"]
     together, models = columns["all together"]
     self_trained, co_trained = columns["self-trained"]
-    weights, (weighting, student) = co_trained.probe.weights, co_trained.student
+    weights, (weighting, student) = co_trained.probe_model.weights, co_trained.student
 
     def standardized(logits):
         logits = logits - logits.mean(1, keepdims=True)

@@ -340,7 +340,7 @@ def test_a_run_of_another_version_is_not_called_another_scripts(run_of_gpt, run_
     (tmp_path / "run").mkdir()
     write_checkpoint(tmp_path / "run" / "checkpoint.pt", checkpoint)
     code, printed = run_script(gpt, "--run", tmp_path / "run", "--resume")
-    assert code == 2 and "was made by another script or version of minissl" in printed, printed
+    assert code == 2 and "another version of gpt.py, which differs in --top-k" in printed, printed
     code, printed = run_script(train_mlm, "--run", folder, "--resume")
     assert code == 2 and "was made by gpt.py: resume it with that one" in printed, printed
 

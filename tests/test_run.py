@@ -17,7 +17,7 @@ import finetune
 import train_ae
 from minissl import UserError
 from minissl.data.batches import generator
-from minissl.training import files
+from minissl.training import distributed, files
 from minissl.training import run as run_module
 from minissl.training.files import load_checkpoint, write_checkpoint
 from minissl.training.run import Run
@@ -457,3 +457,10 @@ def test_a_checkpoint_with_other_content_is_a_sentence(
     assert code == 2
     assert "does not hold what it should" in printed
     assert "Traceback" not in printed
+
+
+def test_the_advice_starts_as_many_processes_as_before(monkeypatch):
+    assert run_module.launcher() == ["python"]
+    monkeypatch.setattr(distributed, "WORLD_SIZE", 4)
+    monkeypatch.setattr(distributed, "LOCAL_WORLD_SIZE", 2)
+    assert run_module.launcher() == ["torchrun", "--nproc-per-node", "2", "--"]

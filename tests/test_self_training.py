@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from minissl.evaluation import probes, self_training
-from minissl.evaluation.columns import LinearClassifier
+from minissl.evaluation.columns import LinearLearner
 from minissl.evaluation.self_training import SelfTraining, nearest_neighbours, spread
 
 
@@ -22,7 +22,7 @@ def clusters(sizes, distance=3.0, columns=6, seed=0):
 
 def columns_of(x, labels, pool):
     """The probe and the self-training of the same features."""
-    probe = LinearClassifier(x, labels, int(labels.max()) + 1)
+    probe = LinearLearner(x, labels, int(labels.max()) + 1)
     return probe, SelfTraining(probe, pool)
 
 
@@ -145,7 +145,7 @@ def test_labels_beyond_the_draw_are_never_read():
     garbage = torch.full_like(labels, 10**6)
     garbage[drawn] = labels[drawn]
     expected = self_trained_weights(x, labels, np.arange(120), drawn)
-    probe = LinearClassifier(x, garbage, 3)
+    probe = LinearLearner(x, garbage, 3)
     _, found = fit_both((probe, SelfTraining(probe, np.arange(120))), drawn)
     assert torch.equal(found.weights, expected)
 

@@ -14,7 +14,13 @@ from conftest import story
 from minissl import UserError, tokenizer
 from minissl.data import text_sources
 from minissl.data.splits import HELD_OUT, TEST, TRAIN
-from minissl.data.text_sources import load_texts, read_imdb, read_pydocs, read_texts
+from minissl.data.text_sources import (
+    load_all_texts,
+    load_texts,
+    read_imdb,
+    read_pydocs,
+    read_texts,
+)
 from minissl.training import files as files_module
 
 
@@ -115,7 +121,7 @@ def test_classes_that_are_named_like_splits_are_refused(names, named, tmp_path):
     with pytest.raises(UserError, match=f"each sub-folder must be a class, but found {named};"):
         load_texts(folder, tmp_path, 300)
     learned = tokenizer.train_tokenizer([], 258)
-    features = load_texts(folder, tmp_path, tokenizer=learned, keep_all=True)   # needs no classes
+    features = load_all_texts(folder, learned)                # needs no classes
     assert len(features) == len(files)
 
 
@@ -174,22 +180,22 @@ def test_a_file_with_a_blank_line_inside_is_its_paragraphs(end, tmp_path):
 def test_features_of_a_file_say_how_it_was_cut(tmp_path):
     (tmp_path / "my.txt").write_text("the same line\n" * 2, encoding="utf-8")
     learned = tokenizer.train_tokenizer([], 258)
-    texts = load_texts(str(tmp_path / "my.txt"), tmp_path, tokenizer=learned, keep_all=True)
+    texts = load_all_texts(tmp_path / "my.txt", learned)
     assert strings(texts) == ["the same line"] * 2
     assert texts.notes == ["my.txt: 2 texts, one a line"]
 
 
 def test_a_limit_keeps_the_first_texts_of_a_file(tmp_path):
     (tmp_path / "my.txt").write_text("one line\nanother line\n", encoding="utf-8")
-    options = dict(tokenizer=tokenizer.train_tokenizer([], 258), keep_all=True, limit=1)
-    texts = load_texts(str(tmp_path / "my.txt"), tmp_path, **options)
+    learned = tokenizer.train_tokenizer([], 258)
+    texts = load_all_texts(tmp_path / "my.txt", learned, limit=1)
     assert strings(texts) == ["one line"]
 
 
 def test_a_limit_reads_no_further_than_it_must(tmp_path):
     (tmp_path / "my.txt").write_bytes(b"one line\n" * 2**18 + b"\xff")   # an error in block three
-    options = dict(tokenizer=tokenizer.train_tokenizer([], 258), keep_all=True, limit=2)
-    assert len(load_texts(str(tmp_path / "my.txt"), tmp_path, **options)) == 2
+    learned = tokenizer.train_tokenizer([], 258)
+    assert len(load_all_texts(tmp_path / "my.txt", learned, limit=2)) == 2
 
 
 def test_a_large_file_in_a_folder_becomes_several_texts(tmp_path, monkeypatch):
@@ -230,7 +236,7 @@ def test_the_lines_of_a_very_large_file_are_joined(tmp_path, monkeypatch):
     assert "".join(parts) == path.read_text(encoding="utf-8")
     assert all(50 <= len(part) < 60 for part in parts[:-1])
     assert len(load_texts(str(path), tmp_path / "data", 300)) == 100
-    monkeypatch.setattr(text_sources, "SAMPLE_BYTES", 200)
+    monkeypatch.setattr(text_sources, "LARGE_FILE", 200)
     texts = load_texts(str(path), tmp_path / "data", 300)
     assert len(texts) == 1 and strings(texts)[0].startswith("line 0 line 1 ")
     assert texts.notes[0] == "l.txt: 1 text, neighbouring lines joined to at least 2,048 characters"
@@ -239,7 +245,7 @@ def test_the_lines_of_a_very_large_file_are_joined(tmp_path, monkeypatch):
 def test_the_paragraphs_of_a_very_large_file_are_joined(tmp_path, monkeypatch):
     path = tmp_path / "p.txt"
     path.write_text("".join(f"line {n}\nand more\n\n" for n in range(300)), encoding="utf-8")
-    monkeypatch.setattr(text_sources, "SAMPLE_BYTES", 200)
+    monkeypatch.setattr(text_sources, "LARGE_FILE", 200)
     texts = load_texts(str(path), tmp_path / "data", 300)
     assert all(text.endswith("and more") for text in strings(texts))
     assert texts.notes[0] == (

@@ -106,7 +106,7 @@ def test_a_part_of_a_book_fills_the_window_twice(corpus, tmp_path):
     for length in (1024, 1025, 5000, 5001, 9000):
         book = replace(book, lengths=np.array([length]))
         for window in (10, 256, 600):
-            parts = book.cut_books(window).lengths
+            parts = book.cut_long_texts(window).lengths
             assert parts.sum() == length and parts.max() <= max(1024, 4 * window)
             assert len(parts) == 1 or parts.min() >= 2 * window
 

@@ -301,13 +301,13 @@ def test_the_masked_loss_falls_below_the_entropy_of_words(corpus, train, tmp_pat
     assert held_out < 0.6 * entropy, (held_out, entropy)
 
 
-@pytest.mark.parametrize("flag, left", [
-    ("--masked-weight", {"document"}),
-    ("--document-weight", {"masked"}),
-    ("--layers", {"masked", "document"}),
+@pytest.mark.parametrize("flags, left", [
+    (["--masked-weight", 0], {"document"}),
+    (["--document-weight", 0, "--embedding-steps", 0], {"masked"}),
+    (["--layers", 0], {"masked", "document"}),
 ])
-def test_each_loss_and_the_embeddings_can_learn_alone(flag, left, train):
-    run, _ = train("run", flag, 0)
+def test_each_loss_and_the_embeddings_can_learn_alone(flags, left, train):
+    run, _ = train("run", *flags)
     for name in ("masked", "document"):
         losses = [float(row[name]) for row in read_log(run) if row[name]]
         assert bool(losses) == (name in left)
@@ -316,7 +316,8 @@ def test_each_loss_and_the_embeddings_can_learn_alone(flag, left, train):
 
 
 def test_without_the_document_loss_the_features_are_all_columns(train):
-    run, _ = train("run", "--document-weight", 0, "--width", 80, "--steps", 2)
+    alone = ["--document-weight", 0, "--embedding-steps", 0]
+    run, _ = train("run", *alone, "--width", 80, "--steps", 2)
     assert load_checkpoint(run)["model_settings"]["document_columns"] == 80
     run, _ = train("both", "--width", 80, "--steps", 2, "--embedding-steps", 1)
     assert load_checkpoint(run)["model_settings"]["document_columns"] == 64
@@ -494,6 +495,8 @@ def test_fill_refuses_too_few_masks_and_too_long_texts(text, sentence, trained, 
     (["--stepz", "3"], "unrecognized arguments"),
     (["--steps", "many"], "'many' is not a whole number"),
     (["--steps", "0"], "--steps 0: must be at least 1"),
+    (["--mask-share", "0"], "--mask-share 0.0: must be above 0"),
+    (["--embedding-steps", "9", "--document-weight", "0"], "--embedding-steps 9: leave it out"),
     (["--mask-share", "nan"], "must be a finite number"),
     (["--mask-share", "1.5"], "--mask-share 1.5: must be at most 1"),
     (["--device", "tpu"], "'tpu' is not one of auto, cpu, cuda, mps"),
@@ -529,7 +532,7 @@ def test_a_run_is_never_overwritten(trained, corpus, run_script):
 @pytest.mark.parametrize("flags, sentence", [
     (["--width", 64], "--width 64: the run in"),
     (["--width", 64], "was started with 32"),
-    (["--document-weight", 0], "--document-weight 0.0: the run in"),   # no --embedding-steps
+    (["--document-weight", 0], "--document-weight 0.0: does not fit the run in"),
     (["--steps", 50], "has already made 90 steps"),
 ])
 def test_a_run_is_not_resumed_with_other_settings(flags, sentence, trained, run_script):

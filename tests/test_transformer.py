@@ -579,3 +579,15 @@ def test_with_zero_blocks_encode_is_the_mean_of_embeddings(pairs):
     without_blocks = model.mean_of_embeddings(model.count_terms(tokens))
     encoded = model.encode(tokens, lengths)
     torch.testing.assert_close(without_blocks, encoded, rtol=1e-5, atol=1e-6)
+
+
+def test_the_document_vector_has_at_most_all_columns():
+    no_pairs = torch.empty(0, dtype=torch.int64)
+    model = transformer.TextEncoder(V, no_pairs, width=8, layers=1, heads=2, document_columns=64)
+    assert model.encode(torch.full((2, 5), 7), torch.tensor([5, 3])).shape == (2, 8)
+
+
+def test_a_width_that_the_heads_cannot_share_is_refused():
+    no_pairs = torch.empty(0, dtype=torch.int64)
+    with pytest.raises(ValueError, match="width must be a multiple of 6, but is 32"):
+        transformer.TextEncoder(V, no_pairs, width=32, heads=3)

@@ -62,8 +62,8 @@ class Batches:
         """-> indices (size,) int64"""
         epoch, batch = divmod(step, self.n // self.size)
         if epoch != self.epoch:
-            draws = generator(self.seed, self.purpose, epoch)
-            self.order = torch.randperm(self.n, generator=draws)
+            rng = generator(self.seed, self.purpose, epoch)
+            self.order = torch.randperm(self.n, generator=rng)
             self.epoch = epoch
         begin = batch * self.size
         return self.order[begin:begin + self.size]
@@ -97,19 +97,25 @@ class WholeTexts:
         """-> read, rest: both (B, T) int64, T the length of the longest text."""
         tokens, lengths = self.texts.padded(self.batches(step).numpy())
         tokens, lengths = torch.from_numpy(tokens), torch.from_numpy(lengths)
-        B, T = tokens.shape
-        # Each text tosses a coin for each of its tokens, and one more that nothing uses. It stays,
-        # because without it the later texts would get other coins than those of RESULTS.md.
-        tossed = torch.arange(T + 1) <= lengths[:, None]                   # (B, T + 1)
-        coins = generator(self.seed, "coin", step)
-        draws = torch.rand(int(tossed.sum()), generator=coins)
-        draws = torch.zeros(B, T + 1).masked_scatter(tossed, draws)[:, :T]
-        heads = draws < 0.5
+        heads = toss_coins(lengths, generator(self.seed, "coin", step))    # (B, T)
         return tokens.masked_fill(heads, PAD), tokens.masked_fill(~heads, PAD)
 
 
+def toss_coins(lengths, rng):
+    """Whether the coin of each token shows heads: (B, T) bool, T the longest of lengths (B,).
+
+    Each text tosses a coin for each of its tokens, and one more that nothing uses. It stays,
+    because without it the later texts would get other coins than those of RESULTS.md.
+    """
+    B, T = len(lengths), int(lengths.max())
+    is_tossed = torch.arange(T + 1) <= lengths[:, None]                    # (B, T + 1)
+    numbers = torch.rand(int(is_tossed.sum()), generator=rng)
+    numbers = torch.zeros(B, T + 1).masked_scatter(is_tossed, numbers)[:, :T]
+    return numbers < 0.5
+
+
 class Windows:
-    """The batches of train_mlm.py's second stage: one window of each text in an epoch.
+    """One window of each text in an epoch: train_mlm.py's second stage, and examples/gpt.py.
 
     The window lies at a random place of its text. Windows of similar length share a
     batch, so there is hardly any padding. A batch has about batch_size · window tokens, but the
@@ -125,8 +131,8 @@ class Windows:
         total = texts.lengths.sum()
         if total < batch_size * window:
             raise UserError(
-                f"a step needs {batch_size * window:,} tokens (batch size × window), but "
-                f"the data has {total:,}; give more text, a smaller --batch-size or --window, "
+                f"a step needs {batch_size * window:,} tokens ({batch_size} windows of {window}), "
+                f"but the data has {total:,}; give more text, a smaller --batch-size or --window, "
                 f"or a larger --limit if you gave one"
             )
         self.texts, self.seed, self.leave_rest = texts, seed, leave_rest
@@ -152,9 +158,8 @@ class Windows:
 
     def _begin_epoch(self, epoch):
         """Draw the windows' places and the order of the batches."""
-        draws = generator(self.seed, "windows", epoch)
-        draws = torch.rand(3, len(self.texts), generator=draws).double().numpy()
-        ties, places, turns = draws
+        rng = generator(self.seed, "windows", epoch)
+        ties, places, turns = torch.rand(3, len(self.texts), generator=rng).double().numpy()
         self.order = np.argsort(self.sizes + ties, kind="stable")    # by length, ties at random
         room = self.texts.lengths - self.sizes + 1
         self.offsets = (places * room).astype(np.int64)      # where each window begins

@@ -34,7 +34,6 @@ from minissl.data.splits import (
 )
 from minissl.data.texts import (
     CACHE_FORMAT,
-    SAMPLE_BYTES,
     Source,
     encode_documents,
     encode_texts,
@@ -57,6 +56,11 @@ LONGEST_TEXT = 2**20      # characters; a longer paragraph or line is read as se
 LONGEST_FILE = 2**22      # characters; a longer file of a folder is read as several texts
 LARGEST_REVIEW = 2**20    # bytes; a larger one in the archive of IMDb is damage
 
+# In a single file above LARGE_FILE bytes, neighbouring lines or paragraphs are joined to texts of
+# at least SHORTEST_JOINED characters: millions of lines are not millions of documents.
+LARGE_FILE = 2**28
+SHORTEST_JOINED = 2048
+
 # Each sub-folder is a class, unless it has one of these names. Such a sub-folder is probably a
 # part of the split, as in the unpacked IMDb archive.
 NOT_CLASSES = {
@@ -65,9 +69,7 @@ NOT_CLASSES = {
 }
 
 
-def load_texts(
-    data, data_dir="data", vocabulary_size=8192, limit=0, tokenizer=None, keep_all=False
-):
+def load_texts(data, data_dir="data", vocabulary_size=8192, limit=0, tokenizer=None):
     """Return Texts by name ("pydocs", "imdb") or from a .txt file or a folder of them.
 
     Arguments:
@@ -76,9 +78,6 @@ def load_texts(
     vocabulary_size  of the tokenizer that is trained, without the test texts
     limit            keep at most this many texts of each split, evenly spaced (0: all)
     tokenizer        use this one instead of training one
-    keep_all         for features: all texts of a path, duplicates included, the files in the
-                     order of their sorted paths, without labels. `limit` takes the first ones.
-                     It needs `tokenizer`. It changes nothing for "pydocs" and "imdb".
     Raises UserError with one sentence for anything that the user can mend.
     """
     if data == "pydocs":
@@ -86,19 +85,23 @@ def load_texts(
     elif data == "imdb":
         source = imdb_source(Path(data_dir))
     else:
-        try:
-            source = path_source(Path(data), whole_files=keep_all)
-        except PermissionError as error:
-            raise unreadable(error.filename) from None
-        if keep_all:
-            strings = (text for text, _, _ in source.documents)
-            texts = encode_texts(islice(strings, limit or None), tokenizer)
-            texts.notes += source.describe(len(texts))
-            return texts
-
+        source = path_source(Path(data))
     texts = load_cached(source, Path(data).stem, Path(data_dir), vocabulary_size, tokenizer)
     if limit:
         texts = texts.select(np.sort(limit_splits(texts.split, limit)))
+    return texts
+
+
+def load_all_texts(path, tokenizer, limit=0):
+    """Return all texts of a .txt file or a folder, for features: no split, no labels, no cache.
+
+    Duplicates stay. The texts have the order of the file, or of the sorted paths. limit: the first
+    so many (0: all).
+    """
+    source = path_source(Path(path), whole_files=True)
+    strings = (text for text, _, _ in source.documents)
+    texts = encode_texts(islice(strings, limit or None), tokenizer)
+    texts.notes += source.describe(len(texts))
     return texts
 
 
@@ -295,9 +298,12 @@ def path_source(path, whole_files=False):
         raise UserError(
             f"{path}: file not found; --data takes pydocs, imdb, a .txt file or a folder of them"
         )
-    if path.is_file():
-        return file_source(path)
-    return folder_source(path, whole_files)
+    try:
+        if path.is_file():
+            return file_source(path)
+        return folder_source(path, whole_files)
+    except PermissionError as error:
+        raise unreadable(error.filename) from None
 
 
 def file_source(path):
@@ -311,9 +317,8 @@ def file_source(path):
         )
     kind = "paragraph" if has_paragraphs(path) else "line"
     least, unit = 0, f"one a {kind}"
-    if path.stat().st_size > SAMPLE_BYTES:
-        # Millions of lines are not millions of documents: neighbours are joined.
-        least = 2048
+    if path.stat().st_size > LARGE_FILE:
+        least = SHORTEST_JOINED
         unit = f"neighbouring {kind}s joined to at least {least:,} characters"
     key = f"{least} {hash_of_files([path], path.parent)}"
     documents = ((text, None, None) for text in read_texts(path, least))

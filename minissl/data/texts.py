@@ -159,7 +159,7 @@ class Texts:
             lengths=end - start,
         )
 
-    def cut_books(self, window):
+    def cut_long_texts(self, window):
         """Return Texts in which each long text is cut into parts, for a training with this window.
 
         So the whole texts of a batch fit into memory. A part has at least 2 · window tokens, so

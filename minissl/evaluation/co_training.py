@@ -8,7 +8,8 @@ sum of both:
 
     p = softmax of the probe's logits a                           (U, C), without label
     soft label of a text = p² / Σ p²
-    b = the student's logits
+    b = the student's logits. Of its n labels each weighs 1 + U / (2n), and a guess weighs 1,
+        so that few labels count beside many guesses (`probes.weighted_targets`)
     answer = argmax_c  a_c / σ(a) + b_c / σ(b)
 
 where σ is the standard deviation of all logits of the held-out texts, after the mean of
@@ -47,15 +48,15 @@ STRENGTHS = {"tf-idf": 1e-4, "naive Bayes": 0.01}       # of the student's penal
 
 class CoTrained(NamedTuple):
     """The two models whose logits are added."""
-    probe: LinearModel          # on the document vectors
+    probe_model: LinearModel    # on the document vectors
     student: NGramModel
 
 
 class CoTraining:
-    """The classifier of the column "self-trained" of texts.
+    """The learner of the column "self-trained" of texts.
 
     Arguments:
-        probe: the LinearClassifier of the document vectors of N texts
+        probe: the LinearLearner of the document vectors of N texts
         n_grams: the NGrams of the same texts
         pool (M,): the indices of the texts whose classes are guessed. Of their labels, only
             those of the `indices` that `fit` gets are read.
@@ -81,7 +82,7 @@ class CoTraining:
         With many labels, or without any other text, it is ngram_model, which has learned from
         the labels alone.
         """
-        C = self.probe.classes
+        C = self.probe.n_classes
         others = np.setdiff1d(self.pool, indices)                         # (U,)
         if len(indices) > MANY_LABELS or len(others) == 0:
             return ngram_model
@@ -92,12 +93,14 @@ class CoTraining:
         one_hot = F.one_hot(self.probe.labels[indices], C).float()
         targets = probes.weighted_targets(guesses, one_hot)               # (U + n, C)
 
-        # ngram_model may have taken tf-idf, but its choice rests on a few labels.
+        # Naive Bayes weights wherever they exist, whatever ngram_model has taken: its choice
+        # rests on a few labels.
         weighting = "naive Bayes" if "naive Bayes" in self.n_grams.rows else "tf-idf"
         rows = self.n_grams.rows[weighting][np.concatenate([others, indices])]
         scale = None
         if weighting == "naive Bayes":
-            # Here each text counts once. Larger weights for the labels were not tried.
+            # In these ratios each text counts once, a labelled one as well. Larger weights for
+            # the labels were not tried.
             scale = naive_bayes_weights(rows, torch.cat([guesses, one_hot]), C)
         weights = probes.logistic_regression(
             rows, targets, C, STRENGTHS[weighting], tolerance=1e-4, weight_scale=scale)
@@ -105,7 +108,7 @@ class CoTraining:
 
     def probe_logits(self, model, indices):
         """a / σ(a) of these texts, (n, C), for a CoTrained. Every row has the mean 0."""
-        weights, x = model.probe.weights, self.probe.x
+        weights, x = model.probe_model.weights, self.probe.x
         logits = probes.linear_logits(x[indices], weights)
         return in_units(logits, probes.linear_logits(x[self.reference], weights))
 

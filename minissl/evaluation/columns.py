@@ -19,8 +19,12 @@ from minissl.data.splits import HELD_OUT, TEST, TRAIN, evenly_spaced
 from minissl.evaluation import probes
 
 
-MOST_POOL = 50_000      # examples whose classes self-training guesses, labelled ones included
-MANY_LABELS = 5000      # more in all are many: then fine-tuning has other settings, for example
+# Examples whose classes self-training guesses, labelled ones included. finetune.py fills the pool
+# up to this number with examples without a label, and a Task takes no more labelled ones.
+MOST_POOL = 50_000
+# With more labels in all, "from scratch" and "fine-tuned" have other options, and for texts
+# "self-trained" uses no guesses.
+MANY_LABELS = 5000
 
 
 def no_options(n):
@@ -39,38 +43,46 @@ class Column:
     """
     fit: Callable
     predict: Callable
-    needs: tuple = ()               # the names of columns to its left, on which it builds
+    # The names of columns to its left, on which it builds. Those of a column with several options
+    # may have neither options nor needs.
+    needs: tuple = ()
     options: Callable = no_options  # n labels -> options; one is chosen on held-out examples
     prefers_first: bool = False     # the first option is the safe one, see `choose` in finetune.py
     is_random: bool = True          # whether another seed gives another model
 
 
-def plain_column(classifier):
-    """The Column of a classifier without options, in which nothing is random.
+def plain_column(learner):
+    """The Column of a learner without options, in which nothing is random.
 
-    classifier: an object with fit(indices) -> model and predict(model, indices) -> classes.
+    learner: an object with fit(indices) -> model and predict(model, indices) -> classes.
     """
     def fit(indices, option, seed, fitted):
-        return classifier.fit(indices)
-    return Column(fit, classifier.predict, is_random=False)
+        return learner.fit(indices)
+    return Column(fit, learner.predict, is_random=False)
 
 
 class Task:
     """The examples of a table: their labels, their splits and the pool.
 
     A subclass adds columns(), the columns of the table; default_labels, its rows; choice_draws,
-    the draws of labels for each choice. It calls set_features, which makes the probe.
+    the draws of labels for each choice. It calls make_probe.
 
-    Arguments: examples, Texts or Images. An example without a label has the label −1 and is of
-    the training split. train, held_out and test are the indices of the labelled examples of each
-    split. pool are those of the examples whose classes self-training guesses: a sample of the
-    training examples, and all those without a label. Their labels are read only where a draw
-    contains them.
+    Argument: examples, Texts or Images. An example without a label has the label −1 and is of
+    the training split.
+
+    Attributes:
+        classes: their names
+        labels: (N,) int64
+        train, held_out, test: the indices of the labelled examples of each split
+        pool: those of the examples whose classes self-training guesses: a sample of the training
+            examples, and all those without a label. Their labels are read only where a draw
+            contains them.
+        probe, mean, std: see make_probe
     """
 
     def __init__(self, examples):
-        self.classes = examples.classes                         # their names
-        self.labels = torch.from_numpy(examples.labels)         # (N,)
+        self.classes = examples.classes
+        self.labels = torch.from_numpy(examples.labels)
         has_label = examples.labels >= 0
         self.train = np.flatnonzero(has_label & (examples.split == TRAIN))
         self.held_out = np.flatnonzero(examples.split == HELD_OUT)
@@ -78,35 +90,35 @@ class Task:
         sample = self.train[evenly_spaced(len(self.train), MOST_POOL)]
         self.pool = np.concatenate([sample, np.flatnonzero(~has_label)])
 
-    def set_features(self, features):
-        """Make the classifier of the column "linear probe", from features (N, D) of all examples.
+    def make_probe(self, features):
+        """Make the learner of the column "linear probe", from features (N, D) of all examples.
 
         Also sets mean and std (D,), those of the training examples.
         """
         x, self.mean, self.std = standardize(features, self.train)
-        self.probe = LinearClassifier(x, self.labels, len(self.classes))
+        self.probe = LinearLearner(x, self.labels, len(self.classes))
 
 
 PROBE_STRENGTHS = (3, 1, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001)
 
 
-class LinearClassifier:
-    """A logistic regression. Its strength is chosen by cross-validation on the labels it is given.
+class LinearLearner:
+    """Learns logistic regressions, with a strength chosen by cross-validation on the given labels.
 
     Arguments: x, the features of all N examples: x[indices] is (n, D); labels (N,) int64;
-    classes, their number; strengths, to choose from.
+    n_classes; strengths, to choose from.
     """
 
-    def __init__(self, x, labels, classes, strengths=PROBE_STRENGTHS):
+    def __init__(self, x, labels, n_classes, strengths=PROBE_STRENGTHS):
         self.x = x
         self.labels = labels
-        self.classes = classes
+        self.n_classes = n_classes
         self.strengths = strengths
 
     def fit(self, indices):
         """A LinearModel. There is nothing random in it."""
         return probes.cross_validate(
-            self.x[indices], self.labels[indices], self.classes, self.strengths)
+            self.x[indices], self.labels[indices], self.n_classes, self.strengths)
 
     def predict(self, model, indices):
         predictions = []

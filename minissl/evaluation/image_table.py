@@ -22,7 +22,7 @@ from minissl.evaluation.columns import (
     MANY_LABELS,
     PROBE_STRENGTHS,
     Column,
-    LinearClassifier,
+    LinearLearner,
     Task,
     parts_of,
     plain_column,
@@ -91,7 +91,7 @@ class ImageTask(Task):
         self.flip = flip
         self.code = code
         self.images = data.to(self.device)
-        self.set_features(self.features(self.model))
+        self.make_probe(self.features(self.model))
         self.self_training = SelfTraining(self.probe, self.pool)
 
     def features(self, model):
@@ -104,6 +104,8 @@ class ImageTask(Task):
         """{name: column}, in the order of the table."""
         C = len(self.classes)
         values = self.images[:1].numel()
+        # As many training images as fit into memory: for the mean and deviation of the pixels,
+        # the principal components, and the batch norm of "untrained".
         most = max(100, rows_at_once(values))
         sample = self.train[evenly_spaced(len(self.train), most)]
         pixels = flat_pixels(self.images, sample)
@@ -111,14 +113,14 @@ class ImageTask(Task):
         # Of 255. A pixel that is nearly constant is not magnified.
         std = pixels.std(0, correction=0).clamp(min=1)
 
-        def column_of_probe(x, strengths=PROBE_STRENGTHS):
-            return plain_column(LinearClassifier(x, self.labels, C, strengths))
+        def linear_column(x, strengths=PROBE_STRENGTHS):
+            return plain_column(LinearLearner(x, self.labels, C, strengths))
 
         columns = {}
-        columns["pixels"] = column_of_probe(Pixels(self.images, mean, std), PIXEL_STRENGTHS)
+        columns["pixels"] = linear_column(Pixels(self.images, mean, std), PIXEL_STRENGTHS)
         if self.code:
-            columns["pixel PCA"] = column_of_probe(self.principal_components(pixels, mean))
-        columns["untrained"] = column_of_probe(self.untrained_features(sample))
+            columns["pixel PCA"] = linear_column(self.principal_components(pixels, mean))
+        columns["untrained"] = linear_column(self.untrained_features(sample))
         columns["from scratch"] = Column(
             self.fit_from_scratch, self.predict, options=self.scratch_options)
         columns["linear probe"] = plain_column(self.probe)
@@ -166,8 +168,10 @@ class ImageTask(Task):
                 module.momentum = None
         model.train()
         seen = sample[evenly_spaced(len(sample), 1000)]
-        size = max(2, images_a_batch(self.images.shape[1:], 1000))       # for batch norm
-        for part in np.array_split(seen, -(-len(seen) // size)):          # of nearly equal sizes
+        # Parts of nearly equal sizes. With at least 3, none is a single image, which batch norm
+        # cannot take.
+        size = max(3, images_a_batch(self.images.shape[1:], 1000))
+        for part in np.array_split(seen, -(-len(seen) // size)):
             x = self.images[part].to(self.device).float() / 255
             model.encode(x)
         standardized, _, _ = standardize(self.features(model), self.train)

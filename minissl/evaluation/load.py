@@ -44,8 +44,10 @@ def load_run(run):
     checkpoint = load_checkpoint(run)
     method = checkpoint.get("method")
     if isinstance(method, str) and method not in MODELS:
-        raise UserError(f"{run}: unknown method {method}; add its class to MODELS "
-                        f"in minissl/evaluation/load.py")
+        script = checkpoint.get("script", "another script")
+        raise UserError(f"{run} was made by {script}, with the method {method}, which is not in "
+                        f"MODELS of minissl/evaluation/load.py: see in {script} how to measure it, "
+                        f"or add its class there")
     with checkpoint_errors(run):
         model = MODELS[method](**checkpoint["model_settings"])
         model.load_state_dict(checkpoint["model"])

@@ -29,8 +29,8 @@ from minissl.training.accuracies import (
     by_condition,
     condition_of,
     mean_and_spread_of,
+    of_same_data,
     table_of,
-    with_comparable_content,
 )
 from minissl.training.files import read_csv, write_csv
 
@@ -40,11 +40,12 @@ COLUMNS = ("labels_a_class", "method", "seed", "test_accuracy", "seconds", *Cond
 
 # ---------------------------------------------------------------- printed
 
-def print_table(measurements, chance):
+def print_table(measurements, commonest):
     """Print the mean and the standard deviation over draws, and the mean seconds of a draw."""
     print(f"\ntest accuracy in %, mean ± std over draws of labels (row \"all\": over trainings); "
-          f"chance {chance:.1f}\n"
-          f"in brackets: seconds to fit one draw, without the work of the columns to the left")
+          f"commonest class {commonest:.1f}\n"
+          f"in brackets: seconds of the fit alone, without the columns to the left, and without "
+          f"encoding, choices and predictions")
     table = table_of(measurements, accuracy_and_seconds)
     widths = [max(len(cell) for cell in column) for column in zip(*table)]
     for line in table:
@@ -80,8 +81,12 @@ def add_measurements(path, new, shared):
 
 
 def count_outdated(old, condition):
-    """How many old rows have the newest content in the file, if `condition` has another."""
-    comparable = with_comparable_content([condition_of(row) for row in old], condition)
+    """How many old rows are of the newest content in the file, if `condition` has another.
+
+    0 if the newest rows already have this content, as from the second row of a table on. (Data
+    can also return to a content that has older rows.)
+    """
+    comparable = of_same_data([condition_of(row) for row in old], condition)
     if not comparable:
         return 0
     newest = comparable[-1].checksum
@@ -122,26 +127,29 @@ def read_measurements(path):
     """
     if not path.exists():
         return []
-    line = 1
     try:
         rows = read_csv(path)
-        missing = [name for name in COLUMNS if rows and name not in rows[0]]
-        if missing:
-            raise UserError(f"{path} has no column {missing[0]}: it is damaged, or another version "
-                            f"of minissl wrote it; move it away, and start again")
-        for line, row in enumerate(rows, 2):    # noqa: B007, the error names the line
+    except (ValueError, csv.Error) as error:
+        raise UserError(f"{path} cannot be read as a table ({error}): move it away, and start "
+                        f"again") from None
+    missing = [name for name in COLUMNS if rows and name not in rows[0]]
+    if missing:
+        raise UserError(f"{path} has no column {missing[0]}: it is damaged, or another version of "
+                        f"minissl wrote it; move it away, and start again")
+    for n, row in enumerate(rows, 1):
+        try:
             check_measurement(row)
-        return rows
-    except (ValueError, TypeError, csv.Error):
-        raise UserError(f"{path} is damaged in line {line}: correct it or move it away, and "
-                        f"start again") from None
+        except (ValueError, TypeError):
+            raise UserError(f"{path} is damaged: correct its row {n} (behind the names of the "
+                            f"columns) or move the file away, and start again") from None
+    return rows
 
 
 def check_measurement(row):
     """Raise ValueError or TypeError unless a row of the file is whole."""
     if None in row or None in row.values():
         raise ValueError("too many values, or too few")
-    sort_key(row)
+    sort_key(row)                       # this and the next raise ValueError
     accuracies_of([row])
     for name in ("seed", "limit", "step"):
         int(row[name])

@@ -138,10 +138,10 @@ def naive_bayes_weights(x, labels, classes, alpha=1):
     return torch.where(occurs, r, 0).float()
 
 
-# ---------------------------------------------------------------- the classifier
+# ---------------------------------------------------------------- the learner
 
 def make_ngrams(texts, counted):
-    """The classifier of the column "n-grams", for Texts.
+    """The learner of the column "n-grams", for Texts.
 
     counted (n,): the texts that choose and weigh the n-grams, without their labels. None of them
     is a test text.
@@ -162,19 +162,19 @@ class NGramModel(NamedTuple):
 
 
 class NGrams:
-    """The classifier of the column "n-grams".
+    """The learner of the column "n-grams".
 
     Arguments: counts, SparseRows (N, D), of the n-grams of N texts, tokens and pairs first;
-    pairs_end, how many of the D columns are tokens and pairs; labels (N,) int64; classes, their
-    number; counted (n,), the texts from which tf-idf takes its document frequencies, without
+    pairs_end, how many of the D columns are tokens and pairs; labels (N,) int64; n_classes;
+    counted (n,), the texts from which tf-idf takes its document frequencies, without
     their labels.
     """
 
-    def __init__(self, counts, pairs_end, labels, classes, counted):
+    def __init__(self, counts, pairs_end, labels, n_classes, counted):
         self.labels = labels
-        self.classes = classes
+        self.n_classes = n_classes
         self.rows = {"tf-idf": tf_idf(counts.first_columns(pairs_end), counted)}
-        if classes <= MOST_CLASSES:
+        if n_classes <= MOST_CLASSES:
             ones = torch.ones_like(counts.values)
             self.rows["naive Bayes"] = SparseRows(
                 counts.indices, counts.offsets, ones, counts.columns)
@@ -184,7 +184,7 @@ class NGrams:
 
         With one label a class nothing can be held out, and it is tf-idf.
         """
-        labels, classes = self.labels[indices], self.classes
+        labels, classes = self.labels[indices], self.n_classes
         tf_idf_fit = probes.cross_validate(
             self.rows["tf-idf"][indices], labels, classes, TF_IDF_STRENGTHS)
         if "naive Bayes" not in self.rows:

@@ -42,11 +42,14 @@ def draw_labels(labels, per_class, seed):
 
 # ---------------------------------------------------------------- nearest neighbours
 
+VOTE_TEMPERATURE = 0.07
+
+
 def knn_accuracy(features, labels, queries, query_labels, k=20):
     """Percent of the queries (Q, D) whose k nearest features (N, D) vote for the right label.
 
     Nearness is the cosine after the mean of the features is subtracted. Each neighbour's vote
-    has the weight exp(cosine / 0.07): Wu et al. 2018, arXiv 1805.01978, section 3.4.
+    has the weight exp(cosine / VOTE_TEMPERATURE): Wu et al. 2018, arXiv 1805.01978, section 3.4.
     """
     centre = features.mean(0)
     keys = F.normalize(features - centre, dim=1)                # (N, D)
@@ -55,7 +58,7 @@ def knn_accuracy(features, labels, queries, query_labels, k=20):
 
     labels = torch.as_tensor(labels)
     votes = torch.zeros(len(queries), int(labels.max()) + 1)    # (Q, C)
-    votes.scatter_add_(1, labels[neighbour], (cosine / 0.07).exp())
+    votes.scatter_add_(1, labels[neighbour], (cosine / VOTE_TEMPERATURE).exp())
     return accuracy(votes.argmax(1), query_labels)
 
 

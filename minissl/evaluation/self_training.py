@@ -9,6 +9,9 @@ and from these guesses:
     q ← (1 − α) p + α · weighted mean of q over the nearest neighbours, three times     (M, C)
     soft label of an image = q⁴ / Σ q⁴
 
+Of n labels beside U guesses each weighs 1 + U / (2n), and a guess weighs 1, so that few labels
+count beside many guesses (`probes.weighted_targets`).
+
 The formula of q is the label spreading of Zhou et al. 2004, "Learning with local and global
 consistency", started at the guesses of a probe. Soft pseudo-labels from neighbours are those
 of Iscen et al. 2019, arXiv 1904.04717. The power is the sharpening of Berthelot et al. 2019,
@@ -28,6 +31,7 @@ import torch
 import torch.nn.functional as F
 
 from minissl.evaluation import probes
+from minissl.evaluation.probes import VOTE_TEMPERATURE
 
 
 AXES = 256              # principal axes on which the second probe is fitted
@@ -54,10 +58,10 @@ def nearest_neighbours(x, k, rows=2000):
 def spread(p, cosines, indices, alpha=0.8, repeats=3):
     """Guesses (M, C) that listen to the neighbours, from p (M, C); see the top of the file.
 
-    cosines, indices (M, k): the neighbours. Each weighs exp(cosine / 0.07), as in
+    cosines, indices (M, k): the neighbours. Each weighs exp(cosine / VOTE_TEMPERATURE), as in
     `probes.knn_accuracy`.
     """
-    weights = (cosines / 0.07).softmax(1)[:, :, None]                     # (M, k, 1)
+    weights = (cosines / VOTE_TEMPERATURE).softmax(1)[:, :, None]         # (M, k, 1)
     q = p
     for _ in range(repeats):
         around = (weights * q[indices]).sum(1)                            # (M, C)
@@ -66,9 +70,9 @@ def spread(p, cosines, indices, alpha=0.8, repeats=3):
 
 
 class SelfTraining:
-    """The classifier of the column "self-trained" of images.
+    """The learner of the column "self-trained" of images.
 
-    Arguments: probe, the LinearClassifier of the first probe; pool (M,), the indices of the
+    Arguments: probe, the LinearLearner of the first probe; pool (M,), the indices of the
     images whose classes are guessed. Of their labels, only those of the `indices` that `fit`
     gets are read.
     """
@@ -115,7 +119,7 @@ class SelfTraining:
         n = len(indices)
         if len(others) == 0 or n > MOST_LABELS:
             return probe_model
-        labels, C = self.probe.labels, self.probe.classes
+        labels, C = self.probe.labels, self.probe.n_classes
         one_hot = F.one_hot(labels[indices], C).float()                   # (n, C)
         labelled = self.pool[is_labelled]       # those of `indices` that are in the pool
 

@@ -9,6 +9,7 @@ Read next: co_training.py, the column "self-trained".
 
 import math
 from copy import deepcopy
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -107,18 +108,21 @@ class TextTask(Task):
         if len(self.held_out) < FEWEST_REFERENCES:
             more = self.train[evenly_spaced(len(self.train), FEWEST_REFERENCES)]
             self.reference = np.concatenate([self.held_out, more])
-        self.set_features(text_features(self.model, texts, self.autocast, self.device, progress))
-        self.co_training = None         # the classifier of "self-trained", made by `columns`
+        self.make_probe(text_features(self.model, texts, self.autocast, self.device, progress))
+
+    @cached_property
+    def co_training(self):
+        """The learner of "self-trained". With --probe nothing needs it, and counting takes long."""
+        progress("counting n-grams")
+        # Texts without a label also say which n-grams are frequent. Otherwise, with few labelled
+        # texts, the student would know few of the words that it could learn.
+        n_grams = make_ngrams(self.texts, np.flatnonzero(self.texts.split != TEST))
+        return CoTraining(self.probe, n_grams, self.pool, self.reference)
 
     def columns(self):
         """{name: column}, in the order of the table."""
-        progress("counting n-grams")
-        # Texts without a label also say which n-grams are frequent. Otherwise, with few labelled
-        # texts, the student of "self-trained" would know few of the words that it could learn.
-        n_grams = make_ngrams(self.texts, np.flatnonzero(self.texts.split != TEST))
-        self.co_training = CoTraining(self.probe, n_grams, self.pool, self.reference)
         return {
-            "n-grams": plain_column(n_grams),
+            "n-grams": plain_column(self.co_training.n_grams),
             "from scratch": Column(
                 self.fit_from_scratch, self.predict, options=self.scratch_options),
             "linear probe": plain_column(self.probe),
@@ -157,7 +161,7 @@ class TextTask(Task):
         return [TextOption(0.01, self.steps(n, epochs=2))]
 
     def steps(self, n, epochs):
-        """The steps of so many epochs of n texts, but at least 500."""
+        """The steps of about so many epochs of n texts, but at least 500."""
         size = texts_a_batch(self.texts.lengths[self.train])
         return max(500, epochs * n // size)
 

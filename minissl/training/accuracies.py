@@ -40,7 +40,7 @@ def by_condition(rows):
     return groups
 
 
-def with_comparable_content(conditions, condition):
+def of_same_data(conditions, condition):
     """Those of the conditions with which this one has its data and its limit in common.
 
     Their checksums are equal if the content of the data is. At another limit it is another

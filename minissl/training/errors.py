@@ -1,4 +1,4 @@
-"""Errors that say something about the machine, and nothing about the code or the data."""
+"""Errors that libraries raise when memory or a compiler is missing, each in its own words."""
 
 
 OUT_OF_MEMORY = [
@@ -8,7 +8,7 @@ OUT_OF_MEMORY = [
     "storage size calculation overflowed",  # more than any machine has: torch
     "overflow when unpacking long",         # torch
     "larger than the maximum possible size",          # NumPy
-    "int too large to convert",             # Python, for sizes that NumPy or torch asked for
+    "int too large to convert to c",        # Python, for sizes that NumPy or torch asked for
     "int too big to convert",
     "cannot fit 'int' into an index-sized integer",
 ]

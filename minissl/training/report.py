@@ -8,8 +8,8 @@
 
 No plotting package is needed: a PNG is three chunks around zlib, and a curve is a line
 of SVG. The page is one file that any browser opens. It holds its pictures, and makes no
-request to anywhere. It is written again after each preview, from whatever lies in the
-folder by then.
+request to anywhere. It is written again after each preview and after each row of
+finetune.py, from whatever lies in the folder by then.
 
 Pictures stay small whatever the size of the user's images. `grid` shows each image with
 at most 127 pixels on its longer side, and `write_png` halves a picture until its file
@@ -34,8 +34,8 @@ from minissl.training.accuracies import (
     labels_and_methods,
     mean_and_spread_of,
     mean_and_std,
+    of_same_data,
     table_of,
-    with_comparable_content,
 )
 from minissl.training.files import read_csv, write_atomically
 
@@ -521,7 +521,7 @@ def describe_condition(condition, conditions):
     since, the sentence says so.
     """
     sentence = condition.data
-    newest = with_comparable_content(conditions, condition)[-1]
+    newest = of_same_data(conditions, condition)[-1]
     if condition.checksum != newest.checksum:
         sentence += f" of other content (checksum {condition.checksum})"
     if condition.mirrored == "no":

@@ -50,21 +50,19 @@ from minissl.training.settings import flag_name
 # These settings may differ when a run is resumed. The data may lie elsewhere, because a
 # checksum identifies it.
 MAY_CHANGE = {
-    "steps", "device", "resume", "run", "data", "data_dir", "fill",
-    "evaluate_every", "save_every",
+    "steps", "device", "resume", "run", "data", "data_dir", "evaluate_every", "save_every",
 }
 
-# These settings follow from others when they are not given. If both differ at --resume, the
-# error names the other setting, because that is the one that the user has changed.
-DERIVED = ["embedding_steps", "crop", "jitter", "hue", "grey"]
 
-SCRIPTS = {                             # which script trains with a method
-    "mlm": "train_mlm.py",
-    "gpt": "gpt.py",
-    "autoencoder": "train_ae.py",
-    "simclr": "train_contrastive.py",
-    "byol": "train_contrastive.py",
-}
+def launcher():
+    """The beginning of the command that has started this process, as a list."""
+    if distributed.WORLD_SIZE == 1:
+        return ["python"]
+    return ["torchrun", "--nproc-per-node", str(distributed.LOCAL_WORLD_SIZE), "--"]
+
+
+def name_of_script():
+    return Path(sys.argv[0]).name
 
 
 def diverged(what, when, folder):
@@ -145,22 +143,24 @@ class Run:
 
     def _check_settings(self, old):
         new = asdict(self.settings)
-        if old.keys() != new.keys():
-            script = SCRIPTS.get(self.checkpoint.get("method"))
-            maker = "another script or version of minissl"
-            if script and script != Path(sys.argv[0]).name:
-                maker = script
+        other = sorted(new.keys() ^ old.keys())         # settings that only one of both has
+        script = self.checkpoint.get("script")
+        if other and script != name_of_script():
             raise UserError(
-                f"{self.folder} was made by {maker}: resume it with that one"
+                f"{self.folder} was made by {script or 'another script'}: resume it with that one"
             )
-        names = [name for name in new if name not in DERIVED]
-        names += [name for name in DERIVED if name in new]
-        for name in names:
-            value = new[name]
+        if other:
+            flags = " and ".join(flag_name(name) for name in other)
+            raise UserError(
+                f"the run in {self.folder} was started by another version of {script}, which "
+                f"differs in {flags}: start another run"
+            )
+        for name, value in new.items():
             if name not in MAY_CHANGE and old[name] != value:
                 raise UserError(
-                    f"{flag_name(name)} {value}: the run in {self.folder} was "
-                    f"started with {old[name]}; resume with that, or start another run"
+                    f"{flag_name(name)} {value}: the run in {self.folder} was started with "
+                    f"{old[name]}, and this cannot change; leave the flag out, or start another "
+                    f"run"
                 )
 
     def _read_rows(self):
@@ -259,7 +259,7 @@ class Run:
         """What the run was made with. `command` and `started` are those of the last start."""
         config = dict(
             settings=asdict(self.settings),
-            command=shlex.join(["python", *sys.argv]),
+            command=shlex.join([*launcher(), *sys.argv]),
             python=sys.version.split()[0],
             torch=torch.__version__,
             numpy=np.__version__,
@@ -313,7 +313,8 @@ class Run:
         if is_logged:
             self._log(done)
         if stopping and not last:
-            command = shlex.join(["python", sys.argv[0], "--run", str(self.folder), "--resume"])
+            flags = ["--run", str(self.folder), "--resume"]
+            command = shlex.join([*launcher(), sys.argv[0], *flags])
             raise KeyboardInterrupt(
                 f"stopped after step {done:,} and saved; continue with: {command}"
             )
@@ -364,6 +365,7 @@ class Run:
         state = dict(
             format=CHECKPOINT_FORMAT,
             step=step,
+            script=name_of_script(),
             settings=asdict(self.settings),
             model=self.model.state_dict(),
             optimizers=[optimizer.state_dict() for optimizer in self.optimizers],

@@ -251,7 +251,7 @@ class ProbeTask(Task):
 
     def __init__(self, texts, features):
         super().__init__(texts)
-        self.set_features(features)
+        self.make_probe(features)
 
 
 def main():
