@@ -132,7 +132,7 @@ def main():
     print(f"data: {settings.data}, {N:,} images of {H} × {W} × {C} to learn from")
     for note in data.notes:
         print(f"data: {note}")
-    if settings.masked and max(H, W) <= 8:
+    if settings.masked and max(H, W) <= autoencoder.PATCH:
         raise UserError(
             f"--masked {settings.masked}: images of {H} × {W} have a single patch; leave out "
             f"--masked, or enlarge the images"

@@ -53,6 +53,9 @@ import torch.nn.functional as F
 from torch import nn
 
 
+PATCH = 8       # pixels: height and width of the squares that are hidden, or normalized
+
+
 # ---------------------------------------------------------------- the loss
 
 def autoencoder_loss(x, x_hat, z, beta=0.0, regularizer="none", hidden=None):
@@ -113,14 +116,15 @@ def covariance_penalty(z):
 def without_autocast(device):
     """A context in which matrix products keep float32, even inside an autocast context.
 
-    Before torch 2.5 there is no autocast on MPS, so there is nothing to switch off.
+    Before torch 2.5 there is no autocast on MPS, so there is nothing to switch off. (This
+    function is also in contrastive.py, because each lecture file stands alone.)
     """
     if torch.amp.autocast_mode.is_autocast_available(device.type):
         return torch.autocast(device.type, enabled=False)
     return contextlib.nullcontext()
 
 
-def normalize_patches(x, patch=8):
+def normalize_patches(x, patch=PATCH):
     """Images whose patch × patch squares have mean 0 and variance 1, and the mean and std.
 
         (x − μ) / σ         μ and σ² are the mean and the variance of the C · patch · patch
@@ -179,7 +183,7 @@ def correlation(z):
 
 # ---------------------------------------------------------------- corruption
 
-def corrupt(x, noise=0.0, masked=0.0, patch=8, generator=None):
+def corrupt(x, noise=0.0, masked=0.0, patch=PATCH, generator=None):
     """x̃, the images with noise added, with patches cut out, or both; and what was cut out.
 
     Arguments:
@@ -335,6 +339,12 @@ class Autoencoder(nn.Module):
         with without_autocast(x.device):                      # it magnifies rounding errors
             return F.conv2d(x, self.whitening)
 
+    def maps(self, x):
+        """The feature maps: (B, 64, 4h, 4w), (B, 128, 2h, 2w) and (B, 256, h, w)."""
+        first = self.to_second[0](self.prepare(x))
+        second = self.to_second[1:](first)
+        return first, second, self.to_last(second)
+
     def decode(self, z):
         """Codes (B, D) -> images (B, C, H, W), approximately in [0, 1].
 
@@ -351,6 +361,7 @@ class Autoencoder(nn.Module):
     def encode(self, x):
         """Images (B, C, H, W), floats in [0, 1] -> features (B, 18 · width + D).
 
+        These are for probes. The code alone is what `forward` returns beside the images.
         They are read at four depths, each averaged over horizontal strips of the image:
 
             first maps   (B, 64, 4h, 4w)      2 strips: edges and colours
@@ -361,29 +372,24 @@ class Autoencoder(nn.Module):
                 ↓
             code         (B, D)               the whole image
 
-        With few labels, a few abstract numbers serve best. With many labels, a classifier can
-        also learn at which height a pattern occurs (EXPERIMENTS.md, "Where should the features
-        of an autoencoder be read?"). Each part is scaled to length 1, so that none outweighs
-        the others. Most of the accuracy comes from the architecture: compare with the untrained
-        encoder (RESULTS.md).
+        The code adds less than a point with 10 labels a class, and about two with 500
+        (EXPERIMENTS.md, "Where should the features of an autoencoder be read?"). Each part is
+        scaled to length 1, so that none outweighs the others. Most of the accuracy comes from
+        the architecture: compare with the untrained encoder (RESULTS.md).
 
         Put the model into evaluation mode first, or the batch norms will move.
         """
-        first = self.to_second[0](self.prepare(x))            # (B, 64, 4h, 4w)
-        second = self.to_second[1:](first)                    # (B, 128, 2h, 2w)
-        last = self.to_last(second)                           # (B, 256, h, w)
-        code = self.to_code(last.flatten(1))
+        first, second, last = self.maps(x)
         parts = [
             mean_of_strips(first, 2),
             mean_of_strips(second, 4),
             mean_of_strips(last, 2),
-            code,
+            self.to_code(last.flatten(1)),                    # (B, D)
         ]
         return torch.cat([F.normalize(part.float(), dim=1) for part in parts], dim=1)
 
     def forward(self, x):
         """Images (B, C, H, W) -> (reconstructions (B, C, H, W), codes (B, D))."""
-        second = self.to_second(self.prepare(x))              # (B, 128, 2h, 2w)
-        last = self.to_last(second)                           # (B, 256, h, w)
+        _, _, last = self.maps(x)                             # (B, 256, h, w)
         z = self.to_code(last.flatten(1))                     # (B, D)
         return self.decode(z), z

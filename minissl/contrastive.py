@@ -166,7 +166,8 @@ def byol_loss(predictions, targets):
 def without_autocast(device):
     """A context in which matrix products keep float32, even inside an autocast context.
 
-    Before torch 2.5 there is no autocast on MPS, so there is nothing to switch off.
+    Before torch 2.5 there is no autocast on MPS, so there is nothing to switch off. (This
+    function is also in autoencoder.py, because each lecture file stands alone.)
     """
     if torch.amp.autocast_mode.is_autocast_available(device.type):
         return torch.autocast(device.type, enabled=False)

@@ -25,7 +25,8 @@ Differences from GPT-2:
 
 - Upper case, white space and the two apostrophes ' and ’ are folded, so a word has fewer
   forms. A small vocabulary and a small model need that.
-- An apostrophe stays inside its word: "didn't" carries a sentiment that "'t" does not.
+- An apostrophe stays inside its word, with up to 8 letters behind it: "didn't" carries a
+  sentiment that "'t" does not. (So the French "l'intelligence" is cut after "l'intellig".)
 - A combining mark belongs to its word. Many scripts write vowels as marks: without this rule
   the Hindi word हिन्दी would fall into six pieces.
 - A run of letters is cut after 32 characters, of digits after 4, of punctuation after 8. So a

@@ -387,7 +387,7 @@ def test_features_are_the_means_of_strips_and_the_code(H, W):
     def keep(layer, inputs, output):
         seen.append(output)
 
-    for layer in (model.to_second[0], model.to_second, model.to_last):
+    for layer in (model.to_second[0], model.to_second[2], model.to_last):
         layer.register_forward_hook(keep)
     _, code = model(x)                                        # the hooks see each depth
     parts = []

@@ -285,7 +285,7 @@ def test_other_arrays_are_refused_with_a_sentence(array, sentence, tmp_path):
 def test_an_unknown_method_is_refused_with_a_sentence(tmp_path):
     checkpoint = dict(format=CHECKPOINT_FORMAT, method="jigsaw", script="puzzle.py")
     write_checkpoint(tmp_path / "checkpoint.pt", checkpoint)
-    with pytest.raises(UserError, match="puzzle.py, with the method jigsaw.* see in puzzle"):
+    with pytest.raises(UserError, match="puzzle.py, with the method jigsaw.*puzzle.py says how"):
         load.load_run(tmp_path)
 
 

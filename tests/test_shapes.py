@@ -31,7 +31,7 @@ def test_no_thousand_of_shapes_is_drawn_twice(monkeypatch):
             torch.zeros(n, dtype=torch.int64), torch.zeros(n, 3), torch.zeros(n), torch.zeros(n, 2))
         return torch.zeros(n, 3, 2, 2, dtype=torch.uint8), drawn
 
-    monkeypatch.setattr(shapes, "draw_and_tell", draw_nothing)
+    monkeypatch.setattr(shapes, "draw_shapes", draw_nothing)
     pixels, labels, split = shapes.shape_data()
     assert pixels.shape == (60_000, 3, 2, 2) and labels.shape == split.shape == (60_000,)
     assert len(seeds) == 60 and len(set(seeds)) == 60
@@ -40,8 +40,8 @@ def test_no_thousand_of_shapes_is_drawn_twice(monkeypatch):
 
 def test_the_pixels_of_a_seed_stay_the_same():
     """Other results rest on these pictures. Another processor may round differently by 1."""
-    pictures, labels = shapes.draw_shapes(3, generator(0, "test", 0))
-    assert labels.tolist() == [8, 8, 4]
+    pictures, drawn = shapes.draw_shapes(3, generator(0, "test", 0))
+    assert drawn.labels.tolist() == [8, 8, 4]
     expected = torch.tensor([
         [159, 166, 175, 159, 154, 162, 173, 170, 141, 139, 138, 115],
         [122, 141, 139, 137, 115, 99, 86, 96, 142, 131, 118, 125],
@@ -139,10 +139,10 @@ def draw_with_masks(n, monkeypatch):
     The same pictures are drawn again with nothing inside the outlines. Where the two differ,
     there is the shape.
     """
-    pictures, drawn = shapes.draw_and_tell(n, generator(0, "masks", 0), size=64)
+    pictures, drawn = shapes.draw_shapes(n, generator(0, "masks", 0), size=64)
     with monkeypatch.context() as patch:
         patch.setattr(shapes, "distance", lambda shape, x, y: torch.full_like(x, 9))
-        empty, _ = shapes.draw_and_tell(n, generator(0, "masks", 0), size=64)
+        empty, _ = shapes.draw_shapes(n, generator(0, "masks", 0), size=64)
     difference = (pictures.float() - empty.float()).abs().amax(1)         # (n, 64, 64)
     return pictures, drawn, difference > 25
 

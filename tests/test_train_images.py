@@ -498,7 +498,7 @@ def test_a_resumed_run_keeps_its_precision(run_script, tmp_path, monkeypatch):
     def choose(name, device):
         if name == "auto":
             return best, "measured"
-        return getattr(torch, name), "as requested"
+        return getattr(torch, name), "as the run began"
 
     monkeypatch.setattr(machine, "choose_precision", choose)
     run = ["--run", tmp_path / "run"]
@@ -508,7 +508,7 @@ def test_a_resumed_run_keeps_its_precision(run_script, tmp_path, monkeypatch):
     best = torch.bfloat16
     for steps in (2, 3):
         code, printed = run_script(train_ae, *run, "--resume", "--steps", steps)
-        assert code == 0 and "precision: float32 (as requested)" in printed
+        assert code == 0 and "precision: float32 (as the run began)" in printed
 
 
 @pytest.mark.parametrize("flag, value", [

@@ -19,7 +19,7 @@ distance. The technique is described in Hart, "Sphere tracing" (The Visual Compu
 The drawing code also tells what it drew, and `write_captions` puts that into words, for
 examples/clip.py.
 
-Read next: ../evaluation/features.py, or images.py for the other sources of images.
+Read next: ../evaluation/features.py.
 """
 
 import math
@@ -141,24 +141,18 @@ class Drawn:
     centre: torch.Tensor             # (n, 2): x and y, likewise; (0, 0) is the upper left corner
 
 
-def draw_shapes(n, generator, size=32):
-    """Draw n pictures -> (n, 3, size, size) uint8, and their labels (n,) int64."""
-    pixels, drawn = draw_and_tell(n, generator, size)
-    return pixels, drawn.labels
-
-
-def draw_and_tell(n, generator, size=32):
+def draw_shapes(n, rng, size=32):
     """Draw n pictures -> (n, 3, size, size) uint8, and what was Drawn.
 
-    Every quantity is drawn from `generator` for each picture separately. Lengths inside this
-    function are in pixels; in Drawn they are shares of the picture's side.
+    Every quantity is drawn from `rng`, a torch.Generator, for each picture separately. Lengths
+    inside this function are in pixels; in Drawn they are shares of the picture's side.
     """
     def uniform(low, high, *shape):
-        return low + (high - low) * torch.rand(n, *shape, generator=generator)
+        return low + (high - low) * torch.rand(n, *shape, generator=rng)
 
     def textured(colour, strength):
         """A colour (n, 3, 1, 1) with soft spots on it -> (n, 3, size, size)."""
-        noise = torch.randn(n, 3, 5, 5, generator=generator)
+        noise = torch.randn(n, 3, 5, 5, generator=rng)
         spots = colour + noise * uniform(0, strength, 1, 1, 1)
         return F.interpolate(spots, (size, size), mode="bilinear", align_corners=True)
 
@@ -166,7 +160,7 @@ def draw_and_tell(n, generator, size=32):
     row = column[:, None]
 
     # The shape: its class, size, rotation and place. Its centre keeps a radius from the border.
-    labels = torch.randint(len(SHAPES), (n,), generator=generator)
+    labels = torch.randint(len(SHAPES), (n,), generator=rng)
     radius = uniform(0.2, 0.42, 1, 1) * size
     turn = uniform(0, 2 * math.pi, 1, 1)
     room = size - 2 * radius
@@ -211,7 +205,7 @@ def draw_and_tell(n, generator, size=32):
 
     # The shape covers the discs, and noise covers everything.
     picture.lerp_(ink, inside.expand_as(picture))
-    picture += 0.03 * torch.randn(picture.shape, generator=generator)
+    picture += 0.03 * torch.randn(picture.shape, generator=rng)
     pixels = (picture.clamp_(0, 1) * 255).round_().to(torch.uint8)
     centre = torch.cat([radius + share_x * room, radius + share_y * room], dim=1)     # (n, 2, 1)
     drawn = Drawn(labels, colour.clamp(0, 1).flatten(1), radius.flatten() / size,
@@ -242,7 +236,7 @@ def shape_data_and_tell(limit=0):
             done = sum(len(pictures) for pictures in pixels)
             progress(f"shapes: {done:,} of {total:,} drawn")
             n = min(1000, size - begin)
-            pictures, drawn = draw_and_tell(n, generator(0, f"shapes {split}", begin))
+            pictures, drawn = draw_shapes(n, generator(0, f"shapes {split}", begin))
             pixels.append(pictures)
             parts.append(drawn)
     drawn = {}

@@ -46,8 +46,8 @@ def load_run(run):
     if isinstance(method, str) and method not in MODELS:
         script = checkpoint.get("script", "another script")
         raise UserError(f"{run} was made by {script}, with the method {method}, which is not in "
-                        f"MODELS of minissl/evaluation/load.py: see in {script} how to measure it, "
-                        f"or add its class there")
+                        f"MODELS of minissl/evaluation/load.py: {script} says how its features are "
+                        f"measured, or add its class to MODELS")
     with checkpoint_errors(run):
         model = MODELS[method](**checkpoint["model_settings"])
         model.load_state_dict(checkpoint["model"])

@@ -333,23 +333,26 @@ class TextPreview:
         write_atomically(self.folder / "sentences.json", json.dumps(passages).encode())
 
     def passages(self, guesses, show=6, length=24):
-        """[(text with [MASK], the original tokens, the model's tokens), ...]
+        """[(the text that the model reads, the original tokens, the model's tokens), ...]
 
-        The beginnings of up to `show` texts with at least `length` tokens, some of them masked
-        in the beginning. If there are enough, they are seven texts apart.
+        Tokens are those behind a [MASK]. (Of the tokens that `mask_tokens` chooses, a tenth is
+        left as it is and a tenth is replaced at random. These stay in the text.) The passages
+        are the beginnings of up to `show` texts with at least `length` tokens, some of them a
+        [MASK]. If there are enough, they are seven texts apart.
         """
         guessed = torch.full_like(self.tokens, 0)
         guessed[self.is_masked] = guesses
+        is_hidden = self.is_masked & (self.inputs == MASK)                # (B, T)
         long_enough = self.lengths >= length
-        is_asked = self.is_masked[:, :length].any(1)
+        is_asked = is_hidden[:, :length].any(1)
         rows = (is_asked & long_enough).nonzero().flatten()
         passages = []
         apart = max(1, min(7, len(rows) // show))
         for row in rows[::apart][:show]:
-            is_masked = self.is_masked[row, :length]
-            text = self.tokens[row, :length].masked_fill(is_masked, MASK)
-            wanted = self.tokens[row, :length][is_masked]
-            got = guessed[row, :length][is_masked]
+            hidden = is_hidden[row, :length]
+            text = self.inputs[row, :length]
+            wanted = self.tokens[row, :length][hidden]
+            got = guessed[row, :length][hidden]
             passages.append((
                 self.tokenizer.decode(text.tolist()),
                 [self.tokenizer.decode([token]) for token in wanted.tolist()],

@@ -94,7 +94,7 @@ def does_not_fit(environment, name):
 try:
     RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE = read_environment(os.environ)
     ENVIRONMENT_ERROR = None
-except UserError as error:              # an import must not fail; `check` raises it
+except UserError as error:              # an import must not fail; `join` raises it
     RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE = 0, 1, 0, 1
     ENVIRONMENT_ERROR = error
 

@@ -93,10 +93,11 @@ def choose_precision(name, device):
     if name == "bfloat16" and not torch.amp.autocast_mode.is_autocast_available(device.type):
         raise UserError(
             f"--precision bfloat16: torch {torch.__version__} cannot use it on {device.type}; "
-            f"leave it out, or install a newer torch"
+            f"leave it out, or install a newer torch (a run can only be resumed in the "
+            f"precision in which it began)"
         )
     if name != "auto":
-        return getattr(torch, name), "as requested"
+        return getattr(torch, name), "as requested, or as the run began"
     if device.type == "mps":
         return torch.float32, "the default on MPS"
     rate_32 = matrix_product_rate(device, torch.float32, 256, seconds=0.02)
@@ -173,6 +174,8 @@ def speed_up_on_cpu(model):
     for module in model.modules():
         if isinstance(module, transformer.Attention):
             module.__class__ = AttentionByHand
+        # The autoencoder's convolutions stay as they are: the gain was too noisy to tell
+        # (EXPERIMENTS.md, "Why is the gradient of a convolution's weights slow?").
         if isinstance(module, contrastive.ImageEncoder):
             for layer in module.modules():
                 if type(layer) is nn.Conv2d and is_3x3(layer):

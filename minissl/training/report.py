@@ -177,16 +177,17 @@ def scatter(points, labels, size=480):
 # ---------------------------------------------------------------- SVG curves
 
 def short(value):
-    """A number in at most six characters, which is the room beside an axis.
+    """A positive number in at most six characters, which is the room beside an axis.
 
-    >>> short(4.2221), short(1277487), short(0.1084), short(0.08296)
-    ('4.222', '1277k', '0.1084', '0.083')
+    >>> short(4.2221), short(1277487), short(0.1084), short(0.08296), short(0.00012345)
+    ('4.222', '1277k', '0.1084', '0.083', '1e-04')
     """
     if abs(value) >= 10000:
-        digits = f"{value / 1000:.0f}k"
-    else:
-        digits = f"{value:.4g}"
-    return digits if len(digits) <= 6 else f"{value:.2g}"
+        return f"{value / 1000:.0f}k"
+    for digits in (f"{value:.4g}", f"{value:.2g}"):
+        if len(digits) <= 6:
+            return digits
+    return f"{value:.0e}"
 
 
 def element(name, content="", **attributes):
@@ -330,18 +331,21 @@ RESULTS = {"finetune.csv": "Results", "probe.csv": "Linear probe"}
 PICTURES = {
     "views.png": (
         "Views",
-        "Images of one batch as the model sees them. Each column shows the views of one "
-        "image.",
+        "Held-out images, each in two random views, as the model sees its training images. "
+        "Each column is one image.",
     ),
     "reconstructions.png": (
         "Reconstructions",
         "Held-out images above, and what the decoder rebuilds below. If the encoder was "
-        "given something else, such as images with patches cut out, that is the row between.",
+        "given something else, such as images with patches cut out, that is the row between. "
+        "With --targets normalized, the patches that the encoder saw are those of the original, "
+        "and so are brightness and contrast of the others.",
     ),
     "walks.png": (
         "From one image to another",
         "Each row goes from the code of one image to the code of another in equal steps, "
-        "and shows what the decoder makes of each step. Only the two ends are real codes.",
+        "and shows what the decoder makes of each step. Only the two ends are real codes. With "
+        "--targets normalized, all patches have the same brightness and contrast.",
     ),
     "neighbours.png": (
         "Nearest neighbours",
@@ -540,8 +544,9 @@ def sentences(path):
         return ""
     parts = [
         "<h2>Masked words, filled in</h2>",
-        "<p>Held-out passages. A green token was masked, and the model guessed it. An orange "
-        "token is a wrong guess; the original token follows, struck through.</p>",
+        "<p>Held-out passages, as the model reads them: a few tokens are replaced at random. A "
+        "green token was hidden, and the model guessed it. An orange token is a wrong guess; the "
+        "original token follows, struck through.</p>",
     ]
     for passage, wanted, got in passages:
         parts.append(filled_in(passage, wanted, got))
