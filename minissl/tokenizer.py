@@ -39,7 +39,7 @@ What is lost and what is kept, in every writing system:
                 into one space; a lone surrogate, which UTF-8 cannot represent, becomes "?"
     round trip  decode(encode(text)) == normalise(text), for every string
 
-Read next: data/texts.py and data/text_sources.py, which encode whole collections.
+data/texts.py and data/text_sources.py encode whole collections with it.
 """
 
 import heapq

@@ -5,8 +5,6 @@
 number of the epoch.) So a checkpoint needs no state of a random generator: a resumed run
 continues bit for bit, an evaluation in between cannot disturb the training, and several
 processes draw what one process would draw.
-
-Read next: splits.py.
 """
 
 import hashlib

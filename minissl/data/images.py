@@ -3,8 +3,6 @@
 All images are uint8 (N, C, H, W), and a batch is one index operation. The user's array stays on
 the disk, mapped into memory, so it may be larger than memory. Images in HELD_OUT are for every
 choice (learning rates, epochs). Images in TEST are for the final figures alone.
-
-Read next: shapes.py, which draws the pictures, and then ../evaluation/features.py.
 """
 
 import math

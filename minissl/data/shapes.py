@@ -18,8 +18,6 @@ distance. The technique is described in Hart, "Sphere tracing" (The Visual Compu
 
 The drawing code also tells what it drew, and `write_captions` puts that into words, for
 examples/clip.py.
-
-Read next: ../evaluation/features.py.
 """
 
 import math

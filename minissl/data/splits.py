@@ -1,7 +1,4 @@
-"""Splits: which examples are for training, which for choices, and which for the test.
-
-Read next: texts.py, or images.py.
-"""
+"""Splits: which examples are for training, which for choices, and which for the test."""
 
 import zlib
 

@@ -3,8 +3,6 @@
 Each source is a Source: a key that changes when the content does, and a stream of documents
 that reads nothing before it is asked. `load_texts` encodes the documents once and keeps their
 tokens in a cache; see texts.py.
-
-Read next: images.py, the same for images.
 """
 
 import ast

@@ -15,8 +15,6 @@ Held-out texts are contiguous blocks in the order of the files (for docstrings, 
 not random ones: neighbouring files are often about the same film or by the same author, and a
 random draw would put such twins on both sides. A text that occurs in two splits is kept in one
 of them only; see splits.drop_duplicates.
-
-Read next: text_sources.py, where the texts come from.
 """
 
 import hashlib

@@ -2,8 +2,6 @@
 
 Fine-tuning trains a Classifier. finetune.py keeps that of the row with the most labels in
 classifier.pt of the run's folder, and `finetune.py --predict` reads it.
-
-Read next: text_table.py.
 """
 
 import shlex

@@ -27,8 +27,6 @@ for the most certain.
 
 With many labels the student is the classifier of the column "n-grams", which learns
 from the labels alone. Then the sum shows what pretraining adds to n-grams.
-
-Read next: image_table.py.
 """
 
 from typing import NamedTuple

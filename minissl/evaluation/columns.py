@@ -6,7 +6,7 @@ the labels of the examples that it is given, and from no others. (finetune.py ch
 on held-out labels.) It may build on the columns to its left: self-training and fine-tuning begin
 at the linear probe.
 
-This file has what texts and images share. Read next: classifier.py.
+This file has what texts and images share.
 """
 
 from dataclasses import dataclass

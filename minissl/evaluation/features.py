@@ -2,8 +2,6 @@
 
 The functions take any number of examples of any size. Without gradient they keep the
 activations of one batch at a time. How much a batch holds depends on the size of its examples.
-
-Read next: probes.py, which measures how good features are.
 """
 
 import math

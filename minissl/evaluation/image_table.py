@@ -2,8 +2,6 @@
 
 Fine-tuning trains the whole image encoder. With few labels its batch norm keeps the means and
 variances of the pretraining, because a few images cannot estimate them well.
-
-Read next: self_training.py, the column "self-trained".
 """
 
 from copy import deepcopy

@@ -12,8 +12,6 @@ A measurement is a dict of
 
 A row of the table has several, one for each draw. In the row "all" a column has two if its
 training is random, and otherwise one. The file has a table for each condition.
-
-Read next: ../../finetune.py, or load.py, which opens a run.
 """
 
 import csv

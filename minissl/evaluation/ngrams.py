@@ -20,8 +20,6 @@ labels a class. EXPERIMENTS.md, "How strong are n-grams without pretraining?".)
 Here p_wc is the number of texts of class c that contain w, and q_wc that of all other texts.
 The second way is Wang and Manning 2012, "Baselines and bigrams: simple, good sentiment and topic
 classification" (NB-SVM), with the loss of logistic regression.
-
-Read next: columns.py.
 """
 
 from functools import partial

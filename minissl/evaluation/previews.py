@@ -7,8 +7,6 @@ training depends on it.
 
 Labels are used here for marks in the pictures and for one number of the log, the accuracy of
 the nearest neighbours.
-
-Read next: ../../train_mlm.py.
 """
 
 import json

@@ -5,8 +5,6 @@ Three rules make an evaluation honest, and this file keeps them:
 - A function sees the labels that it is given and no others.
 - Choices, such as the strength of the penalty, are made by cross-validation among those labels.
 - Among the functions of this file, labels of the test set reach `accuracy` alone.
-
-Read next: ngrams.py, the baseline of texts, and then columns.py, the columns of finetune.py.
 """
 
 import math

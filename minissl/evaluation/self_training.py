@@ -20,8 +20,6 @@ arXiv 1905.02249.
 The classes are not balanced: their sizes are those that the probe guesses. Forcing equal sizes
 helps a little where the classes are equal, and costs more than it can win where they are not
 (EXPERIMENTS.md, "Does self-training help with few labels?").
-
-Read next: measurements.py.
 """
 
 from functools import cached_property

@@ -3,8 +3,6 @@
 Fine-tuning trains the whole text encoder. The vector of a text is the mean of the vectors of its
 windows: of at most eight in a training step, so that long texts fit into memory, and of all in
 the test.
-
-Read next: co_training.py, the column "self-trained".
 """
 
 import math
