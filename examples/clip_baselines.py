@@ -256,7 +256,7 @@ def compare(model, measured, train_pairs, test, settings, machine, compute_loss,
     of_shuffled = measure(shuffled, test, settings, machine, compute_loss)
     test_bag = test.with_words_shuffled(seed + 1)
     of_bag = measure(bag, test_bag, settings, machine, compute_loss)
-    print(f"words shuffled: {describe(of_bag, settings.batch_size)}")
+    print(f"words shuffled: {describe(of_bag, min(settings.batch_size, len(test)))}")
 
     rows = []
     for name, values in [
