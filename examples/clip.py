@@ -28,7 +28,8 @@ Differences from the paper, all to suit minutes on two cores:
                                       with prompts, if mine.labels.npy says what is right
     python examples/clip.py --run runs/clip --resume      continue a run
 
-clip_data.py makes the pairs of images and captions, clip_baselines.py the table.
+clip_data.py makes the pairs of images and captions, clip_baselines.py the table. The image
+encoder is measured at the end of this script; finetune.py does not read its runs.
 """
 
 import math
@@ -147,9 +148,9 @@ def clip_loss(u, v, scale):
         raise ValueError("clip_loss needs 2 pairs: a single image has nothing to confuse it with")
     s = scale * u @ v.T                                       # (B, B): images × captions
     own = s.diagonal()                                        # (B,)
-    of_images = s.logsumexp(1) - own                          # find the caption among all
-    of_captions = s.logsumexp(0) - own                        # find the image among all
-    return (of_images + of_captions).mean() / 2
+    find_caption = s.logsumexp(1) - own                       # of each image, among all captions
+    find_image = s.logsumexp(0) - own                         # of each caption, among all images
+    return (find_caption + find_image).mean() / 2
 
 
 # ---------------------------------------------------------------- Training

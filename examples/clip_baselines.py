@@ -19,8 +19,8 @@ from minissl.data.images import mean_and_whitening
 from minissl.data.splits import evenly_spaced
 from minissl.data.texts import encode_texts
 from minissl.evaluation import probes
-from minissl.evaluation.columns import PROBE_STRENGTHS, standardize
-from minissl.evaluation.features import image_features
+from minissl.evaluation.columns import LinearLearner, standardize
+from minissl.evaluation.features import image_features, images_a_batch
 from minissl.optim import lr_schedule, muon_and_adam, step_optimizers
 from minissl.training.accuracies import mean_and_spread
 from minissl.training.files import progress
@@ -30,6 +30,8 @@ from minissl.training.machine import move_to_device
 POOL = 1000                 # pairs among which retrieval searches
 MOST_PROBED = 10_000        # training images whose labels a probe may draw
 PROBE_LABELS = (10, 50)     # a class
+# The default settings of train_contrastive.py
+SIMCLR_VIEWS, SIMCLR_BATCH, SIMCLR_RATE = 4, 128, 0.02
 
 
 # ---------------------------------------------------------------- measures
@@ -52,21 +54,23 @@ def recall(s, meaning):
     The nearest caption of an image is right if it says the same as the image's own caption;
     the nearest image of a caption likewise. So it does not matter which of several equal
     captions comes first. meaning (N,): as for `floor`.
-    Returns the recall of captions, of images, and of a random choice.
+    Returns the recall of captions (each image searches one), of images (each caption searches
+    one), and of a random choice.
     """
     meaning = torch.as_tensor(meaning)
-    of_captions = probes.accuracy(meaning[s.argmax(1)], meaning)
-    of_images = probes.accuracy(meaning[s.argmax(0)], meaning)
+    recall_of_captions = probes.accuracy(meaning[s.argmax(1)], meaning)
+    recall_of_images = probes.accuracy(meaning[s.argmax(0)], meaning)
     chance = 100 * float((meaning[:, None] == meaning).double().mean())
-    return of_captions, of_images, chance
+    return recall_of_captions, recall_of_images, chance
 
 
 @torch.no_grad()
 def encode_pairs(model, pairs, machine):
     """The unit vectors u and v (N, size) of all pairs, on the CPU."""
     device, _, autocast = machine
+    size = images_a_batch(pairs.images.shape[1:], 250)
     us, vs = [], []
-    for indices in np.array_split(np.arange(len(pairs)), -(-len(pairs) // 250)):
+    for indices in np.array_split(np.arange(len(pairs)), -(-len(pairs) // size)):
         images, tokens, lengths = pairs.batch(indices, model.text_encoder.window, device)
         with autocast:
             us.append(model.image_vectors(images).cpu())
@@ -110,10 +114,11 @@ def measure(model, pairs, settings, machine, compute_loss):
         losses.append(float(compute_loss(u[batch], v[batch], model.t.detach().exp().cpu())))
         floors.append(float(floor(pairs.meaning[batch])))
     pool = evenly_spaced(len(pairs), POOL)
-    of_captions, of_images, by_chance = recall(u[pool] @ v[pool].T, pairs.meaning[pool])
+    recall_of_captions, recall_of_images, chance = recall(
+        u[pool] @ v[pool].T, pairs.meaning[pool])
     measured = dict(
-        loss=np.mean(losses), floor=np.mean(floors),
-        captions=of_captions, images=of_images, by_chance=by_chance,
+        loss=np.mean(losses), floor=np.mean(floors), recall_of_captions=recall_of_captions,
+        recall_of_images=recall_of_images, recall_by_chance=chance,
     )
     is_labelled = pairs.images.labels >= 0
     if pairs.images.classes and is_labelled.any():
@@ -135,7 +140,8 @@ def preview(model, pairs, settings, machine, compute_loss):
         print(f"    image of: {shown.captions[n]} | nearest: {shown.captions[nearest[n]]}")
 
     measured = measure(model, pairs, settings, machine, compute_loss)
-    columns = dict(held_out=round(measured["loss"], 4), recall=round(measured["captions"], 2))
+    columns = dict(held_out=round(measured["loss"], 4))
+    columns["recall"] = round(measured["recall_of_captions"], 2)
     for name in ("zero_shot", "never_captioned"):
         if name in measured:
             columns[name] = round(np.mean(measured[name]), 2)
@@ -145,49 +151,57 @@ def preview(model, pairs, settings, machine, compute_loss):
 # ---------------------------------------------------------------- baselines
 
 def train_simclr(images, settings, machine):
-    """SimCLR as train_contrastive.py trains it on drawn shapes, but with two views of an image.
+    """SimCLR as train_contrastive.py trains it on drawn shapes: four views of 128 images a step.
 
-    It makes a quarter more steps than CLIP, because its steps are faster. The two trainings take
-    about as long (`compare` prints both times).
+    It makes a quarter more steps than CLIP, so that both trainings take about as long (`compare`
+    prints both times).
     """
     device, precision, autocast = machine
+    # This factor was timed with steps of two views of 256 images, which are as many views. Time
+    # it again for four views of 128 images.
     steps = settings.steps * 5 // 4
     torch.manual_seed(settings.seed)
     model = contrastive.SimCLR(width=settings.width, **mean_and_whitening(images))
     model = move_to_device(model, device)
-    optimizers = muon_and_adam(model, 0.02, weight_decay=0.02, precision=precision)
-    batches = Batches(len(images), settings.batch_size, settings.seed, "image order")
+    optimizers = muon_and_adam(model, SIMCLR_RATE, weight_decay=0.2, precision=precision)
+    # In a trial with --limit there may be fewer images.
+    batches = Batches(
+        len(images), min(SIMCLR_BATCH, len(images)), settings.seed, "image order")
     for step in range(steps):
         batch = images[batches(step)].to(device)                          # (B, C, H, W)
         draw = generator(settings.seed, "view", step)
-        numbers = torch.rand(len(batch), 2, 11, generator=draw).to(device)
+        numbers = torch.rand(len(batch), SIMCLR_VIEWS, 11, generator=draw).to(device)
         size = contrastive.view_shape(*batch.shape[2:])
         views = []
         for of_view in numbers.unbind(1):                                 # (B, 11)
             views.append(contrastive.augment(
                 batch, size, of_view, **contrastive.VIEWS_OF_SHAPES))
         with autocast:
-            projections = model(torch.stack(views))                       # (2, B, D)
+            projections = model(torch.stack(views))                       # (V, B, D)
         contrastive.info_nce(projections, temperature=0.15).backward()
-        rate = 0.02 * lr_schedule(step, steps, warmup=steps // 20, decay=1)
-        step_optimizers(optimizers, rate)
+        schedule = lr_schedule(step, steps, warmup=steps // 20, decay=1)
+        step_optimizers(optimizers, SIMCLR_RATE * schedule)
         progress(f"SimCLR: {step + 1:,} of {steps:,} steps")
     return model.eval()
 
 
-def probe(encode, known, test, draws, machine):
+def probe(encode, known, test, draws, machine, mirror=False):
     """Logistic regression on features, from PROBE_LABELS labels of each class.
 
     The labels are those of the images `known`, and the penalty is chosen by cross-validation
-    on the drawn labels. A number of labels that a class does not have is left out. Returns a
-    list of (labels a class, accuracies on all test images, accuracies on those with a new
-    combination), with a value for each draw.
+    on the drawn labels. A number of labels that a class does not have is left out. mirror: the
+    features are the mean over an image and its mirror image, as in finetune.py. Returns a list of
+    (labels a class, accuracies on all test images, accuracies on those with a new combination),
+    with a value for each draw.
     """
     device, _, autocast = machine
-    features = [image_features(encode, x, autocast, device) for x in (known, test.images)]
+    features = []
+    for images in (known, test.images):
+        features.append(image_features(encode, images, autocast, device, mirror=mirror))
     x, _, _ = standardize(torch.cat(features), np.arange(len(known)))
-    x_known, x_test = x[:len(known)], x[len(known):]
+    tested = np.arange(len(known), len(x))
     labels, classes = torch.from_numpy(known.labels), len(known.classes)
+    learner = LinearLearner(x, labels, classes)
     fewest = labels.bincount(minlength=classes).min()
     measured = []
     for per_class in PROBE_LABELS:
@@ -196,9 +210,7 @@ def probe(encode, known, test, draws, machine):
         of_all, of_new = [], []
         for draw in range(draws):
             drawn = probes.draw_labels(labels, per_class, draw)
-            model = probes.cross_validate(
-                x_known[drawn], labels[drawn], classes, PROBE_STRENGTHS)
-            answers = probes.linear_logits(x_test, model.weights).argmax(1).numpy()
+            answers = learner.predict(learner.fit(drawn), tested).numpy()
             is_right = answers == test.images.labels
             of_all.append(100 * is_right.mean())
             of_new.append(100 * is_right[test.is_new].mean())
@@ -215,7 +227,7 @@ def report(measured, B):
     """
     print(f"test: {describe(measured, B)}")
     result = {name: round(measured[name], 3) for name in ("loss", "floor")}
-    result["recall"] = round(measured["captions"], 1)
+    result["recall"] = round(measured["recall_of_captions"], 1)
     for name in ("zero_shot", "never_captioned"):
         if name in measured:
             result[name] = round(np.mean(measured[name]), 1)
@@ -244,7 +256,7 @@ def compare(model, measured, train_pairs, test, settings, machine, compute_loss,
     of_shuffled = measure(shuffled, test, settings, machine, compute_loss)
     test_bag = test.with_words_shuffled(seed + 1)
     of_bag = measure(bag, test_bag, settings, machine, compute_loss)
-    print(f"words shuffled: {describe(of_bag, settings.batch_size)}")
+    print(f"words shuffled: {describe(of_bag, min(settings.batch_size, len(test)))}")
 
     rows = []
     for name, values in [
@@ -258,14 +270,18 @@ def compare(model, measured, train_pairs, test, settings, machine, compute_loss,
         words_shuffled=round(np.mean(of_bag["zero_shot"]), 1),
     )
     known = train_pairs.images.select(evenly_spaced(len(train_pairs), MOST_PROBED))
-    for per_class, *values in probe(simclr.encode, known, test, settings.draws, machine):
+    # SimCLR mirrors images while it trains, and CLIP does not.
+    of_simclr = probe(simclr.encode, known, test, settings.draws, machine, mirror=True)
+    of_clip = probe(model.encode, known, test, settings.draws, machine)
+    for per_class, *values in of_simclr:
         rows.append(("SimCLR, probe", per_class, *values))
         result[f"simclr_{per_class}_labels"] = round(np.mean(values[0]), 1)
-    for per_class, *values in probe(model.encode, known, test, settings.draws, machine):
+    for per_class, *values in of_clip:
         rows.append(("CLIP, probe", per_class, *values))
     print_table(rows)
     print("±: standard deviation over the prompts, each used alone; of probes, over the draws")
-    print("SimCLR is read at three depths, as in finetune.py; CLIP's image encoder at its end")
+    print("SimCLR is read at three depths and averaged over the mirror image, as in finetune.py; "
+          "CLIP's image encoder is read at its end")
     return result
 
 
@@ -273,8 +289,9 @@ def describe(measured, B):
     """Loss and recall in a sentence. B: the size of a batch."""
     return (
         f"loss {measured['loss']:.3f} (chance {np.log(B):.3f}, floor {measured['floor']:.3f}), "
-        f"recall at 1 of captions {measured['captions']:.1f}, "
-        f"of images {measured['images']:.1f} (chance {measured['by_chance']:.1f})"
+        f"recall at 1 of captions {measured['recall_of_captions']:.1f}, "
+        f"of images {measured['recall_of_images']:.1f} "
+        f"(chance {measured['recall_by_chance']:.1f})"
     )
 
 

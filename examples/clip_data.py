@@ -116,13 +116,14 @@ class Pairs:
     def split(self):
         """The pairs to learn from, those for choices, and those for the test.
 
-        Of own images without labels none are for the test, so those for choices serve twice.
+        Of own images without labels none are for the test, so those for choices serve twice
+        (load_pairs notes it).
         """
         split = self.images.split
         train = self.select((split == TRAIN) & ~self.is_new)
         held_out = self.select(split == HELD_OUT)
         test = self.select(split == TEST)
-        if len(test) < 2:               # a single pair has nothing to be confused with
+        if has_no_test(split):
             test = held_out
         return train, held_out, test
 
@@ -130,6 +131,11 @@ class Pairs:
         """A checksum, by which a run knows its images and their captions."""
         checksum = zlib.crc32("\n".join(self.captions).encode())
         return f"images {fingerprint(self.images)}, captions {checksum:08x}"
+
+
+def has_no_test(split):
+    """Whether too few pairs are for the test: a single one has nothing to be confused with."""
+    return (split == TEST).sum() < 2
 
 
 def load_pairs(data, limit=0, classes=()):
@@ -152,6 +158,11 @@ def load_pairs(data, limit=0, classes=()):
         captions = np.array(write_captions(traits), dtype=object)
         _, meaning = np.unique(traits.numpy(), axis=0, return_inverse=True)
         is_new = is_never_captioned(traits)
+        if not is_new[split == TEST].any():
+            raise UserError(
+                f"--limit {limit}: no test image shows a combination that is never captioned; "
+                f"give a larger --limit"
+            )
     else:
         path = Path(data)
         if path.suffix.lower() != ".npy":
@@ -163,10 +174,31 @@ def load_pairs(data, limit=0, classes=()):
         captions = captions[images.rows.numpy()]
         _, meaning = np.unique([normalise(text) for text in captions], return_inverse=True)
         is_new = np.zeros(len(images), bool)
+        notes = notes_on_labels(images, path, classes)
         images = replace(images, classes=name_classes(images.classes, classes))
+        images = replace(images, notes=[*images.notes, *notes])
     to_read = captions[(images.split == TRAIN) & ~is_new]
     tokenizer = train_tokenizer(to_read.tolist(), VOCABULARY)
     return Pairs(images, captions, encode_texts(captions.tolist(), tokenizer), meaning, is_new)
+
+
+def notes_on_labels(images, path, names):
+    """What own images cannot be measured by, a list of sentences.
+
+    names: the values of --classes.
+    """
+    notes = []
+    if images.classes and not names:
+        notes.append(
+            f"no zero-shot accuracy, because the {len(images.classes)} classes of "
+            f"{path.stem}.labels.npy have no names; give them with --classes"
+        )
+    if has_no_test(images.split):
+        notes.append(
+            "only images with labels can be for the test, and there are too few; so the held-out "
+            "pairs are also the test"
+        )
+    return notes
 
 
 def read_captions(path, n):

@@ -39,7 +39,7 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))      # to start it from anywhere
 
-from gpt_baselines import HeldOut
+from gpt_baselines import NgramBaselines
 
 import finetune
 from minissl import UserError
@@ -234,15 +234,16 @@ def main():
 
     # ------------------------------------------------------------ Run
 
-    held_out = HeldOut(texts, train_texts, settings.window)
+    baselines = NgramBaselines(texts, train_texts, settings.window)
+    held_out = baselines.windows
 
     def measure(model):
-        loss = held_out_loss(model, held_out.windows, autocast, device)
-        columns = dict(held_out=round(loss, 4), bits_per_byte=held_out.bits_per_byte(loss))
-        return columns | dict(bigram=held_out.bigram, unigram=held_out.unigram)
+        loss = held_out_loss(model, held_out, autocast, device)
+        columns = dict(held_out=round(loss, 4), bits_per_byte=baselines.bits_per_byte(loss))
+        return columns | dict(bigram=baselines.bigram, unigram=baselines.unigram)
 
     def preview(model):
-        text = held_out.windows[int(held_out.windows.lengths.argmax())]     # the longest
+        text = held_out[int(held_out.lengths.argmax())]     # the longest
         tokens = sample(model, text[:8].tolist(), 40, settings)
         print("    " + texts.tokenizer.decode(tokens))
         return measure(model)

@@ -62,14 +62,21 @@ def bigram_loss(left, right, test_left, test_right, vocabulary_size, discount):
     return -np.log(p).mean()
 
 
-class HeldOut:
-    """Up to 1,000 held-out windows, with the losses of a unigram and a bigram model.
+class NgramBaselines:
+    """A unigram and a bigram model, counted in training texts and measured on held-out windows.
+
+    The constructor counts in at most SAMPLE_TEXTS of the training texts, evenly spaced. The
+    discount is the one with the least loss on the last tenth of their pairs of tokens, when the
+    others are counted. The models themselves count all of these pairs.
 
     Arguments: texts, Texts of all splits; train_texts, those to learn from; window, the
     number of tokens that a model sees at most.
 
-    Attributes: windows, Texts of 2 to window + 1 tokens; unigram and bigram, the losses in
-    bits a byte. The discount is chosen on the last tenth of the training texts.
+    Attributes:
+        windows: up to 1,000 held-out windows, Texts of 2 to window + 1 tokens
+        targets: the number of tokens that they ask for, all but the first of each window
+        bytes: the number of bytes that these tokens stand for
+        unigram, bigram: the losses of the two models, in bits a byte
     """
 
     def __init__(self, texts, train_texts, window):
@@ -96,5 +103,5 @@ class HeldOut:
         )
 
     def bits_per_byte(self, nats):
-        """A loss in bits a byte of the predicted text, from one in nats a token."""
+        """A loss in bits a byte of the windows, from one in nats a token (of any model)."""
         return round(float(nats) * self.targets / self.bytes / math.log(2), 4)

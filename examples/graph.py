@@ -28,7 +28,8 @@ EXPERIMENTS.md, section "Graphs", measures the first two.
     python examples/graph.py --run runs/graph --resume                  continue a run
 
 links.csv has two columns. links.labels.csv beside it may give each node a class.
-graph_data.py makes the graph and its splits, graph_baselines.py the tables.
+graph_data.py makes the graph and its splits, graph_baselines.py the tables. The codes of the
+nodes are measured at the end of this script; finetune.py does not read its runs.
 """
 
 import math
@@ -80,7 +81,7 @@ class Settings:
     def __post_init__(self):
         require_at_least(self, 1, "steps", "width", "size", "draws", "evaluate_every")
         require_at_least(self, 2, "splits")
-        require_at_least(self, 0, "hide")
+        require_at_least(self, 0, "hide", "save_every")
         require_above(self, 0, "learning_rate")
         if self.hide > 0.9:
             raise UserError(f"--hide {self.hide}: must be at most 0.9, to leave some links")
@@ -121,20 +122,20 @@ class GraphAutoencoder(nn.Module):
         nn.init.xavier_uniform_(self.W0)
         nn.init.xavier_uniform_(self.W1)
 
-    def encode(self, x, links):
-        """Features (N, F) and links (E, 2) -> codes z (N, size)."""
-        h = F.relu(convolve(x @ self.W0, links))                          # (N, width)
-        return convolve(h @ self.W1, links)
+    def encode(self, x, seen):
+        """Features (N, F) and the links that the encoder sees (S, 2) -> codes z (N, size)."""
+        h = F.relu(convolve(x @ self.W0, seen))                           # (N, width)
+        return convolve(h @ self.W1, seen)
 
     def logits(self, z, pairs):
         """s_ij (M,) of codes z (N, size) for pairs (M, 2)."""
         z_i, z_j = z.index_select(0, pairs[:, 0]), z.index_select(0, pairs[:, 1])
         return (z_i * z_j).sum(1) + self.b
 
-    def forward(self, x, shown, links, non_links):
-        """The loss L when the encoder sees only the links `shown`."""
-        z = self.encode(x, shown)
-        return link_loss(self.logits(z, links), self.logits(z, non_links))
+    def forward(self, x, seen, asked, non_links):
+        """The loss L of the links `asked`, when the encoder sees only the links `seen`."""
+        z = self.encode(x, seen)
+        return link_loss(self.logits(z, asked), self.logits(z, non_links))
 
 
 def link_loss(link_logits, non_link_logits):
@@ -145,7 +146,11 @@ def link_loss(link_logits, non_link_logits):
 
 
 def make_models(settings, features):
-    """For each split an encoder that sees its links, and the same one without any links."""
+    """For each split an encoder that sees its links, and the same one without any links.
+
+    The second is a control: what the features alone tell about the links. Features without words
+    hold the degrees, so then it also knows how many links a node has.
+    """
     torch.manual_seed(settings.seed)
     models = nn.ModuleDict()
     for name in ("graph", "features_alone"):
@@ -209,20 +214,21 @@ def main():
 
     # ------------------------------------------------------------ Training
 
-    # The splits have models of their own, so learning side by side is learning alone.
+    # Each split has separate models. The mean over the splits divides every gradient by their
+    # number, but a step of Adam does not depend on the scale of the gradient.
     for step in range(first_step, settings.steps):
         losses = dict(loss=[], features_alone=[])
         for n, (split, x) in enumerate(zip(splits, xs)):
             draws = generator(settings.seed, f"links {n}", step)
             parts = split.draw_step(settings.hide, draws)
-            shown, links, non_links = [part.to(device) for part in parts]
+            seen, asked, non_links = [part.to(device) for part in parts]
             with_links, alone = models["graph"][n], models["features_alone"][n]
-            losses["loss"].append(with_links(x, shown, links, non_links))
-            losses["features_alone"].append(alone(x, no_links, links, non_links))
+            losses["loss"].append(with_links(x, seen, asked, non_links))
+            losses["features_alone"].append(alone(x, no_links, asked, non_links))
         means = {name: torch.stack(values).mean() for name, values in losses.items()}
         sum(means.values()).backward()
         step_optimizers(optimizers, learning_rate(step))
-        run.end_step(step, means, items=len(links) * len(splits))
+        run.end_step(step, means, items=len(asked) * len(splits))
 
     # ------------------------------------------------------------ The tables
 

@@ -234,7 +234,11 @@ def own_graph(path):
     label_path = path.with_name(path.stem + ".labels.csv")
     label_of = dict(read_pairs(label_path)) if label_path.exists() else {}
     graph = make_graph(rows, label_of)
-    graph.notes = [*notes, "own links have no words: features are the degree and random vectors"]
+    notes.append(
+        "own links have no words: features are the degree and random vectors, so even the row "
+        "\"encoder without links\" knows the degrees"
+    )
+    graph.notes = notes
     dropped = len(rows) - len(graph.links)
     if dropped:
         graph.notes.append(f"{dropped:,} doubled links, reversed links or loops are dropped")
@@ -293,9 +297,11 @@ def word_features(texts):
 
 
 def structure_features(train_links, nodes, seed):
-    """Features without words: the degree, and a random vector: (N, 257) float32.
+    """Features without words: log(1 + degree), and a random vector: (N, 257) float32.
 
-    The degree counts training links alone.
+    The degree counts training links alone, but all of them: also those that a step hides from
+    the encoder and asks for. The largest value is scaled to 1. With these features even the
+    encoder without links knows the degrees.
     """
     degree = torch.bincount(train_links.flatten(), minlength=nodes)
     degree = degree.float().log1p()
@@ -333,19 +339,19 @@ class LinkSplit:
     def draw_step(self, hidden_share, draws):
         """What a training step shows to the encoder, and what it asks for.
 
-        Returns shown (S, 2), links that the encoder sees; asked (M, 2), training links
+        Returns seen (S, 2), links that the encoder sees; asked (M, 2), training links
         that are hidden from it; and non_links (M, 2). These avoid the training links
         only: to avoid the held-out links as well, the training would have to know them.
         """
         order = torch.randperm(len(self.train), generator=draws)
         count = max(1, round(hidden_share * len(order)))
-        shown, asked = self.train[order[count:]], self.train[order[:count]]
+        seen, asked = self.train[order[count:]], self.train[order[:count]]
         if hidden_share == 0:                        # as in the paper: all are seen and asked
-            shown = asked = self.train
+            seen = asked = self.train
         some_more = 2 * len(asked) + 20              # because links among them are dropped
         pairs = torch.randint(self.nodes, (some_more, 2), generator=draws)
         is_known = self.is_known[pairs[:, 0], pairs[:, 1]]
-        return shown, asked, pairs[~is_known][:len(asked)]
+        return seen, asked, pairs[~is_known][:len(asked)]
 
 
 def check_size(nodes, links):

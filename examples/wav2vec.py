@@ -5,7 +5,8 @@ hidden frames of this recording. A model that can do that knows which sounds fol
 
     z = f(wave)           a convolutional encoder, a frame every 10 ms
     c = g(z̃)              a transformer; z̃ is z with the hidden frames replaced
-    q_t = Q(z_t)          an entry of each of G codebooks, made of the frame itself
+    z' = f(wave')         the same recording at another speed, its frames at the same moments
+    q_t = Q(z'_t)         an entry of each of G codebooks, made of the frame itself
     L = −1/M Σ_t log( exp s(c_t, q_t) / Σ_q exp s(c_t, q) ) + α D    q: q_t, K distractors
     D = 1 − 1/G Σ_g exp(H(p_g)) / V
 
@@ -17,7 +18,8 @@ alike, so it keeps the codes from collapsing. The first term is ln(K + 1) for a 
 
 Differences from the paper, for minutes of speech (EXPERIMENTS.md, "Speech"):
 - The first convolution begins as 40 mel bands, and the encoder learns slowly.
-- The targets are made of the same recording at another speed, as of another voice.
+- The targets are made of z', the same recording at another speed, as of another voice. The paper
+  makes them of z.
 - Distractors are drawn among frames with other codes. The paper removes equal codes later; a
   collapsed codebook then has the loss 0. Here a frame without distractors counts as a guess.
 - The blocks are those of transformer.py, with rotary positions and no dropout.
@@ -25,6 +27,9 @@ Differences from the paper, for minutes of speech (EXPERIMENTS.md, "Speech"):
     python examples/wav2vec.py                      words spoken by our code, 5 to 7 minutes
     python examples/wav2vec.py --data fsdd/ --run runs/fsdd          own .wav files
     python examples/wav2vec.py --run runs/wav2vec --resume             continue a run
+
+wav2vec_data.py makes the recordings and the batches, wav2vec_baselines.py the tables. The
+features are measured at the end of this script; finetune.py does not read its runs.
 """
 
 import math
@@ -55,6 +60,7 @@ from minissl.contrastive import without_autocast
 from minissl.data.batches import generator
 from minissl.data.splits import TRAIN, fingerprint
 from minissl.optim import lr_schedule, step_optimizers
+from minissl.training import distributed
 from minissl.training.machine import choose_machine, move_to_device
 from minissl.training.run import Run
 from minissl.training.settings import read_settings, require_above, require_at_least, run_script
@@ -70,9 +76,9 @@ class Settings:
     run: str = "runs/wav2vec"  # the folder of the run
     resume: bool = False  # continue the run in --run
     steps: int = 1000  # optimizer steps
-    batch_size: int = 32  # recordings in a step
+    batch_size: int = 32  # recordings in a step; a random second of each that is longer
     learning_rate: float = 0.01  # highest, of the matrices in the blocks
-    encoder_rate: float = 0.02  # of the convolutions, as a share of it
+    encoder_rate: float = 0.02  # of the convolutions, as a share of it; of their biases always 0.1
     span: int = 6  # frames of a hidden span; half of all frames are hidden
     distractors: int = 15  # K
     diversity: float = 0.5  # α
@@ -92,29 +98,36 @@ class Settings:
         require_at_least(self, 2, "draws", "takes")
         if self.speed > 0.5 or self.fold > 2:
             raise UserError("--speed must be at most 0.5, and --fold 0, 1 or 2")
+        if distributed.WORLD_SIZE > 1:
+            raise UserError("examples/wav2vec.py runs in one process: start it with python")
 
 
 # ---------------------------------------------------------------- The loss
 
-def contrastive_loss(predictions, targets, places, has_any, temperature=0.1):
+def contrastive_loss(predictions, targets, distractors, has_any, temperature=0.1):
     """The first term of L, and the share of frames whose own target is the nearest.
 
-    predictions W c and targets q (M, D); places (M, K) and has_any (M,), as
-    choose_distractors returns them.
+    predictions W c and targets q (M, D); distractors (M, K), rows of `targets`, and has_any (M,),
+    as choose_distractors returns them.
     """
-    K = places.shape[1]
+    K = distractors.shape[1]
     c = F.normalize(predictions.float(), dim=1)
     q = F.normalize(targets.float(), dim=1)
     s = c @ q.T / temperature                           # (M, M)
-    own, others = s.diagonal(), s.gather(1, places)     # (M,), (M, K)
-    loss = torch.cat([own[:, None], others], dim=1).logsumexp(1) - own
-    correct = (own > others.amax(1)).float()
+    own = s.diagonal()                                  # (M,)
+    of_distractors = s.gather(1, distractors)           # (M, K)
+    loss = torch.cat([own[:, None], of_distractors], dim=1).logsumexp(1) - own
+    correct = (own > of_distractors.amax(1)).float()
     loss = torch.where(has_any, loss, math.log(K + 1))
     return loss.mean(), torch.where(has_any, correct, 1 / (K + 1)).mean()
 
 
 def perplexity(p):
-    """How many entries are in use, exp(H(p_g)): (G,), from p (G, V)."""
+    """How many entries are in use, exp(H(p_g)): (G,), from p (G, V).
+
+    D takes the mean probabilities of the softmax. The log takes the shares of the drawn codes,
+    with Gumbel noise.
+    """
     return torch.special.entr(p).sum(1).exp()
 
 
@@ -178,11 +191,15 @@ class Wav2Vec(nn.Module):
         entries = torch.einsum("mgv,gvd->mgd", one_hot, self.codebooks)
         return self.to_target(entries.flatten(1)), codes, logits.softmax(-1).mean(0)
 
-    def forward(self, waves, lengths, masked, others, places, temperature, draws):
-        """Of M hidden frames: W c (M, D'), and of `others` at `places`: q (M, D'), codes, p."""
+    def forward(self, waves, lengths, masked, target_waves, target_frames, temperature, draws):
+        """Of M hidden frames: predictions W c and targets q, both (M, D'), codes and p.
+
+        waves (B, S), whose frames masked (B, T) are hidden; target_waves (B, S') and
+        target_frames (B, T), as WaveBatches.two_views returns them.
+        """
         c = self.context(self.latents(waves), lengths, masked)[-1]
-        z = self.latents(others)
-        z = z.gather(1, places[..., None].expand(-1, -1, z.shape[2]))  # (B, T, D)
+        z = self.latents(target_waves)                  # (B, T', D)
+        z = z.gather(1, target_frames[..., None].expand(-1, -1, z.shape[2]))  # z', (B, T, D)
         numbers = torch.rand(int(masked.sum()), self.G, self.V, generator=draws)
         quantized = self.quantize(z[masked], temperature, numbers.to(z.device))
         return self.to_prediction(c[masked]), *quantized
@@ -219,22 +236,23 @@ def main():
     data = f"{recordings.describe()}, checksum {fingerprint(recordings)}"
     first_step = run.begin(model, optimizers, data, "wav2vec", {}, chance, preview)
     for step in range(first_step, settings.steps):
-        waves, lengths, others, places = batches.two_views(step)
+        waves, lengths, target_waves, target_frames = batches.two_views(step)
         draws = generator(settings.seed, "codes", step)
         masked = draw_spans(lengths, settings.span, 0.5, draws).to(device)
-        inputs = [x.to(device) for x in (waves, lengths, masked, others, places)]
+        inputs = [x.to(device) for x in (waves, lengths, masked, target_waves, target_frames)]
         temperature = max(0.5, 2 * 0.25**(step / (0.7 * settings.steps)))  # of the codes
         with autocast:
             predictions, targets, codes, p = model(*inputs, temperature, draws)
         numbers = torch.rand(len(codes), K, generator=draws).to(device)
-        distractors = choose_distractors(codes, masked, numbers)
-        contrastive, accuracy = contrastive_loss(predictions, targets, *distractors)
+        distractors, has_any = choose_distractors(codes, masked, numbers)
+        contrastive, accuracy = contrastive_loss(predictions, targets, distractors, has_any)
         diversity = diversity_loss(p)
         (contrastive + settings.diversity * diversity).backward()
         schedule = lr_schedule(step, settings.steps, warmup=30)
         step_optimizers(optimizers, settings.learning_rate * schedule)
         losses = dict(contrastive=contrastive, accuracy=accuracy, diversity=diversity)
-        losses["perplexity"] = perplexity(F.one_hot(codes, model.V).float().mean(0)).mean()
+        shares = F.one_hot(codes, model.V).float().mean(0)  # of the drawn codes, (G, V)
+        losses["perplexity"] = perplexity(shares).mean()
         losses["temperature"] = torch.tensor(temperature, device=device)
         run.end_step(step, losses, items=len(waves))
     run.finish(measure=None)

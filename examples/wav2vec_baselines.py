@@ -9,9 +9,14 @@ The rows of the table, all with the same labels:
     ..., self-trained      the same features; the probe also learns from its guesses for the
                            training recordings without a label (evaluation/self_training.py)
 
-All of them pool their frames alike, see `pool`. Nothing is chosen on the test recordings, and
-self-training does not read them. A draw of labels moves all rows together. So the table also
-shows the lead of wav2vec over other rows with the same draws.
+All of them pool their frames alike, see `pool`. This file chooses nothing on the test recordings:
+cross-validation on the drawn labels sets the penalty, and self-training reads the training
+recordings alone. But two settings were chosen when test speakers of the spoken digits had been
+seen (fold 0): the number of steps, and not to fine-tune. Others were chosen on speakers that are
+the test of the folds 1 and 2 (EXPERIMENTS.md, "Speech").
+
+A draw of labels moves all rows together. So the table also shows the lead of wav2vec over other
+rows with the same draws.
 """
 
 import numpy as np
@@ -79,7 +84,12 @@ def encode_all(encode, recordings, indices, autocast, device):
 # ---------------------------------------------------------------- classifiers
 
 def make_optimizers(model, rate, encoder_scale, precision):
-    """Muon for the matrices, at rate · encoder_scale in the encoder; Adam for the others."""
+    """Muon for the weights of the convolutions, at rate · encoder_scale, and for the blocks.
+
+    Adam trains all else at a tenth of the rate: the biases of the convolutions, the vector of
+    hidden frames, the quantiser, and the two output layers. So even with encoder_scale 0 these
+    biases learn.
+    """
     encoder = [model.filters] + [layer.weight for layer in model.convolutions]
     blocks = list(model.blocks.parameters())
     known = {id(p) for p in encoder + blocks}
@@ -95,11 +105,11 @@ def probe_and_self_training(features, recordings):
 
     The features are standardized over the training recordings, whose other labels are not read.
     """
-    pool = recordings.select(TRAIN, labelled=False)
-    x, _, _ = standardize(features, pool)
+    train = recordings.select(TRAIN, labelled=False)
+    x, _, _ = standardize(features, train)
     labels = torch.from_numpy(recordings.labels)
     probe = LinearLearner(x, labels, len(recordings.classes), PROBE_STRENGTHS)
-    return probe, SelfTraining(probe, pool)
+    return probe, SelfTraining(probe, train)
 
 
 def train_from_scratch(model, mean, std, recordings, fit, settings, machine):
@@ -146,8 +156,8 @@ LEADS = [                   # rows that are compared draw by draw
 def measure(model, make_model, recordings, settings, machine):
     """Accuracies in %: {row: (draws, columns)} for the classes, {row: (draws,)} for speakers.
 
-    The columns are settings.labels, as far as every class has so many; they are returned
-    first.
+    The columns are settings.labels, as far as every class has so many (load_recordings prints
+    those that are left out); they are returned first.
     """
     device, _, autocast = machine
     every = np.arange(len(recordings))

@@ -18,14 +18,16 @@ import torch
 from minissl import UserError
 from minissl.data.batches import generator
 from minissl.data.splits import HELD_OUT, TEST, TRAIN
-from minissl.training import distributed
 from minissl.training.files import progress
+from minissl.training.wording import list_names
 
 
 RATE = 8000                 # samples a second
 HOP = 80                    # samples between two frames: 10 ms
 FRAME = 320                 # samples that a frame of the encoder sees
 SHORTEST, LONGEST = 0.1, 10              # seconds of a recording; what follows is cut off
+CROP = RATE                 # samples that a training step takes of a longer recording: a second
+HOW_TO_NAME = "name the files folder/LABEL_SPEAKER_x.wav or folder/LABEL/SPEAKER_x.wav"
 
 
 @dataclass
@@ -62,8 +64,6 @@ class Recordings:
 
 def load_recordings(settings):
     """The Recordings that settings.data names, with their split."""
-    if distributed.WORLD_SIZE > 1:
-        raise UserError("examples/wav2vec.py runs in one process: start it with python")
     if settings.data == "words":
         recordings = synthetic_words(settings.takes)
     else:
@@ -74,6 +74,12 @@ def load_recordings(settings):
         raise UserError(
             f"--labels {min(settings.labels)}: expected at least 1, and at most {fewest}, the "
             f"recordings that the smallest class has to learn from"
+        )
+    left_out = [str(count) for count in settings.labels if count > fewest]
+    if left_out:
+        recordings.notes.append(
+            f"the columns {list_names(left_out)} of --labels are left out, because the smallest "
+            f"class has {fewest} recordings to learn from"
         )
     for note in [recordings.describe(), *recordings.notes]:
         print(f"data: {note}")
@@ -95,9 +101,13 @@ def split_recordings(recordings, test, fold):
     test "takes": the first five recordings of each speaker and class are the test.
     Of the others, every tenth of a speaker and class is held out for choices.
     Recordings without a label are for training; with "speakers" also those without a speaker.
-    Raises UserError if nothing is left to learn from, or nothing to test.
+    Raises UserError if there are fewer than two classes, if "speakers" finds fewer than three
+    speakers, or if a class has no recording to learn from.
     """
     labels, speakers = recordings.labels, recordings.speakers
+    if len(recordings.classes) < 2:
+        found = f"only the label {recordings.classes[0]}" if recordings.classes else "no labels"
+        raise UserError(f"--data: found {found}, and the table needs two classes; {HOW_TO_NAME}")
     takes = number_takes(labels, speakers)
     known = (labels >= 0) & (speakers >= 0)
     if test == "speakers":
@@ -105,7 +115,7 @@ def split_recordings(recordings, test, fold):
         if count < 3:
             raise UserError(
                 f"--data: found {count} speakers, and --test speakers needs 3; "
-                f"name the speakers behind the first _, or give --test takes"
+                f"{HOW_TO_NAME}, or give --test takes"
             )
         third = max(1, count // 3)
         first = fold * third
@@ -116,11 +126,12 @@ def split_recordings(recordings, test, fold):
     split[known & (takes % 10 == 5)] = HELD_OUT
     split[is_test] = TEST
     recordings.split = split
-    trained = np.unique(labels[(split == TRAIN) & (labels >= 0)])
-    if not is_test.any() or len(trained) < max(2, len(recordings.classes)):
+    trained = labels[split == TRAIN]
+    missing = [name for c, name in enumerate(recordings.classes) if c not in trained]
+    if missing:
         raise UserError(
-            "--data: some class has no recording to learn from, or none to test; "
-            "give more recordings of each class, or another --test"
+            f"--data: no recording to learn from in the class {list_names(missing)}; "
+            f"give more recordings of each class, or another --test"
         )
 
 
@@ -261,7 +272,7 @@ def resample(samples, rate):
 # ---------------------------------------------------------------- synthetic words
 
 # Ten words, all of them the same six sounds in another order. So the mean spectrum says
-# nothing about the word.
+# little about the word.
 WORDS = (
     "sakimu", "samuki", "kisamu", "kimusa", "musaki", "mukisa", "sukami", "kasumi", "misuka",
     "makusi",
@@ -391,11 +402,12 @@ def band_noise(centre, width, scale, n, draws):
 class WaveBatches:
     """The batches of a training: recordings of similar length, distorted anew each time.
 
+    Of a recording longer than a second (CROP), each step takes a random second. The features of
+    the tables are made of whole recordings.
+
     Arguments: recordings; indices (n,) of those to learn from; size, of a batch; speed, the
     largest change of the speed as a natural logarithm; seed.
     """
-
-    longest = RATE                               # samples that are taken of a recording
 
     def __init__(self, recordings, indices, size, speed, seed):
         self.waves, self.indices = recordings.waves, np.asarray(indices)
@@ -416,26 +428,29 @@ class WaveBatches:
     def two_views(self, step):
         """Each recording twice, as two voices might say it.
 
-        Returns waves (B, S) with their frames (B,), others (B, S'), and places (B, T): which
-        frame of `others` is at the same time of the recording as each frame of `waves`.
+        Returns waves (B, S) with their numbers of frames (B,); target_waves (B, S'); and
+        target_frames (B, T), which say for each frame of `waves` which frame of `target_waves`
+        is at the same moment of the recording.
         """
         draws = generator(self.seed, "distort", step)
-        views, others, ratios = [], [], []
+        views, target_views, ratios = [], [], []
         for i in self.indices_of(step):
-            size = min(len(self.waves[i]), self.longest)
+            size = min(len(self.waves[i]), CROP)
             begin = int(torch.rand(1, generator=draws) * (len(self.waves[i]) - size + 1))
             part = self.waves[i][begin:begin + size]
             numbers = torch.rand(2, generator=draws).numpy()
             speeds = np.exp(self.speed * (2 * numbers - 1))
             views.append(distort(part, speeds[0], draws))
-            others.append(distort(part, speeds[1], draws))
+            target_views.append(distort(part, speeds[1], draws))
             ratios.append(speeds[0] / speeds[1])
         waves, lengths = pad(views)
-        others, other_lengths = pad(others)
-        middle = torch.arange(int(lengths.max())) + FRAME / HOP / 2       # in frames
-        places = middle * torch.tensor(ratios, dtype=torch.float32)[:, None] - FRAME / HOP / 2
-        places = places.round().long().clamp(min=0)                       # (B, T)
-        return waves, lengths, others, torch.minimum(places, other_lengths[:, None] - 1)
+        target_waves, target_lengths = pad(target_views)
+        ratios = torch.tensor(ratios, dtype=torch.float32)                # (B,)
+        middle = torch.arange(int(lengths.max())) + FRAME / HOP / 2       # of a frame, in frames
+        frames = middle * ratios[:, None] - FRAME / HOP / 2               # (B, T)
+        frames = frames.round().long().clamp(min=0)
+        target_frames = torch.minimum(frames, target_lengths[:, None] - 1)
+        return waves, lengths, target_waves, target_frames
 
     def indices_of(self, step):
         """Which recordings a step takes: (B,) int64."""
@@ -492,15 +507,15 @@ def choose_distractors(codes, masked, numbers):
     """For each of M hidden frames, K others of the same recording with another code.
 
     codes (M, G), in the order of masked.nonzero(); masked (B, T); numbers (M, K) in [0, 1).
-    Returns their places among the M frames (M, K), and whether there are any (M,).
+    Returns their rows among the M frames (M, K), and whether there are any (M,).
     """
     recording = masked.nonzero()[:, 0]                  # (M,)
     allowed = recording[:, None] == recording           # (M, M)
     allowed &= (codes[:, None] != codes).any(-1)
     count = allowed.cumsum(1)                           # so many are allowed up to each frame
     wanted = (numbers * count[:, -1:]).long() + 1       # which of them, counted from 1
-    places = torch.searchsorted(count, wanted).clamp(max=len(codes) - 1)
-    return places, count[:, -1] > 0
+    distractors = torch.searchsorted(count, wanted).clamp(max=len(codes) - 1)
+    return distractors, count[:, -1] > 0
 
 
 def pad(waves):
@@ -543,6 +558,8 @@ def mel_waves(bands=40, width=2 * HOP):
     pitches = 700 * (10**(np.linspace(*mels, bands) / 2595) - 1)          # in Hz
     angles = 2 * np.pi * pitches[:, None] * np.arange(width) / RATE
     waves = np.concatenate([np.cos(angles), np.sin(angles)]) * np.hanning(width + 1)[:width]
+    # The squares of a row add up to 30. Divided by 6, its products with white noise of standard
+    # deviation 1 have the standard deviation √30 / 6, which is nearly 1.
     return torch.tensor(waves / 6, dtype=torch.float32)
 
 

@@ -3,6 +3,7 @@
 import math
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import clip
@@ -14,9 +15,14 @@ import torch
 import torch.nn.functional as F
 from conftest import assert_resumes_exactly, read_log, result_of
 
+import train_contrastive
+from minissl import UserError
 from minissl.data.batches import generator
 from minissl.data.shapes import SHAPES
 from minissl.data.splits import TRAIN
+from minissl.evaluation import features
+from minissl.training import distributed
+from minissl.training.files import load_checkpoint
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -120,9 +126,9 @@ def test_equal_captions_count_as_right_in_retrieval():
         [0.0, 0.0, 0.2, 0.9],         # wrong
         [0.2, 0.9, 0.1, 0.8],         # wrong
     ])
-    of_captions, of_images, chance = baselines.recall(s, meaning)
-    assert of_captions == 50
-    assert of_images == 25            # by columns: wrong, wrong, right, wrong
+    recall_of_captions, recall_of_images, chance = baselines.recall(s, meaning)
+    assert recall_of_captions == 50
+    assert recall_of_images == 25     # by columns: wrong, wrong, right, wrong
     assert chance == pytest.approx(100 * (2 + 2 + 1 + 1) / 16)
 
 
@@ -332,11 +338,39 @@ def test_a_stopped_run_ends_at_the_same_bytes(own_pairs, run_script, tmp_path):
     assert "give the same data" in printed
 
 
-def test_without_labels_the_held_out_pairs_are_the_test(own_pairs, run_script, tmp_path):
+def test_without_labels_the_held_out_pairs_are_the_test(own_pairs, tmp_path):
     (tmp_path / "mine.labels.npy").unlink()
-    train, held_out, test = clip_data.load_pairs(str(own_pairs)).split()
+    pairs = clip_data.load_pairs(str(own_pairs))
+    train, held_out, test = pairs.split()
     assert len(train) == 270 and len(held_out) == 30
     assert (test.images.rows == held_out.images.rows).all()
+    [note] = pairs.images.notes
+    assert "the held-out pairs are also the test" in note
+
+
+def test_labels_without_names_are_noted(own_pairs):
+    [note] = clip_data.load_pairs(str(own_pairs)).images.notes
+    assert note.startswith("no zero-shot accuracy, because the 3 classes of mine.labels.npy have")
+    assert clip_data.load_pairs(str(own_pairs), classes=list(COLOURS)).images.notes == []
+
+
+def test_large_images_are_encoded_in_small_batches(own_pairs, monkeypatch):
+    pairs = clip_data.load_pairs(str(own_pairs)).select(np.arange(30))
+    model, _, _ = small_model(pairs)
+    machine = torch.device("cpu"), torch.float32, torch.autocast("cpu", enabled=False)
+    u, v = baselines.encode_pairs(model.eval(), pairs, machine)
+    sizes, batch = [], pairs.batch
+
+    def recorded(indices, *rest):
+        sizes.append(len(indices))
+        return batch(indices, *rest)
+
+    monkeypatch.setattr(pairs, "batch", recorded)
+    monkeypatch.setattr(features, "BYTES_A_BATCH", 10 * 4 * 3 * 16 * 16)
+    small_u, small_v = baselines.encode_pairs(model, pairs, machine)
+    assert sizes == [10, 10, 10]
+    torch.testing.assert_close(small_u, u)
+    torch.testing.assert_close(small_v, v)
 
 
 @pytest.mark.parametrize("text, sentence", [
@@ -359,6 +393,7 @@ def test_wrong_captions_are_one_sentence(text, sentence, own_pairs, run_script, 
 @pytest.mark.parametrize("flags, sentence", [
     (["--classes", "red", "green"], "--classes: found 2 names; expected 3"),
     (["--limit", 1], "--limit 1: a single pair has nothing to be confused with"),
+    (["--data", "shapes", "--limit", 2], "--limit 2: no test image shows a combination that is"),
     (["--data", "shapes", "--classes", "star"], "--classes: drawn shapes have their names"),
     (["--data", "cifar10"], "--data cifar10: expected shapes, or a .npy file"),
     (["--prompts", "a thing"], "--prompts: write {class} where the name of the class belongs"),
@@ -370,8 +405,27 @@ def test_wrong_flags_are_one_sentence(flags, sentence, own_pairs, run_script, tm
     assert sentence in printed
 
 
+def test_several_processes_are_refused(monkeypatch):
+    monkeypatch.setattr(distributed, "WORLD_SIZE", 2)
+    with pytest.raises(UserError, match="runs in one process"):
+        clip.Settings()
+
+
 # ---------------------------------------------------------------- the table
 
+def test_simclr_is_that_of_train_contrastive(own_pairs, run_script, tmp_path):
+    views = "--crop 0.5 --jitter 0.8 --hue 0.5 --grey 0.4".split()        # those of drawn shapes
+    width = ["--width", 8, "--device", "cpu", "--precision", "float32"]
+    run = ["--data", own_pairs, "--run", tmp_path / "run", "--steps", 5]
+    code, printed = run_script(train_contrastive, *run, *views, *width)
+    assert code == 0, printed
+    expected = load_checkpoint(tmp_path / "run")["model"]
+    train, _, _ = clip_data.load_pairs(str(own_pairs)).split()
+    settings = clip.Settings(width=8, steps=4)                            # a quarter more: 5
+    machine = torch.device("cpu"), torch.float32, torch.autocast("cpu", enabled=False)
+    model = baselines.train_simclr(train.images, settings, machine)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, expected[name]), name
 def test_the_table_has_every_control(run_script, tmp_path):
     arguments = ["--limit", 200, "--draws", 2, "--run", tmp_path / "run", *SMALL, "--steps", 2]
     code, printed = run_script(clip, *arguments)
@@ -400,6 +454,22 @@ def test_the_probe_does_not_learn_from_test_labels(shape_pairs):
     test.images.labels = np.zeros(len(test), int)
     _, of_zero, _ = baselines.probe(mean_colour, known, test, 2, machine)[0]
     assert of_zero != of_all
+
+
+def test_a_mirrored_probe_does_not_tell_left_from_right(shape_pairs):
+    train, _, test = shape_pairs.split()
+    mirrored = replace(test.images, pixels=test.images.pixels.flip(3))
+
+    def left_half(x):
+        return x[..., :16].mean((2, 3))
+
+    machine = torch.device("cpu"), torch.float32, torch.autocast("cpu", enabled=False)
+    for mirror in (True, False):
+        both = []
+        for images in (test.images, mirrored):
+            pairs = replace(test, images=images)
+            both.append(baselines.probe(left_half, train.images, pairs, 2, machine, mirror))
+        assert (both[0] == both[1]) == mirror
 
 
 def test_the_example_starts_from_any_folder(tmp_path):

@@ -15,6 +15,7 @@ import torch
 from conftest import assert_resumes_exactly, read_log, result_of
 
 from minissl import UserError
+from minissl.training import distributed
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -96,13 +97,13 @@ def test_the_loss_equals_loops_by_value_and_gradient():
     with torch.no_grad():
         model.b.fill_(0.3)
     x = torch.randn(12, 4, dtype=torch.float64)
-    shown, asked = random_links(12, 20), random_links(12, 9, seed=1)
+    seen, asked = random_links(12, 20), random_links(12, 9, seed=1)
     non_links = random_links(12, 7, seed=2)
-    loss = model(x, shown, asked, non_links)
+    loss = model(x, seen, asked, non_links)
     loss.backward()
 
     numbers = {name: p.detach().numpy().copy() for name, p in model.named_parameters()}
-    A = normalised_adjacency(shown, 12)
+    A = normalised_adjacency(seen, 12)
 
     def by_loops():
         W0, W1, b = numbers["W0"], numbers["W1"], numbers["b"][0]
@@ -179,10 +180,10 @@ def test_the_non_links_of_the_test_are_fixed(split):
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
 def test_a_step_asks_only_for_links_that_are_hidden(split, share):
     draws = torch.Generator().manual_seed(0)
-    shown, asked, non_links = split.draw_step(share, draws)
+    seen, asked, non_links = split.draw_step(share, draws)
     assert len(asked) == round(share * 240)
-    assert as_set(shown) | as_set(asked) == as_set(split.train)
-    assert not as_set(shown) & as_set(asked)
+    assert as_set(seen) | as_set(asked) == as_set(split.train)
+    assert not as_set(seen) & as_set(asked)
     assert len(non_links) == len(asked)
     assert not as_set(non_links) & as_set(split.train)
     assert (non_links[:, 0] != non_links[:, 1]).all()
@@ -261,13 +262,24 @@ def test_common_neighbours_and_degrees_equal_loops(split):
     assert baselines.degree_product(split)(pairs).tolist() == products
 
 
-def test_all_eigenvectors_give_the_matrix(split):
-    score = baselines.spectral_embedding(split, sizes=[60], powers=[1])
-    values, vectors = np.linalg.eigh(normalised_adjacency(split.train, 60))
-    expected = vectors * np.abs(values) @ vectors.T
+@pytest.mark.parametrize("power", [1, 2])
+def test_all_eigenvectors_give_the_matrix(split, power):
+    """Also its negative eigenvalues: their terms are subtracted."""
+    score = baselines.spectral_embedding(split, sizes=[60], powers=[power])
+    A = normalised_adjacency(split.train, 60)
+    assert np.linalg.eigvalsh(A).min() < -0.1
+    expected = np.linalg.matrix_power(A, power)
     pairs = torch.cat(split.test)
     scores = score(pairs).numpy()
     np.testing.assert_allclose(scores, expected[pairs[:, 0], pairs[:, 1]], atol=1e-5)
+
+
+def test_a_spectral_embedding_that_is_left_out_is_named(split, monkeypatch, capsys):
+    assert "spectral embedding" in baselines.measure_links({}, [split])
+    assert capsys.readouterr().out == ""
+    monkeypatch.setattr(baselines, "MOST_NODES_OF_SPECTRUM", 59)
+    assert "spectral embedding" not in baselines.measure_links({}, [split])
+    assert "left out: 60 nodes are more than 59" in capsys.readouterr().out
 
 
 def test_the_spectral_embedding_is_chosen_without_the_test(split):
@@ -434,6 +446,14 @@ def test_wrong_links_are_one_sentence(text, sentence, run_script, tmp_path):
     assert code == 2
     assert sentence in printed
     assert not (tmp_path / "run").exists()
+
+
+def test_settings_are_checked_before_the_run(monkeypatch):
+    with pytest.raises(UserError, match="--save-every -1.0: must be at least 0"):
+        graph.Settings(save_every=-1.0)
+    monkeypatch.setattr(distributed, "WORLD_SIZE", 2)
+    with pytest.raises(UserError, match="runs in one process"):
+        graph.Settings()
 
 
 def test_a_graph_of_nearly_all_pairs_is_refused():

@@ -17,6 +17,7 @@ from conftest import assert_resumes_exactly, read_log
 
 from minissl import UserError
 from minissl.data.splits import HELD_OUT, TEST, TRAIN
+from minissl.training import distributed
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -47,12 +48,12 @@ def noise(seconds=0.4, seed=0):
 
 # ---------------------------------------------------------------- the loss
 
-def loss_by_loops(c, q, places, temperature):
+def loss_by_loops(c, q, distractors, temperature):
     """The mean of −log softmax of the cosine with the own target, frame by frame."""
     losses, hits = [], []
     for i in range(len(c)):
         s = []
-        for j in [i, *places[i]]:
+        for j in [i, *distractors[i]]:
             cosine = (c[i] * q[j]).sum() / math.sqrt((c[i]**2).sum() * (q[j]**2).sum())
             s.append(cosine / temperature)
         losses.append(math.log(sum(math.exp(x) for x in s)) - s[0])
@@ -63,30 +64,30 @@ def loss_by_loops(c, q, places, temperature):
 def test_the_loss_equals_loops_by_value_and_gradient():
     torch.manual_seed(0)
     c, q = torch.randn(2, 7, 5, dtype=torch.float64)
-    places = torch.tensor([[(i + k) % 7 for k in (1, 3, 3)] for i in range(7)])
+    distractors = torch.tensor([[(i + k) % 7 for k in (1, 3, 3)] for i in range(7)])
     c.requires_grad_()
     q.requires_grad_()
     every = torch.ones(7, dtype=torch.bool)
-    loss, accuracy = wav2vec.contrastive_loss(c, q, places, every, 0.5)
+    loss, accuracy = wav2vec.contrastive_loss(c, q, distractors, every, 0.5)
     loss.backward()
     values = [c.detach().numpy().copy(), q.detach().numpy().copy()]
-    expected = loss_by_loops(*values, places.tolist(), 0.5)
+    expected = loss_by_loops(*values, distractors.tolist(), 0.5)
     assert (loss.item(), accuracy.item()) == pytest.approx(expected, rel=1e-6)
     for tensor, array in zip((c, q), values):
         for place in np.ndindex(array.shape):
             around = []
             for change in (1e-6, -1e-6):
                 array[place] += change
-                around.append(loss_by_loops(*values, places.tolist(), 0.5)[0])
+                around.append(loss_by_loops(*values, distractors.tolist(), 0.5)[0])
                 array[place] -= change
             slope = (around[0] - around[1]) / 2e-6
             assert tensor.grad[place].item() == pytest.approx(slope, abs=1e-7)
 
 
 def test_a_guess_has_the_loss_ln_k_plus_1():
-    places = numbers(9, 5).argsort(1)
+    distractors = numbers(9, 5).argsort(1)
     loss, accuracy = wav2vec.contrastive_loss(
-        torch.ones(9, 4), torch.ones(9, 4), places, torch.ones(9, dtype=torch.bool)
+        torch.ones(9, 4), torch.ones(9, 4), distractors, torch.ones(9, dtype=torch.bool)
     )
     assert loss.item() == pytest.approx(math.log(6))
     assert accuracy.item() == 0              # a tie is no success
@@ -97,9 +98,10 @@ def test_distractors_are_of_the_same_recording_and_have_another_code():
     masked[0, :9] = masked[1, 4:16] = masked[2, 10:] = True
     recording = masked.nonzero()[:, 0]
     codes = (numbers(len(recording), 2) * 3).long()
-    places, has_any = wav2vec.choose_distractors(codes, masked, numbers(len(recording), 400))
+    draws = numbers(len(recording), 400)
+    distractors, has_any = wav2vec.choose_distractors(codes, masked, draws)
     assert has_any.all()
-    for i, row in enumerate(places.tolist()):
+    for i, row in enumerate(distractors.tolist()):
         allowed = set()
         for j in range(len(codes)):
             if recording[j] == recording[i] and codes[j].tolist() != codes[i].tolist():
@@ -368,6 +370,24 @@ def test_batches_are_functions_of_the_step():
     assert alone(0)[0].shape != alone(1)[0].shape            # another speed in each epoch
 
 
+def test_a_step_reads_a_random_second_and_a_table_the_whole_recording():
+    made = fake_recordings(1, 1)
+    made.waves[0] = noise(3)
+    batches = wav2vec_data.WaveBatches(made, np.array([0]), 1, 0.0, seed=0)
+    waves, lengths = batches(0)
+    assert waves.shape == (1, 8000)
+    assert lengths.tolist() == [wav2vec_data.count_frames(8000)]
+    seen = []
+
+    def encode(waves, lengths):
+        seen.append(waves.shape)
+        return waves[:, :2]
+
+    autocast = torch.autocast("cpu", enabled=False)
+    baselines.encode_all(encode, made, np.array([0]), autocast, torch.device("cpu"))
+    assert seen == [(1, 24000)]
+
+
 def test_a_mean_spectrum_does_not_tell_synthetic_words():
     made = wav2vec_data.synthetic_words(takes=2, speakers=6)
     spectra = [torch.from_numpy(wav2vec_data.log_mel(samples)) for samples in made.waves]
@@ -418,8 +438,22 @@ def test_a_lead_is_measured_draw_by_draw(capsys):
     assert "+3.0 ± 0.0" in next(line for line in lines[first:] if "over from scratch" in line)
 
 
-# ---------------------------------------------------------------- the script
+def test_muon_and_adam_train_what_the_docstring_says():
+    model = small_model()
+    muon, adam = baselines.make_optimizers(model, 0.01, 0.02, torch.float32)
+    names = {id(p): name for name, p in model.named_parameters()}
+    encoder, blocks = [[names[id(p)] for p in group["params"]] for group in muon.param_groups]
+    assert encoder == ["filters", "convolutions.0.weight", "convolutions.1.weight"]
+    assert all(name.startswith("blocks.") for name in blocks)
+    [others] = [[names[id(p)] for p in group["params"]] for group in adam.param_groups]
+    assert sorted(others) == [
+        "code_logits.bias", "code_logits.weight", "codebooks", "convolutions.0.bias",
+        "convolutions.1.bias", "hidden", "to_prediction.bias", "to_prediction.weight",
+        "to_target.bias", "to_target.weight",
+    ]
 
+
+# ---------------------------------------------------------------- the script
 def test_a_short_training_learns_which_sound_is_hidden():
     """Noises and tones take turns, so the visible frames tell the hidden ones."""
     torch.manual_seed(0)
@@ -505,14 +539,42 @@ def test_impossible_labels_are_one_sentence(labels, quick_table, run_script, tmp
     assert f"--labels {labels}: expected at least 1, and at most 10" in printed
 
 
+def test_columns_that_are_left_out_are_noted(quick_table, capsys):
+    wav2vec_data.load_recordings(wav2vec.Settings(takes=6, labels=[1, 10]))
+    assert "--labels" not in capsys.readouterr().out
+    wav2vec_data.load_recordings(wav2vec.Settings(takes=6, labels=[1, 10, 11, 50]))
+    assert "the columns 11, 50 of --labels are left out" in capsys.readouterr().out
+
+
+def test_several_processes_are_refused(monkeypatch):
+    monkeypatch.setattr(distributed, "WORLD_SIZE", 2)
+    with pytest.raises(UserError, match="runs in one process"):
+        wav2vec.Settings()
+
+
+NAMES = "name the files folder/LABEL_SPEAKER_x.wav or folder/LABEL/SPEAKER_x.wav"
+
+
 def test_two_speakers_are_too_few_to_hold_some_out():
-    with pytest.raises(UserError, match="found 2 speakers, and --test speakers needs 3"):
+    sentence = f"found 2 speakers, and --test speakers needs 3; {NAMES}, or give --test takes"
+    with pytest.raises(UserError, match=sentence):
         wav2vec_data.split_recordings(fake_recordings(speakers=2), "speakers", 0)
 
 
-def test_a_class_needs_recordings_in_training_and_test():
-    with pytest.raises(UserError, match="some class has no recording to learn from"):
-        wav2vec_data.split_recordings(fake_recordings(takes=4), "takes", 0)
+@pytest.mark.parametrize("classes, found", [([], "no labels"), (["no"], "only the label no")])
+def test_fewer_than_two_classes_are_one_sentence(classes, found):
+    made = fake_recordings()
+    made.labels[:] = len(classes) - 1
+    made.classes = classes
+    with pytest.raises(UserError, match=f"found {found}, and the table needs two .*; {NAMES}"):
+        wav2vec_data.split_recordings(made, "speakers", 0)
+
+
+def test_classes_without_a_training_recording_are_named():
+    made = fake_recordings(takes=7)           # the seventh is for training
+    made.labels[(made.labels == 1) & (np.arange(len(made)) % 7 == 6)] = -1
+    with pytest.raises(UserError, match="no recording to learn from in the class b; give more"):
+        wav2vec_data.split_recordings(made, "takes", 0)
 
 
 def test_the_example_starts_from_any_folder(tmp_path):
