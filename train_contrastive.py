@@ -173,14 +173,16 @@ def main():
     if settings.method == "byol":
         model = contrastive.BYOL(**model_settings)
         compute_loss, chance = byol_loss, dict(loss=2.0)                  # unrelated vectors
+        weight_decay = 0.2      # EXPERIMENTS.md, "What does BYOL need with four views?"
     else:
         model = contrastive.SimCLR(**model_settings)
         compute_loss, chance = simclr_loss, dict(loss=contrastive.chance_level(V, B))
+        weight_decay = 0.02     # EXPERIMENTS.md, "Does more weight decay help SimCLR?"
     # Batch norm takes its statistics from the batches of all processes.
     model = move_to_device(sync_batch_norm(model), device)
     # Muon trains matrices and kernels, Adam trains vectors: see minissl/optim.py.
     optimizers = muon_and_adam(
-        model, settings.learning_rate, weight_decay=0.2, precision=precision
+        model, settings.learning_rate, weight_decay, precision
     )
 
     def learning_rate(step):

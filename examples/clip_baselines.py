@@ -153,12 +153,11 @@ def preview(model, pairs, settings, machine, compute_loss):
 def train_simclr(images, settings, machine):
     """SimCLR as train_contrastive.py trains it on drawn shapes: four views of 128 images a step.
 
-    It makes a quarter more steps than CLIP, so that both trainings take about as long (`compare`
-    prints both times).
+    The weight decay is larger, because that is better in so short a training (EXPERIMENTS.md,
+    "Does more weight decay help SimCLR?"). It makes a quarter more steps than CLIP, so that both
+    trainings take about as long (`compare` prints both times).
     """
     device, precision, autocast = machine
-    # This factor was timed with steps of two views of 256 images, which are as many views. Time
-    # it again for four views of 128 images.
     steps = settings.steps * 5 // 4
     torch.manual_seed(settings.seed)
     model = contrastive.SimCLR(width=settings.width, **mean_and_whitening(images))

@@ -70,8 +70,8 @@ Differences from the papers, most of them for two CPU cores and images of 32 × 
   after ten minutes (EXPERIMENTS.md, "What else does BYOL need?").
 - BYOL's moving average begins at the rate 0.9, not 0.996 (EXPERIMENTS.md, "What does BYOL need
   with four views?").
-- The weight decay is 0.2 (EXPERIMENTS.md, "Do more weight decay or a moving temperature help
-  SimCLR?"). It belongs to Muon, so it does not compare with the papers' 1e-6.
+- The weight decay is 0.02 for SimCLR and 0.2 for BYOL (EXPERIMENTS.md, "Does more weight decay
+  help SimCLR?"). It belongs to Muon, so it does not compare with the papers' 1e-6.
 
 This file needs torch alone. Read next: train_contrastive.py.
 

@@ -21,6 +21,7 @@ from minissl.data.batches import generator
 from minissl.data.shapes import SHAPES
 from minissl.data.splits import TRAIN
 from minissl.evaluation import features
+from minissl.optim import muon_and_adam
 from minissl.training import distributed
 from minissl.training.files import load_checkpoint
 
@@ -413,7 +414,13 @@ def test_several_processes_are_refused(monkeypatch):
 
 # ---------------------------------------------------------------- the table
 
-def test_simclr_is_that_of_train_contrastive(own_pairs, run_script, tmp_path):
+def test_simclr_is_that_of_train_contrastive_but_for_its_weight_decay(
+    own_pairs, run_script, tmp_path, monkeypatch
+):
+    def with_more_decay(model, lr, weight_decay, precision):
+        return muon_and_adam(model, lr, 0.2, precision)
+
+    monkeypatch.setattr(train_contrastive, "muon_and_adam", with_more_decay)
     views = "--crop 0.5 --jitter 0.8 --hue 0.5 --grey 0.4".split()        # those of drawn shapes
     width = ["--width", 8, "--device", "cpu", "--precision", "float32"]
     run = ["--data", own_pairs, "--run", tmp_path / "run", "--steps", 5]
@@ -426,6 +433,8 @@ def test_simclr_is_that_of_train_contrastive(own_pairs, run_script, tmp_path):
     model = baselines.train_simclr(train.images, settings, machine)
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, expected[name]), name
+
+
 def test_the_table_has_every_control(run_script, tmp_path):
     arguments = ["--limit", 200, "--draws", 2, "--run", tmp_path / "run", *SMALL, "--steps", 2]
     code, printed = run_script(clip, *arguments)
