@@ -34,7 +34,8 @@ Differences from the papers:
 - The squares of 2 × 2 pixels are whitened first, and the two kernels of each residual block
   begin as the identity. Jordan 2024, arXiv 2404.00498, has both for classification.
 - Batch norm learns its running statistics from the corrupted images, although the features are
-  read from whole ones. (The transformer of a masked autoencoder has no such statistics.)
+  read from whole ones. (The transformer of a masked autoencoder has no such statistics.) Those of
+  whole images are no better: EXPERIMENTS.md, "Should batch norm see whole images?".
 
 This file needs torch alone. Read next: train_ae.py.
 
