@@ -292,16 +292,16 @@ def path_source(path, whole_files=False):
     A file of a folder is one text, or several if it is longer than LONGEST_FILE; with whole_files
     it is one text however long it is. A single file is cut into texts by read_texts.
     """
-    if not path.exists():
-        raise UserError(
-            f"{path}: file not found; --data takes pydocs, imdb, a .txt file or a folder of them"
-        )
     try:
         if path.is_file():
             return file_source(path)
-        return folder_source(path, whole_files)
+        if path.exists():
+            return folder_source(path, whole_files)
     except PermissionError as error:
         raise unreadable(error.filename) from None
+    raise UserError(
+        f"{path}: file not found; --data takes pydocs, imdb, a .txt file or a folder of them"
+    )
 
 
 def file_source(path):
