@@ -28,7 +28,7 @@ from minissl import UserError, transformer
 from minissl.data.batches import WholeTexts, Windows, generator
 from minissl.data.splits import TRAIN, fingerprint
 from minissl.data.text_sources import load_texts
-from minissl.data.texts import SAMPLE_TEXTS, count_terms, frequent_pairs
+from minissl.data.texts import SAMPLE_TEXTS, announce, count_terms, frequent_pairs
 from minissl.evaluation.load import fill, tokenizer_of
 from minissl.evaluation.previews import TextPreview
 from minissl.optim import Muon, lr_schedule, step_optimizers
@@ -48,7 +48,6 @@ from minissl.training.settings import (
     require_at_most,
     run_script,
 )
-from minissl.training.wording import count_of
 
 
 # ---------------------------------------------------------------- Settings
@@ -180,10 +179,7 @@ def main():
         )
     train_texts = texts.select(texts.split == TRAIN)
     V = len(texts.tokenizer)
-    size = f"{count_of(len(train_texts), 'text')} of {train_texts.lengths.sum():,} tokens"
-    print(f"data: {settings.data}, {size} to learn from, vocabulary {V:,}")
-    for note in texts.notes:
-        print(f"data: {note}")
+    size = announce(settings.data, train_texts)
     train_texts = train_texts.cut_long_texts(settings.window)
 
     B = settings.batch_size

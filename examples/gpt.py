@@ -46,7 +46,7 @@ from minissl import UserError
 from minissl.data.batches import Windows, generator
 from minissl.data.splits import TRAIN, fingerprint
 from minissl.data.text_sources import load_texts
-from minissl.data.texts import SAMPLE_TEXTS, count_terms, frequent_pairs
+from minissl.data.texts import SAMPLE_TEXTS, announce, count_terms, frequent_pairs
 from minissl.evaluation import load
 from minissl.optim import Muon, lr_schedule, step_optimizers
 from minissl.training.distributed import (
@@ -58,7 +58,6 @@ from minissl.training.distributed import (
 from minissl.training.machine import choose_machine, move_to_device
 from minissl.training.run import Run
 from minissl.training.settings import read_settings, require_above, require_at_least, run_script
-from minissl.training.wording import count_of
 from minissl.transformer import FIRST_ORDINARY, IGNORE_INDEX, TextEncoder, is_real
 
 
@@ -180,10 +179,7 @@ def main():
         )
     train_texts = texts.select((texts.split == TRAIN) & (texts.lengths > 1))
     V = len(texts.tokenizer)
-    size = f"{count_of(len(train_texts), 'text')} of {train_texts.lengths.sum():,} tokens"
-    print(f"data: {settings.data}, {size} to learn from, vocabulary {V:,}")
-    for note in texts.notes:
-        print(f"data: {note}")
+    size = announce(settings.data, train_texts)
     train_texts = train_texts.cut_long_texts(settings.window)
 
     # A window has one token more than the model reads, because its last token is only a target.

@@ -199,6 +199,19 @@ def encode_texts(strings, tokenizer):
 
 # ---------------------------------------------------------------- Encoding a collection
 
+def announce(data, texts):
+    """Print how much text there is to learn from, and the notes on how it was made.
+
+    data: the value of --data; texts: the training texts, a Texts. Returns their size in words,
+    which is a part of what a run knows its data by.
+    """
+    size = f"{count_of(len(texts), 'text')} of {texts.lengths.sum():,} tokens"
+    print(f"data: {data}, {size} to learn from, vocabulary {len(texts.tokenizer):,}")
+    for note in texts.notes:
+        print(f"data: {note}")
+    return size
+
+
 @dataclass
 class Source:
     """A collection of texts that is not read yet; text_sources.py makes them.

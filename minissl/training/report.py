@@ -38,6 +38,7 @@ from minissl.training.accuracies import (
     table_of,
 )
 from minissl.training.files import read_csv, write_atomically
+from minissl.training.wording import count_of
 
 
 # ---------------------------------------------------------------- PNG pictures
@@ -514,8 +515,8 @@ def from_to(counts, noun):
     ('1 to 2 draws', '1 draw')
     """
     fewest, most = min(counts), max(counts)
-    number = str(most) if fewest == most else f"{fewest} to {most}"
-    return f"{number} {noun}" if most == 1 else f"{number} {noun}s"
+    up_to = count_of(most, noun)
+    return up_to if fewest == most else f"{fewest} to {up_to}"
 
 
 def describe_condition(condition, conditions):

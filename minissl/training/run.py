@@ -44,7 +44,7 @@ from minissl.training.files import (
     write_checkpoint,
     write_csv,
 )
-from minissl.training.settings import flag_name
+from minissl.training.settings import flag_name, name_of_script
 
 
 # These settings may differ when a run is resumed. The data may lie elsewhere, because a
@@ -59,10 +59,6 @@ def launcher():
     if distributed.WORLD_SIZE == 1:
         return ["python"]
     return ["torchrun", "--nproc-per-node", str(distributed.LOCAL_WORLD_SIZE), "--"]
-
-
-def name_of_script():
-    return Path(sys.argv[0]).name
 
 
 def diverged(what, when, folder):

@@ -264,11 +264,16 @@ def open_streams():
             stream.reconfigure(errors="replace")
 
 
+def name_of_script():
+    """The name of the script that runs, such as "train_ae.py"."""
+    return Path(sys.argv[0]).name
+
+
 def end_script(code, sentence="", once=False):
     """Exit with this code. once: of several processes on a machine, only the first speaks."""
     if sentence and not (once and distributed.is_silent()):
         with contextlib.suppress(OSError):            # nobody may read this any more
-            print(f"{Path(sys.argv[0]).name}: {sentence}", file=sys.stderr)
+            print(f"{name_of_script()}: {sentence}", file=sys.stderr)
     sys.exit(code)
 
 
